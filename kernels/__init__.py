@@ -1,0 +1,1 @@
+"""One file = one operation: formula, slow twin, Triton kernel, dispatch, benchmark. Knows nothing of thinkrl."""
