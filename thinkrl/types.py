@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from thinkrl import UserError
 
-class UserError(ValueError):
-    """A mistake of the user's: one sentence that says what, where, and what instead. Entry points print it and exit 2."""
+__all__ = ["Pack", "Problem", "Sample", "Trajectory", "Turn", "UserError", "empty_pack", "pack"]
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def pack(samples: list[Sample], budget: int) -> list[Pack]:
 
 
 def empty_pack() -> Pack:
-    """One token that counts for nothing: a rank with fewer packs than its peers runs this, to keep collectives in step."""
-    return _row([Sample(prompt=[0], completion=[], advantage=torch.zeros(0), sampler_logprob=torch.zeros(0))])
+    """Two tokens that count for nothing: a rank with fewer packs than its peers runs this, to keep collectives in step."""
+    return _row([Sample(prompt=[0, 0], completion=[], advantage=torch.zeros(0), sampler_logprob=torch.zeros(0))])
 
 
 def _row(samples: list[Sample]) -> Pack:
