@@ -1,0 +1,293 @@
+"""Statistics of every episode's gradient, from one backward, without ever holding those gradients.
+
+A position-wise linear layer y = W x sees token t as the pair x_t (its input) and g_t (gradient of that token's
+log-prob at y). The gradient of episode k at W and the quantities asked of it are
+
+    G_k = Σ_{t∈k} g_t x_tᵀ                                [D2, D1]
+    quadratic_k = Σ_ij w_ij (G_k)_ij^p                    p = 2: diagonal-Fisher form; p = 1: directional derivative
+    ghost_k = ‖G_k‖² = Σ_{t,t'∈k} (g_t·g_t') (x_t·x_t')   the same norm without forming G_k
+    F_ij = mean_t g_ti² x_tj²                             diagonal Fisher: one product of squares
+
+Letters: T tokens, K episodes, n tokens of one episode, D1 input width, D2 output width, w weight.
+
+Costs. The naive loop writes G_k, squares, weighs and sums it: 2 T D1 D2 FLOP and about 28 K D1 D2 bytes of pointwise
+traffic, so the shorter the episodes the worse. `episode_quadratic` does the same FLOP with one read of w and no other
+traffic of that size: a program owns one tile of w and keeps it while all episodes stream through, and G_k never leaves
+the registers. `ghost_norm` needs n² (D1 + D2) FLOP per episode: fewer while n < 2 D1 D2 / (D1 + D2).
+
+Results repeat to the last bit, and no episode's value depends on where it stands in the row: every tile of every
+episode has a slot of its own, slots are summed in fp64, there are no atomics. Episodes are contiguous and cover the
+tokens from cu_episodes[0] to cu_episodes[K]; other tokens count for nothing; an empty episode gives exactly 0. Nothing
+here is differentiable.
+
+    python -m kernels.fisher        the benchmark
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+CHUNK = 1 << 20  # elements of padded factors or of gradients that the torch path holds at once
+
+
+def episode_quadratic_ref(
+    x: Tensor, g: Tensor, cu_episodes: Tensor, weight: Tensor | None = None, power: int = 2
+) -> Tensor:
+    """The specification of `episode_quadratic`: one gradient at a time, in the inputs' own dtype."""
+    values = torch.zeros(len(cu_episodes) - 1, dtype=torch.float64, device=x.device)
+    for k, (start, end) in enumerate(pairwise(cu_episodes.tolist())):
+        gradient = g[start:end].T @ x[start:end]
+        powered = gradient**power
+        values[k] = (powered if weight is None else weight * powered).sum()
+    return values
+
+
+def ghost_norm_ref(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
+    """The specification of `ghost_norm`: pairs of tokens, one episode at a time, in the inputs' own dtype."""
+    values = torch.zeros(len(cu_episodes) - 1, dtype=torch.float64, device=x.device)
+    for k, (start, end) in enumerate(pairwise(cu_episodes.tolist())):
+        values[k] = ((g[start:end] @ g[start:end].T) * (x[start:end] @ x[start:end].T)).sum()
+    return values
+
+
+def diagonal_fisher_ref(x: Tensor, g: Tensor) -> Tensor:
+    """The specification of `diagonal_fisher`: one token's gradient at a time."""
+    total = torch.zeros(g.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+    for x_t, g_t in zip(x, g):
+        total += torch.outer(g_t, x_t) ** 2
+    return total / max(len(x), 1)
+
+
+@triton.jit
+def _quadratic_kernel(
+    x_ptr,  # [T, D1]
+    g_ptr,  # [T, D2]
+    cu_ptr,  # [K+1] int64
+    weight_ptr,  # [D2, D1] fp32; not read unless WEIGHTED
+    partial_ptr,  # [K, tiles] fp32, every slot is written
+    K,
+    D1,
+    D2,
+    episodes_per_program,
+    POWER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    UPCAST: tl.constexpr,  # the interpreter multiplies the bit patterns of bf16
+):
+    tile = tl.program_id(0)
+    columns = tl.cdiv(D1, BLOCK_D1)
+    i = (tile // columns) * BLOCK_D2 + tl.arange(0, BLOCK_D2)
+    j = (tile % columns) * BLOCK_D1 + tl.arange(0, BLOCK_D1)
+    if WEIGHTED:
+        inside = (i < D2)[:, None] & (j < D1)[None, :]
+        weight = tl.load(weight_ptr + i[:, None].to(tl.int64) * D1 + j[None, :], mask=inside, other=0.0)
+    first = tl.program_id(1) * episodes_per_program
+    for k in range(first, tl.minimum(first + episodes_per_program, K)):
+        start = tl.load(cu_ptr + k)
+        end = tl.load(cu_ptr + k + 1)
+        gradient = tl.zeros((BLOCK_D2, BLOCK_D1), dtype=tl.float32)
+        for chunk in range(start, end, BLOCK_T):
+            t = (chunk + tl.arange(0, BLOCK_T)).to(tl.int64)
+            g = tl.load(g_ptr + t[:, None] * D2 + i[None, :], mask=(t < end)[:, None] & (i < D2)[None, :], other=0.0)
+            x = tl.load(x_ptr + t[:, None] * D1 + j[None, :], mask=(t < end)[:, None] & (j < D1)[None, :], other=0.0)
+            if UPCAST:
+                g = g.to(tl.float32)
+                x = x.to(tl.float32)
+            gradient = tl.dot(tl.trans(g), x, gradient, input_precision="ieee")
+        value = gradient
+        if WEIGHTED:
+            value = value * weight
+        if POWER == 2:
+            value = value * gradient  # (w G) G and not w G²: G² would underflow first
+        tl.store(partial_ptr + k * tl.num_programs(0).to(tl.int64) + tile, tl.sum(value))
+
+
+@triton.jit
+def _dots(ptr, t, s, end, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
+    """All dot products of rows t with rows s of a [T, D] matrix; rows from `end` on are zero."""
+    dots = tl.zeros((BLOCK_T, BLOCK_T), dtype=tl.float32)
+    for d in range(0, D, BLOCK_D):
+        j = d + tl.arange(0, BLOCK_D)
+        a = tl.load(ptr + t[:, None] * D + j[None, :], mask=(t < end)[:, None] & (j < D)[None, :], other=0.0)
+        b = tl.load(ptr + s[:, None] * D + j[None, :], mask=(s < end)[:, None] & (j < D)[None, :], other=0.0)
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
+    return dots
+
+
+@triton.jit
+def _ghost_kernel(
+    x_ptr,  # [T, D1]
+    g_ptr,  # [T, D2]
+    cu_ptr,  # [K+1] int64
+    partial_ptr,  # [K, row tiles of the longest episode] fp32, every slot is written
+    D1,
+    D2,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    k = tl.program_id(0)
+    row = tl.program_id(1)
+    start = tl.load(cu_ptr + k)
+    end = tl.load(cu_ptr + k + 1)
+    t = (start + row * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    total = 0.0
+    if start + row * BLOCK_T < end:
+        for column in range(0, row + 1):
+            s = (start + column * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+            g_dots = _dots(g_ptr, t, s, end, D2, BLOCK_T, BLOCK_D, UPCAST)
+            x_dots = _dots(x_ptr, t, s, end, D1, BLOCK_T, BLOCK_D, UPCAST)
+            pairs = tl.sum(g_dots * x_dots)
+            total += tl.where(column < row, 2.0 * pairs, pairs)  # a tile below the diagonal stands for its mirror too
+    tl.store(partial_ptr + k * tl.num_programs(1).to(tl.int64) + row, total)
+
+
+def _tiling(dtype: torch.dtype) -> dict[str, int]:
+    """Tile and launch of `_quadratic_kernel`: fixed, because tuning at run time would change the rounding."""
+    if INTERPRET:
+        return dict(BLOCK_D2=16, BLOCK_D1=16, BLOCK_T=16, num_warps=4, num_stages=1)
+    if dtype == torch.float32:  # exact fp32 products have no tensor cores: a small tile keeps its sums in registers
+        return dict(BLOCK_D2=64, BLOCK_D1=64, BLOCK_T=32, num_warps=4, num_stages=3)
+    return dict(BLOCK_D2=128, BLOCK_D1=128, BLOCK_T=64, num_warps=8, num_stages=3)
+
+
+def episode_quadratic_triton(
+    x: Tensor, g: Tensor, cu_episodes: Tensor, weight: Tensor | None = None, power: int = 2
+) -> Tensor:
+    """As `episode_quadratic`, for bf16, fp16 or fp32 on a GPU (or in the interpreter)."""
+    _check(x, g, weight, power)
+    x, g, K = x.contiguous(), g.contiguous(), len(cu_episodes) - 1
+    tiling = _tiling(x.dtype)
+    tiles = triton.cdiv(g.shape[1], tiling["BLOCK_D2"]) * triton.cdiv(x.shape[1], tiling["BLOCK_D1"])
+    # few tiles: share the episodes out among more programs, so that every processor has work
+    per_program = triton.cdiv(max(K, 1), triton.cdiv(512, tiles))
+    partial = torch.empty(K, tiles, dtype=torch.float32, device=x.device)
+    _quadratic_kernel[(tiles, triton.cdiv(max(K, 1), per_program))](
+        x, g, cu_episodes.to(x.device, torch.int64), x if weight is None else weight.float().contiguous(), partial,
+        K, x.shape[1], g.shape[1], per_program,
+        POWER=power, WEIGHTED=weight is not None, UPCAST=INTERPRET, **tiling,
+    )  # fmt: skip
+    return partial.sum(1, dtype=torch.float64)
+
+
+def ghost_norm_triton(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
+    """As `ghost_norm`, for bf16, fp16 or fp32 on a GPU (or in the interpreter). Waits for the longest length."""
+    _check(x, g)
+    x, g, K = x.contiguous(), g.contiguous(), len(cu_episodes) - 1
+    block = 16 if INTERPRET else 64
+    rows = max(triton.cdiv(int(cu_episodes.diff().max()), block), 1) if K else 1
+    partial = torch.empty(K, rows, dtype=torch.float32, device=x.device)
+    if K:
+        _ghost_kernel[(K, rows)](
+            x, g, cu_episodes.to(x.device, torch.int64), partial, x.shape[1], g.shape[1],
+            BLOCK_T=block, BLOCK_D=16 if INTERPRET else 64 if x.dtype != torch.float32 else 32, UPCAST=INTERPRET,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return partial.sum(1, dtype=torch.float64)
+
+
+def _equal_lengths(
+    x: Tensor, g: Tensor, cu_episodes: Tensor, elements: Callable[[int], int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches (k [B], x [B, n, D1], g [B, n, D2]) of episodes whose lengths round up to the same multiple of 16.
+
+    A length is rounded by itself, never to its neighbours', and 16 rows give every episode's factors the same alignment
+    in memory: so the arithmetic of an episode is the same in any company. A batch's factors, and `elements(n)` numbers
+    for each of its episodes, fit CHUNK (or the batch is a single episode).
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x = torch.cat([x.to(dtype), x.new_zeros(1, x.shape[1], dtype=dtype)])  # row T is the padding
+    g = torch.cat([g.to(dtype), g.new_zeros(1, g.shape[1], dtype=dtype)])
+    start, length = cu_episodes[:-1].to(x.device, torch.int64), cu_episodes.diff().to(x.device, torch.int64)
+    rounded = (length + 15) // 16 * 16
+    for n in rounded.unique().tolist():
+        if n == 0:
+            continue
+        offset = torch.arange(n, device=x.device)
+        batch = CHUNK // max(n * (x.shape[1] + g.shape[1]), elements(n))
+        for k in (rounded == n).nonzero()[:, 0].split(max(batch, 1)):
+            row = torch.where(offset < length[k, None], start[k, None] + offset, len(x) - 1)
+            yield k, x[row], g[row]
+
+
+def episode_quadratic_torch(
+    x: Tensor, g: Tensor, cu_episodes: Tensor, weight: Tensor | None = None, power: int = 2
+) -> Tensor:
+    """As `episode_quadratic`, in batched products of equal lengths, at most CHUNK elements of gradients at once."""
+    _check(x, g, weight, power)
+    values = torch.zeros(len(cu_episodes) - 1, dtype=torch.float64, device=x.device)
+    for k, x_k, g_k in _equal_lengths(x, g, cu_episodes, lambda n: x.shape[1] * g.shape[1]):
+        gradient = g_k.mT @ x_k  # [B, D2, D1]
+        value = gradient if weight is None else gradient * weight.to(gradient.dtype)
+        if power == 2:
+            value = value.mul_(gradient)
+        values[k] = value.sum(-1).double().sum(-1)
+    return values
+
+
+def ghost_norm_torch(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
+    """As `ghost_norm`, in batched products of equal lengths."""
+    _check(x, g)
+    values = torch.zeros(len(cu_episodes) - 1, dtype=torch.float64, device=x.device)
+    for k, x_k, g_k in _equal_lengths(x, g, cu_episodes, lambda n: n * n):
+        values[k] = ((g_k @ g_k.mT) * (x_k @ x_k.mT)).sum(-1).double().sum(-1)
+    return values
+
+
+def episode_quadratic(
+    x: Tensor, g: Tensor, cu_episodes: Tensor, weight: Tensor | None = None, power: int = 2
+) -> Tensor:
+    """Σ_ij w_ij (G_k)_ij^power of every episode k, with G_k = Σ_{t∈k} g_t x_tᵀ. The [K, D2, D1] gradients never exist.
+
+    x [T, D1] and g [T, D2] of one dtype, cu_episodes [K+1] integer, weight [D2, D1] (None: ones), power 1 or 2.
+    Returns [K] fp64: sums inside a tile are fp32 (fp64 for fp64 inputs). Raises ValueError when the shapes do not fit.
+    """
+    run = episode_quadratic_triton if x.is_cuda and x.dtype != torch.float64 else episode_quadratic_torch
+    return run(x, g, cu_episodes, weight, power)
+
+
+def ghost_norm(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
+    """‖G_k‖² of every episode k, [K] fp64, from dot products of tokens: equals `episode_quadratic(x, g, cu_episodes)`.
+
+    Cheaper than that while episodes are shorter than 2 D1 D2 / (D1 + D2). Raises ValueError when the shapes do not fit.
+    """
+    run = ghost_norm_triton if x.is_cuda and x.dtype != torch.float64 else ghost_norm_torch
+    return run(x, g, cu_episodes)
+
+
+def diagonal_fisher(x: Tensor, g: Tensor) -> Tensor:
+    """F_ij = mean over tokens of (g_ti x_tj)², [D2, D1] fp32 (fp64 for fp64 inputs); zeros when there are no tokens.
+
+    A Fisher diagonal only if g comes from tokens the policy itself sampled at temperature 1, unweighted by advantages.
+    """
+    _check(x, g)
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        # bf16 also for fp16 inputs: their squares would underflow
+        squares = (g.bfloat16().square().T, x.bfloat16().square())
+        return torch.mm(*squares, out_dtype=torch.float32) / max(len(x), 1)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return g.to(dtype).square().T @ x.to(dtype).square() / max(len(x), 1)
+
+
+def _check(x: Tensor, g: Tensor, weight: Tensor | None = None, power: int = 2) -> None:
+    if x.dim() != 2 or g.dim() != 2 or len(x) != len(g) or x.dtype != g.dtype:
+        given = f"{(*x.shape,)} {x.dtype} and {(*g.shape,)} {g.dtype}"
+        raise ValueError(f"x [T, D1] and g [T, D2] must share T and dtype, not {given}")
+    if weight is not None and weight.shape != (g.shape[1], x.shape[1]):
+        raise ValueError(f"weight must be [D2, D1] = {(g.shape[1], x.shape[1])}, not {(*weight.shape,)}")
+    if power not in (1, 2):
+        raise ValueError(f"power must be 1 or 2, not {power}")
