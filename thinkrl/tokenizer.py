@@ -1,22 +1,55 @@
-"""Text <-> ids, and the model's own chat template.
+"""Text <-> ids, the model's own chat template, and what must be read off ids while they are being sampled.
 
 `tokenizers` does the encoding. The chat template is the checkpoint's own Jinja source, rendered in a sandbox set up as
-transformers sets up its own, so that rendered text and ids are equal to `apply_chat_template`.
+transformers sets up its own, so that rendered text and ids equal `apply_chat_template`.
+
+Stop strings are matched on text, because in a real vocabulary they are not a fixed sequence of ids: "</think>\\n\\n" ends in
+one token that holds ">\\n\\n", and one character may be spread over several tokens. Reading text for each new token of
+each running sequence would cost more than a small model's forward pass, so it is avoided twice:
+
+    StopStrings.endings    the ids whose text could be the end of a stop string: a table over the vocabulary, made once.
+                           Any other token costs one look-up.
+    window                 when such a token does come, only the last `window` tokens are decoded: a token is at least one
+                           byte, so no stop string of n bytes can reach further back than n tokens.
 """
 
 from __future__ import annotations
 
+import datetime
+import functools
+import json
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jinja2
+import jinja2.ext
 import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from thinkrl.types import UserError
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+UNFINISHED = "\ufffd"  # decoding gives this for bytes that are not, or not yet, a character
+PARTIAL = 3  # at most 3 bytes of a UTF-8 character can be waiting for the rest of it
 
 
 class Tokenizer:
     """The tokenizer of a Hugging Face folder.
 
-    Nothing is ever added to what is encoded: beginning-of-sequence and turn markers come from the chat template, once.
+    Nothing is ever added to what is encoded: the beginning-of-sequence token and turn markers come from the chat template,
+    once. `eos_token`, `bos_token` and the like are those of tokenizer_config.json.
     """
 
     def __init__(self, path: str | Path):
@@ -26,20 +59,236 @@ class Tokenizer:
             raise UserError(f"{file}: file not found; the fast tokenizer's tokenizer.json is needed")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the Rust side raises bare Exception
+        except Exception as error:  # the Rust side raises nothing narrower
             raise UserError(f"{file}: not a readable tokenizer ({error})") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._config = _read_json(self.path / "tokenizer_config.json")
+        named = _read_json(self.path / "special_tokens_map.json") | self._config
+        self.special: dict[str, str] = {}
+        for name in SPECIAL_NAMES:
+            token = named.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None:
+                self.special[name] = token
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the highest id that stands for text; a model's own vocabulary is often padded above it."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
-    def vocab_size(self) -> int:
-        """Number of ids that stand for text; a model's own vocabulary is often padded above it."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+    def eos_id(self) -> int:
+        """The id that ends a text in training data. Raises UserError if the folder names none."""
+        eos = self._tokenizer.token_to_id(self.special.get("eos_token", ""))
+        if eos is None:
+            raise UserError(f"{self.path / 'tokenizer_config.json'}: eos_token is missing or not in the vocabulary")
+        return eos
+
+    @functools.cached_property
+    def stop_ids(self) -> list[int]:
+        """All ids that end a completion: generation_config.json's, config.json's and the tokenizer's own."""
+        ids = set()
+        for file in ("generation_config.json", "config.json"):
+            listed = _read_json(self.path / file).get("eos_token_id")
+            ids.update(listed if isinstance(listed, list) else [listed])
+        ids.add(self._tokenizer.token_to_id(self.special.get("eos_token", "")))
+        return sorted(ids - {None})
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with nothing added; a special token spelled out in the text becomes its one id."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, special tokens included. Bytes that are not yet a character come out as U+FFFD."""
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens included. Bytes that are not a character come out as U+FFFD."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    @functools.cached_property
+    def _anchor(self) -> tuple[list[int], int]:
+        """An id to stand before others, and the length of its text: some decoders drop a text's leading space."""
+        words = ((i, self.decode([i])) for i in range(self.vocab_size))
+        return next((([i], len(text)) for i, text in words if text.isalnum()), ([], 0))
+
+    def continuation(self, ids: Sequence[int]) -> str:
+        """Text of `ids` as it reads when something stands before them, as a prompt does before a completion."""
+        anchor, length = self._anchor
+        return self.decode([*anchor, *ids])[length:]
+
+    @functools.cached_property
+    def pieces(self) -> list[str]:
+        """`continuation([i])` of every id i."""
+        anchor, length = self._anchor
+        texts = self._tokenizer.decode_batch([[*anchor, i] for i in range(self.vocab_size)], skip_special_tokens=False)
+        return [text[length:] for text in texts]
+
+    @functools.cached_property
+    def _template(self) -> jinja2.Template | None:
+        file = self.path / "chat_template.jinja"
+        if file.exists():
+            source = file.read_text(encoding="utf-8")
+        else:
+            file, source = self.path / "tokenizer_config.json", self._config.get("chat_template")
+        if isinstance(source, list):
+            source = {entry["name"]: entry["template"] for entry in source}
+            if "default" not in source:
+                raise UserError(f"{file}: none of the chat templates {sorted(source)} is named default")
+            source = source["default"]
+        if source is None:
+            return None
+        try:
+            return _environment().from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{file}: the chat template is not valid Jinja ({error})") from None
+
+    def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """The conversation as the text the model was trained to continue.
+
+        messages: {"role": "system" | "user" | "assistant", "content": str}, ...
+        A checkpoint without a chat template, a base model, gets the contents joined by empty lines, after the
+        beginning-of-sequence token if its tokenizer is one that puts it first.
+        """
+        if not messages:
+            raise UserError("a conversation needs at least one message")
+        if self._template is None:
+            return self._first_token() + "\n\n".join(message["content"] for message in messages)
+        messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special,
+            )
+        except Exception as error:  # a template is a program of the checkpoint's, and may fail in any way
+            raise UserError(f"{self.path}: the chat template refuses this conversation ({error})") from None
+
+    def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of `render_chat`. The template has already written the beginning-of-sequence token, if there is one."""
+        return self.encode(self.render_chat(messages, add_generation_prompt))
+
+    def _first_token(self) -> str:
+        bos = self.special.get("bos_token", "")
+        return bos if bos and bos in self._tokenizer.encode("", add_special_tokens=True).tokens else ""
+
+    def save(self, path: str | Path) -> None:
+        """Copy every file of the tokenizer into the folder `path`, generation_config.json with its stop ids included."""
+        for name in FILES:
+            if (self.path / name).exists():
+                shutil.copyfile(self.path / name, Path(path) / name)
+
+
+class StopStrings:
+    """Where a completion ends, for a set of stop strings.
+
+    The completion's own text counts, not the prompt's. The token whose text completes a stop string belongs to the
+    completion whole, with whatever follows the stop string inside it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        if "" in stops:
+            raise UserError("an empty stop string would end every completion before it starts")
+        self.tokenizer, self.stops = tokenizer, tuple(stops)
+        self.window = max((len(stop.encode()) for stop in stops), default=0) + PARTIAL
+        self.endings = frozenset(self._possible_endings(tokenizer.pieces))
+
+    def _possible_endings(self, pieces: Sequence[str]) -> Iterator[int]:
+        rests = tuple(stop[n:] for stop in self.stops for n in range(1, len(stop)))
+        wide = not all(stop[-1].isascii() for stop in self.stops)  # the last character may itself come in parts
+        for i, piece in enumerate(pieces):
+            whole = piece.lstrip(UNFINISHED)  # what follows the end of a character that began in an earlier token
+            if whole.startswith(rests) or any(stop in piece for stop in self.stops) or (wide and whole != piece):
+                yield i
+
+    def find(self, tokens: Sequence[int], start: int = 0) -> int | None:
+        """Index of the first of tokens[start:] that completes a stop string; tokens is the completion from its start."""
+        for i in range(start, len(tokens)):
+            if tokens[i] in self.endings and self._ends_at(tokens, i):
+                return i
+        return None
+
+    def _ends_at(self, tokens: Sequence[int], i: int) -> bool:
+        window = tokens[max(0, i + 1 - self.window) : i + 1]
+        before = len(self.tokenizer.continuation(window[:-1]).rstrip(UNFINISHED))
+        text = self.tokenizer.continuation(window)
+        return any(stop in text[max(0, before - len(stop) + 1) :] for stop in self.stops)
+
+
+class IncrementalText:
+    """The text of a sequence, token by token: the pushed parts, joined, are the text of all ids pushed so far.
+
+    A part is held back only while its last bytes are not yet a character. A push decodes one token, or the few since the
+    text last ended in a whole character. (Where bytes are not valid UTF-8, the number of U+FFFD may differ from decode's.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self._pending: list[int] = []  # ids since the text last ended in a complete character
+        self._given = 0  # characters of their text that were returned
+
+    def push(self, token: int) -> str:
+        """The characters that `token` completes, possibly none."""
+        self._pending.append(token)
+        text = self.tokenizer.continuation(self._pending)
+        # What may still become a character is at the end, and at most PARTIAL bytes of it.
+        certain = max(self._given, len(text.rstrip(UNFINISHED)), len(text) - PARTIAL)
+        new = text[self._given : certain]
+        open_end = len(text) - certain
+        if open_end == 0:
+            self._pending = []
+        elif len(self._pending) > 2 * PARTIAL:  # bytes that never become a character: their cost must not add up
+            self._pending = self._pending[-PARTIAL:]
+            text = self.tokenizer.continuation(self._pending)
+        self._given = len(text) - open_end if self._pending else 0
+        return new
+
+    def flush(self) -> str:
+        """What is left at the end of the sequence: U+FFFD for bytes that never became a character."""
+        left = self.tokenizer.continuation(self._pending)[self._given :]
+        self._pending, self._given = [], 0
+        return left
+
+
+def _read_json(file: Path) -> dict:
+    """A JSON object, empty if there is no such file."""
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: a JSON object is expected, not a {type(content).__name__}")
+    return content
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}: marks the assistant's words for other trainers; here it is only a scope."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What templates on the hub are written against: block trimming, loop controls, and three functions."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        # Jinja's own would escape <, > and & for HTML.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(format: str) -> str:
+        return datetime.datetime.now().strftime(format)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    return environment
