@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from thinkrl import UserError
@@ -183,6 +186,21 @@ def parse(argv: list[str]) -> Config:
     return resolve(preset, read_options(argv, Config))
 
 
+def excuse(program: str, mistake: Exception, status: int = 2) -> None:
+    """One sentence from rank 0, no traceback, and the exit status: 2 for a user's mistake."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{program}: {mistake}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def command_line(program: str, parse: Callable[[list[str]], object] = parse):
+    """What the program was started with. Entry points call it before they import torch, so that help comes at once."""
+    try:
+        return parse(sys.argv[1:])
+    except UserError as mistake:
+        excuse(program, mistake)
+
+
 def resolve(preset: str, given: dict) -> Config:
     """Stack defaults, preset, embedded values, profile and what the user gave; check what can be checked without data."""
     values = dict(PRESET_VALUES[preset])
@@ -235,6 +253,9 @@ def _check(config: Config) -> None:
            "--gain prm needs --prm PATH, a step reward model made by train.py prm")
     refuse(not 0 < config.keep <= 1, f"--keep {config.keep} is outside (0, 1]")
     refuse(config.preset == "sft" and not config.data, "train.py sft needs --data FILE.jsonl or an alpaca JSON list")
+    unknown = sorted(set(config.rounds) - {"L", "S"})
+    refuse(not config.rounds or bool(unknown), f"--rounds {config.rounds}: "
+           f"{'unknown letter ' + ', '.join(unknown) if unknown else 'empty'}; L trains the long role, S the short one")
     name = config.episodes
     refuse(name not in ("tags", "paragraphs") and not (name.startswith("fixed:") and name[6:].isdigit() and int(name[6:])),
            f"--episodes {name}: choose tags, paragraphs or fixed:N with N at least 1")

@@ -1,0 +1,51 @@
+# Every target works from a fresh clone: the environment is made on the way.
+PYTHON ?= python3
+BIN    := .venv/bin
+RANKS  ?= 2
+RUN    := $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS)
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-gpu lint bench bench-gpu tiny compare longshort lines clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+.venv/done: setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch .venv/done
+
+train: .venv/done ## train the embedded model by RL on two CPU cores; ARGS="l2t --steps 50" passes options on
+	$(RUN) train.py $(ARGS)
+
+test: .venv/done lint ## the whole suite, CPU only, no network
+	$(BIN)/python -m pytest -q tests
+	THINKRL_AOT=1 $(BIN)/python -m pytest -q tests/kernels/test_aot.py
+
+lint: .venv/done ## ruff
+	$(BIN)/ruff check .
+
+test-gpu: ## the suite on a CUDA machine with torch, triton and pytest already installed
+	$(PYTHON) -m pytest -q tests
+
+bench: .venv/done ## kernels and sampler against their baselines, side by side, on this machine
+	$(BIN)/python -m kernels.fisher
+	$(BIN)/python -m kernels.logprob
+	$(BIN)/python -m kernels.attention
+	$(BIN)/python -m kernels.sample
+	$(BIN)/python -m thinkrl.sampler
+
+bench-gpu: ## the same on a CUDA machine with torch and triton already installed
+	for op in fisher logprob attention sample; do $(PYTHON) -m kernels.$$op; done
+
+tiny: .venv/done ## rebuild the embedded model from its problem generator
+	$(BIN)/python -m thinkrl.assets.tiny.make
+
+lines: ## file sizes
+	@wc -l *.py thinkrl/*.py kernels/*.py | sort -n
+
+clean: ## remove the environment; runs/ stays
+	rm -rf .venv *.egg-info

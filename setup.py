@@ -1,0 +1,31 @@
+"""Packaging. `pip install -e '.[dev]'` for working on it; see the Makefile."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+EXTRAS = {
+    "parquet": ["pyarrow"],
+    "math": ["math-verify"],
+    "hub": ["huggingface_hub"],
+    "wandb": ["wandb"],
+    "tensorboard": ["tensorboard"],
+    "report": ["matplotlib"],
+    "flash": ["flash-attn"],
+}
+
+setup(
+    name="thinkrl",
+    version="0.1.0",
+    description="Reinforcement learning of efficient reasoning, from scratch, in PyTorch and Triton",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=["thinkrl", "kernels"],
+    py_modules=["train", "sample", "chunk"],
+    package_data={"thinkrl": ["assets/tiny/*"]},
+    # numpy: Triton 3.6's interpreter fails with numpy 2.4 (triton issue 9171)
+    install_requires=["torch>=2.11", "triton>=3.6", "safetensors", "tokenizers", "numpy", "tqdm", "jinja2"],
+    extras_require=EXTRAS
+    | {"dev": ["pytest", "ruff", "hypothesis", "transformers", *EXTRAS["parquet"], *EXTRAS["math"], *EXTRAS["report"]]},
+)

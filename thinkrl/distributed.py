@@ -1,0 +1,121 @@
+"""The process group, sharding from outside the model, and sums over ranks.
+
+torchrun is the only launcher and the group always exists, so nothing in this repository asks whether it does. Started as
+plain `python train.py`, the program is a group of one. Threads per rank = cores / ranks: oversubscription costs more than
+any other setting on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from thinkrl import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """This rank's contiguous block of `count` things. Earlier ranks take one more when it does not divide."""
+        quotient, rest = divmod(count, self.size)
+        start = self.rank * quotient + min(self.rank, rest)
+        return range(start, start + quotient + (self.rank < rest))
+
+
+def start(device: str = "auto") -> World:
+    """Join the process group that torchrun describes in the environment: NCCL on CUDA, gloo on CPU."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if cuda and local_size > torch.cuda.device_count():
+        raise UserError(f"{local_size} ranks on this machine but {torch.cuda.device_count()} CUDA devices: "
+                        "lower --nproc_per_node, or use --device cpu")
+    chosen = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(chosen)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        place = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        # Rollouts differ in length between ranks, so a peer may wait a long time before the next collective.
+        dist.init_process_group(backend, timeout=timedelta(hours=2), **place)
+    return World(rank, size, chosen)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, world: World, dtype: torch.dtype, replicate: int = 1, activation_checkpointing: bool = False) -> nn.Module:
+    """FSDP2 applied from outside: each block is a unit; embedding, final norm and head are the root unit.
+
+    The root is not resharded after its forward, so `model.head_weight` is whole when the loss needs it.
+    Parameters and optimizer state stay fp32; `dtype` is what blocks compute in. `replicate` > 1 is HSDP.
+    """
+    if world.size % replicate:
+        raise UserError(f"--replicate {replicate} does not divide the {world.size} ranks")
+    mesh = (init_device_mesh(world.device.type, (world.size,)) if replicate == 1 else
+            init_device_mesh(world.device.type, (replicate, world.size // replicate), mesh_dim_names=("replicate", "shard")))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
+    if activation_checkpointing:
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = checkpoint_wrapper(block)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return model
+
+
+def global_sum(value: Tensor | float) -> Tensor:
+    """Sum over all ranks, in fp64. Every rank must call it."""
+    total = torch.as_tensor(value, dtype=torch.float64).detach().clone().cpu()
+    dist.all_reduce(total)
+    return total
+
+
+def global_max(value: float) -> float:
+    highest = torch.tensor(float(value), dtype=torch.float64)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return float(highest)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's object, in rank order, on every rank."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's object on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def agree(error: str) -> None:
+    """Raise on every rank if any rank brings a sentence: one rank's mistake stops all of them together."""
+    sentences = [s for s in gather(error) if s]
+    if sentences:
+        raise UserError(sentences[0])

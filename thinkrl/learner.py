@@ -1,0 +1,99 @@
+"""A policy with what its training needs, how it starts, how it is saved, and how it is found again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from thinkrl.checkpoint import latest_step, load_model, load_step, save_hf, save_step
+from thinkrl.config import Config
+from thinkrl.distributed import World, shard
+from thinkrl.model import Transformer
+from thinkrl.sampler import Sampler
+from thinkrl.tokenizer import Tokenizer
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+
+
+@dataclass
+class Learner:
+    policy: Transformer  # sharded; fp32 master weights
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler | None  # this rank's whole copy of the weights, in the compute dtype; None where nothing is sampled
+    reference: Transformer | None = None  # frozen start policy, sharded; None without a KL term
+
+    def refer_to_itself(self) -> None:
+        """The reference becomes the policy of now: Long⊗Short does this at the start of a round."""
+        if self.reference is not None:
+            with torch.no_grad():
+                for kept, moving in zip(self.reference.parameters(), self.policy.parameters()):
+                    kept.copy_(moving)
+
+
+def model_path(model: str) -> Path:
+    return TINY if model == "tiny" else Path(model)
+
+
+def compute_dtype(config: Config, world: World) -> torch.dtype:
+    """bf16 on CUDA, fp32 on CPU, unless the user says otherwise."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def new_learner(path: Path, config: Config, world: World, tokenizer: Tokenizer, samples: bool = True) -> Learner:
+    dtype = compute_dtype(config, world)
+
+    def sharded() -> Transformer:
+        return shard(load_model(path, device=world.device), world, dtype, config.replicate, config.activation_checkpointing)
+
+    policy = sharded()
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in policy.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
+         {"params": [p for p in policy.parameters() if p.ndim == 1], "weight_decay": 0.0}],
+        lr=config.lr, betas=(config.beta1, config.beta2),
+    )
+    pages = {"num_pages": config.kv_pages} if config.kv_pages else {}
+    sampler = Sampler(load_model(path, dtype, world.device), tokenizer, **pages) if samples else None
+    return Learner(policy, optimizer, sampler, sharded().requires_grad_(False) if config.kl_coef else None)
+
+
+def learning_rate(step: int, steps: int, config: Config) -> float:
+    """Linear warm-up over a share of `steps`, then constant or a cosine to 0. Steps count from 0; the first one moves."""
+    warmup = max(1, round(config.warmup * steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def save(folder: Path, step: int, learners: dict[str, Learner], state: dict, tokenizer: Tokenizer, config: Config) -> None:
+    """checkpoints/step_N with everything a resume needs, and a Hugging Face folder per learner. Collective."""
+    save_step(folder, step, _modules(learners), _optimizers(learners), state, keep=config.keep_checkpoints)
+    for name, learner in learners.items():
+        save_hf(learner.policy, tokenizer, folder / "checkpoints" / f"step_{step}" / ("hf" if len(learners) == 1 else f"hf_{name}"))
+
+
+def restore(folder: Path, learners: dict[str, Learner]) -> tuple[int, dict]:
+    """Load the latest checkpoint into the learners, samplers included; (0, {}) if there is none. Collective."""
+    step = latest_step(folder)
+    if step is None:
+        return 0, {}
+    state = load_step(folder / "checkpoints" / f"step_{step}", _modules(learners), _optimizers(learners))
+    for learner in learners.values():
+        if learner.sampler is not None:
+            learner.sampler.load_weights(learner.policy)
+    return step, state
+
+
+def _modules(learners: dict[str, Learner]) -> dict[str, torch.nn.Module]:
+    references = {f"{name}_reference": x.reference for name, x in learners.items() if x.reference is not None}
+    return {name: x.policy for name, x in learners.items()} | references
+
+
+def _optimizers(learners: dict[str, Learner]) -> dict[str, torch.optim.Optimizer]:
+    return {name: x.optimizer for name, x in learners.items()}

@@ -1,0 +1,167 @@
+"""Every logged number, defined once, and where it goes: metrics.jsonl, the tqdm bar, optional wandb / TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from thinkrl import UserError
+from thinkrl.distributed import global_sum
+
+# Keys of metrics.jsonl, one line per optimizer step. Means are over the whole step and all ranks.
+DEFINITIONS = {
+    "step": "optimizer steps taken, this one included",
+    "reward": "mean over trajectories of the raw reward (outcome plus what the preset adds per trajectory)",
+    "accuracy": "share of trajectories whose graded answer is the gold one",
+    "tokens": "mean sampled tokens per trajectory, stop token included, all turns",
+    "truncated": "share of trajectories that ran into --max_tokens",
+    "zero_groups": "share of groups whose rewards are all equal: they teach nothing under group normalisation",
+    "loss": "the step's loss: sum over all micro-batches and ranks divided by the step's own count",
+    "grad_norm": "global L2 norm of the gradient before clipping",
+    "lr": "learning rate of this step",
+    "entropy": "mean entropy in nats of the policy's next-token distribution at sampled tokens, at the sampling temperature",
+    "kl": "k3 estimate of KL(policy || reference) per token; 0 when no reference is held",
+    "clip_fraction": "share of tokens whose ratio was cut by the clip and whose gradient is therefore 0",
+    "mismatch": "mean |log-prob by the trainer - log-prob by the sampler| per sampled token",
+    "advantage_max": "largest |advantage| of the step",
+    "seconds": "wall-clock of the step, rollout to weight sync",
+    "tokens_per_second": "sampled tokens of all ranks / seconds",
+    "rollout_seconds": "share of it spent sampling and, under l2t, probing",
+    "probe_tokens": "l2t: token-forwards spent on probes per step",
+    "episodes": "l2t: mean episodes K per completion",
+    "malformed": "l2t: share of completions whose episode tags are malformed",
+    "fitting_gain": "l2t: mean over completions of J_K - J_0",
+    "compression": "l2t: mean over completions of the raw total compression, before normalisation",
+    "penalty": "l2t: mean over completions of the normalised total compression (what beta multiplies)",
+    "process_reward": "l2t: mean over completions of the summed process reward",
+    "penalty_length_correlation": "l2t: correlation over episodes of normalised compression and length in tokens",
+    "penalty_seconds": "l2t: time spent on the compression penalty",
+    "round": "longshort: the round, counted from 1",
+    "turns": "longshort: mean turns per conversation",
+    "format": "longshort: share of trajectories whose own turns are all well formed",
+}
+
+
+class Tally:
+    """(sum, count) pairs of one step, reduced over ranks once, as one vector. Keys must agree between ranks."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, list[float]] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        pair = self.pairs.setdefault(name, [0.0, 0.0])
+        pair[0] += float(total)
+        pair[1] += float(count)
+
+    def add_all(self, pairs: dict[str, tuple]) -> None:
+        for name, (total, count) in pairs.items():
+            self.add(name, total, count)
+
+    def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(sums, means) over all ranks; collective. The mean of what nobody counted is 0."""
+        names = sorted(self.pairs)
+        totals = global_sum(torch.tensor([self.pairs[n] for n in names], dtype=torch.float64).reshape(-1, 2)).tolist()
+        sums = {name: total for name, (total, _) in zip(names, totals)}
+        return sums, {name: total / count if count else 0.0 for name, (total, count) in zip(names, totals)}
+
+
+class Log:
+    """Rank 0 writes; the other ranks hold a Log that does nothing."""
+
+    def __init__(self, folder: Path, main: bool, first_step: int, steps: int, wandb: bool = False, tensorboard: bool = False,
+                 settings: dict | None = None):
+        self.main, self.folder = main, folder
+        if not main:
+            return
+        self._forget_after(first_step)
+        self.bar = tqdm(total=steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True, smoothing=0.05)
+        self.sinks = []
+        if wandb:
+            self.sinks.append(_wandb(folder, settings))
+        if tensorboard:
+            self.sinks.append(_tensorboard(folder))
+
+    def _forget_after(self, step: int) -> None:
+        """A resumed run repeats the steps after its checkpoint: their old lines go, so that each step stands once."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.folder / name
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text("".join(line + "\n" for line in kept))
+                temporary.replace(path)
+
+    def step(self, row: dict[str, float]) -> None:
+        if not self.main:
+            return
+        undefined = set(row) - set(DEFINITIONS)
+        assert not undefined, f"logged without a definition: {undefined}"
+        _append(self.folder / "metrics.jsonl", {k: _short(v) for k, v in row.items()})
+        shown = {k: row[k] for k in ("reward", "accuracy", "tokens", "tokens_per_second", "loss") if k in row}
+        self.bar.set_postfix({"tok/s" if k == "tokens_per_second" else k: f"{v:.3g}" for k, v in shown.items()})
+        self.bar.update()
+        for sink in self.sinks:
+            sink(row)
+
+    def samples(self, step: int, rows: list[dict]) -> None:
+        for row in rows if self.main else []:
+            _append(self.folder / "samples.jsonl", {"step": step, **row})
+
+    def close(self) -> None:
+        if self.main:
+            self.bar.close()
+
+
+def _step_of(line: str) -> float:
+    """A line torn by a crash counts as later than everything."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def _short(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def _append(path: Path, row: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _wandb(folder: Path, settings: dict | None):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the wandb package: pip install 'thinkrl[wandb]'") from None
+    run = wandb.init(project="thinkrl", name=folder.name, config=settings, dir=folder)
+    return lambda row: run.log(row, step=int(row["step"]))
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the tensorboard package: pip install 'thinkrl[tensorboard]'") from None
+    writer = SummaryWriter(folder)
+
+    def write(row: dict) -> None:
+        for key, value in row.items():
+            writer.add_scalar(key, value, int(row["step"]))
+        writer.flush()
+
+    return write
+
+
+class Stopwatch:
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start

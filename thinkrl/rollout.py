@@ -1,0 +1,57 @@
+"""The act of a rollout: problems in, graded trajectories out. Training, evaluation and sample.py all come through here.
+
+Each attempt's randomness has an address: (seed, *address, problem, sample). The same attempt comes out at any world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from thinkrl import UserError
+from thinkrl.grading import extract, grade
+from thinkrl.problems import messages
+from thinkrl.sampler import Sampler
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import Problem, Trajectory, Turn
+
+TRAINING, EVALUATION = 0, 1  # first part of an address: the two never draw the same numbers
+
+
+def prompt_ids(problem: Problem, tokenizer: Tokenizer, system: str = "", suffix: str = "") -> list[int]:
+    return tokenizer.encode_chat(messages(problem, system, suffix))
+
+
+def rollout(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    *,
+    group_size: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    address: tuple[int, ...],
+    system: str = "",
+    suffix: str = "",
+    on_finish: Callable | None = None,
+    return_hidden: bool = False,
+) -> list[Trajectory]:
+    """`group_size` attempts at each problem, groups contiguous, each graded: `outcome_reward` and `reward` are 0 or 1."""
+    prompts = [prompt_ids(problem, tokenizer, system, suffix) for problem in problems]
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    context = sampler.model.config.max_positions
+    if longest + max_tokens > context:
+        raise UserError(f"a prompt of {longest} tokens and --max_tokens {max_tokens} exceed the model's context of {context}: "
+                        "lower --max_tokens, or leave out long problems")
+    keys = [(*address, problem.id, sample) for problem in problems for sample in range(group_size)]
+    groups = sampler.generate(prompts, n=group_size, max_tokens=max_tokens, temperature=temperature,
+                              stop_ids=tokenizer.stop_ids, seed=seed, keys=keys, on_finish=on_finish,
+                              return_hidden=return_hidden)
+    trajectories = []
+    for problem, prompt, group in zip(problems, prompts, groups):
+        for sample, written in enumerate(group):
+            turn = Turn("policy", prompt, written.tokens, written.logprobs, written.finish_reason, written.hidden)
+            text = tokenizer.decode(written.tokens)
+            outcome = float(grade(text, problem.answer, problem.source))
+            trajectories.append(Trajectory(problem, sample, [turn], text, extract(text, problem.source), outcome, outcome))
+    return trajectories

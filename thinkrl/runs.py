@@ -1,0 +1,107 @@
+"""The run folder: runs/<name>/ with config.json, metrics.jsonl, samples.jsonl, summary.json, report.html, checkpoints/, latest.
+
+A name is used once. `--resume auto` continues the unfinished run of the same configuration, from its `latest` checkpoint,
+and refuses anything else; `--resume PATH` names the folder. Files are written under a temporary name, then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from thinkrl import UserError
+from thinkrl.config import Config, as_dict
+from thinkrl.distributed import World, agree, from_main
+
+FREE_TO_CHANGE = {"resume", "name", "runs_dir", "device", "wandb", "tensorboard", "keep_checkpoints"}
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    resumed: bool
+
+    @property
+    def summary(self) -> dict:
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def update_summary(self, **values) -> None:
+        """Rank 0 only."""
+        write_json(self.folder / "summary.json", self.summary | values)
+
+
+def open_run(config: Config, world: World) -> Run:
+    """Make the folder or find the one to continue. Raises UserError on every rank alike."""
+    folder, resumed, error = None, False, ""
+    if world.main:
+        try:
+            folder, resumed = _choose(config)
+            if not resumed:
+                _create(folder, config)
+        except UserError as mistake:
+            error = str(mistake)
+    agree(error)
+    folder, resumed = from_main((folder, resumed))
+    return Run(folder, resumed)
+
+
+def write_json(path: Path, value) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _choose(config: Config) -> tuple[Path, bool]:
+    root = Path(config.runs_dir)
+    if config.resume not in ("auto", "never"):
+        return _unfinished(Path(config.resume), config), True
+    if config.name:
+        folder = root / config.name
+        if not folder.exists():
+            return folder, False
+        if config.resume == "never":
+            raise UserError(f"the run {folder} exists: continue it with --resume auto, or choose another --name")
+        return _unfinished(folder, config), True
+    if config.resume == "auto":
+        saved = [path for path in root.glob("*/config.json") if _differing(path.parent, config) == [] and not _finished(path.parent)]
+        if saved:
+            return max(saved, key=lambda path: path.stat().st_mtime).parent, True
+    stem = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = [stem] + [f"{stem}-{i}" for i in range(2, 1000)]
+    return next(root / name for name in names if not (root / name).exists()), False
+
+
+def _unfinished(folder: Path, config: Config) -> Path:
+    if not (folder / "config.json").exists():
+        raise UserError(f"--resume: {folder} is not a run folder, it has no config.json")
+    differing = _differing(folder, config)
+    if differing:
+        raise UserError(f"--resume: {folder} was started with other options: {'; '.join(differing)}; give the same options, "
+                        "or start a new run with another --name")
+    if _finished(folder):
+        raise UserError(f"--resume: {folder} is finished; choose another --name for a new run")
+    return folder
+
+
+def _finished(folder: Path) -> bool:
+    path = folder / "summary.json"
+    return path.exists() and "after" in json.loads(path.read_text())
+
+
+def _differing(folder: Path, config: Config) -> list[str]:
+    """'lr 0.1, now 0.2' for each option that decides the result and is not as saved."""
+    saved, now = json.loads((folder / "config.json").read_text()), as_dict(config)
+    return [f"{key} {saved.get(key)!r}, now {now[key]!r}" for key in now
+            if key not in FREE_TO_CHANGE and saved.get(key) != now[key]]
+
+
+def _create(folder: Path, config: Config) -> None:
+    try:
+        folder.mkdir(parents=True)
+        write_json(folder / "config.json", as_dict(config))
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {folder} ({error.strerror}): choose another --runs_dir") from None

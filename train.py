@@ -1,0 +1,290 @@
+"""Train a policy to reason efficiently:  torchrun --nproc_per_node=8 train.py [PRESET] [--key value …]
+
+One step of reinforcement learning, whatever the preset (`train`, below):
+
+    problems -> rollout -> reward -> advantage -> pack -> loss -> optimizer step -> sync the sampler
+
+A preset decides who writes the trajectory and how the advantage is filled. Below `pack` nothing knows which one is running.
+"""
+
+from thinkrl.config import command_line
+
+if __name__ == "__main__":  # before torch is imported: --help and misspelt options answer at once
+    CONFIG = command_line("train.py")
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels.logprob import linear_logprob
+from thinkrl import UserError, require_own_kernels
+from thinkrl.config import Config, as_dict, excuse
+from thinkrl.distributed import World, gather, global_max, global_sum, start, stop
+from thinkrl.evaluate import summarise, summary_table
+from thinkrl.grpo import group_advantages, importance_weight, loss_count, policy_loss
+from thinkrl.learner import Learner, learning_rate, model_path, new_learner, restore, save
+from thinkrl.metrics import DEFINITIONS, Log, Stopwatch, Tally
+from thinkrl.model import Transformer
+from thinkrl.problems import Stream, held_out_problems, load_problems
+from thinkrl.rollout import EVALUATION, TRAINING, rollout
+from thinkrl.runs import Run, open_run
+from thinkrl.sft import load_rows, nll_loss
+from thinkrl.sft import samples as sft_samples
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import Pack, Problem, Sample, Trajectory, empty_pack, pack
+
+
+class Diverged(RuntimeError):
+    """A loss or a gradient is not finite."""
+
+
+def train(config: Config, world: World) -> None:
+    """Reinforcement learning: grpo, l2t, longshort."""
+    stream = Stream(load_problems(config.data, config.source), config.seed)
+    preset = {"grpo": Grpo}[config.preset](config, world)
+    run = open_run(config, world)
+    first, state = restore(run.folder, preset.learners)
+    preset.load_state_dict(state)
+    evaluate(preset, run, "before", config, world, first)
+    log = Log(run.folder, world.main, first, config.steps, config.wandb, config.tensorboard, as_dict(config))
+
+    for step in range(first, config.steps):
+        clock, tally = Stopwatch(), Tally()
+        learner, lr = preset.learner(step), preset.learning_rate(step)
+        problems = stream.take(step, config.problems_per_step, world.rank, world.size)
+        trajectories = preset.rollout(problems, step, tally)  # graded; masks and log-probs are born here
+        tally.add("rollout_seconds", clock.seconds)
+        advantages = preset.advantages(trajectories, step, tally)  # per trajectory, one value per token of its own turns
+        samples = preset.samples(trajectories, advantages, step)
+        packs = level(pack(samples, config.micro_batch_tokens), world)
+        loss, grad_norm = update(learner, packs, lr, config, world, tally)
+        learner.sampler.load_weights(learner.policy)
+
+        count(tally, trajectories, config.group_size)
+        log.step(row(step, tally, clock, loss=loss, grad_norm=grad_norm, lr=lr))
+        shown = config.log_groups * config.group_size
+        log.samples(step + 1, [describe(t, a) for t, a in zip(trajectories[:shown], advantages)])
+        if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
+            save(run.folder, step + 1, preset.learners, preset.state_dict(), preset.tokenizer, config)
+        if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
+            evaluate(preset, run, f"step_{step + 1}", config, world, step + 1)
+
+    log.close()
+    evaluate(preset, run, "after", config, world, config.steps)
+    if world.main:
+        print(summary_table(run.summary), f"\nrun: {run.folder}")
+
+
+class Grpo:
+    """The baseline: one completion per attempt, its graded outcome is the reward, one advantage for all its tokens."""
+
+    def __init__(self, config: Config, world: World):
+        self.config = config
+        path = model_path(config.model)
+        self.tokenizer = Tokenizer(path)
+        self.learners = {"policy": new_learner(path, config, world, self.tokenizer)}
+
+    def learner(self, step: int) -> Learner:
+        return self.learners["policy"]
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.config.steps, self.config)
+
+    def attempt(self, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...]) -> list[Trajectory]:
+        c = self.config
+        return rollout(self.learners["policy"].sampler, self.tokenizer, problems, group_size=n, max_tokens=c.max_tokens,
+                       temperature=temperature, seed=c.seed, address=address, system=c.system, suffix=c.suffix)
+
+    def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Trajectory]:
+        trajectories = self.attempt(problems, self.config.group_size, self.config.temperature, (TRAINING, step))
+        for trajectory in trajectories:
+            trajectory.reward = trajectory.outcome_reward * (1 - self.config.length_penalty * trajectory.tokens)
+        return trajectories
+
+    def advantages(self, trajectories: list[Trajectory], step: int, tally: Tally) -> list[Tensor]:
+        reward = torch.tensor([t.reward for t in trajectories], dtype=torch.float64).view(-1, self.config.group_size)
+        advantage = group_advantages(reward, self.config.advantage_std).flatten()
+        return [value.float().expand(t.tokens) for value, t in zip(advantage, trajectories)]
+
+    def samples(self, trajectories: list[Trajectory], advantages: list[Tensor], step: int) -> list[Sample]:
+        return [
+            Sample(turn.prompt, turn.completion, advantage, torch.tensor(turn.logprobs), f"{t.problem.id}/{t.sample}")
+            for t, advantage in zip(trajectories, advantages) for turn in t.turns
+        ]
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+def level(packs: list[Pack], world: World) -> list[Pack]:
+    """As many packs on every rank: each forward of a sharded model is a collective."""
+    most = int(global_max(len(packs)))
+    return [p.to(world.device) for p in packs + [empty_pack()] * (most - len(packs))]
+
+
+def update(learner: Learner, packs: list[Pack], lr: float, config: Config, world: World, tally: Tally) -> tuple[float, float]:
+    """Train on one rollout: `updates_per_rollout` optimizer steps. Returns the last one's loss and gradient norm.
+
+    The denominator is counted over all packs and ranks before the first backward, so neither the micro-batch size nor
+    the number of ranks changes a gradient.
+    """
+    if config.aggregate == "constant":
+        denominator = float(config.problems_per_step * config.group_size * config.max_tokens)
+    else:
+        denominator = float(global_sum(sum(loss_count(p.mask, p.cu_seqlens, config.aggregate) for p in packs)))
+    with torch.no_grad():
+        for p in packs:
+            if learner.reference is not None:
+                p.ref_logprob, _ = token_logprobs(learner.reference, p, config.temperature)
+            if config.updates_per_rollout > 1:
+                p.old_logprob, _ = token_logprobs(learner.policy, p, config.temperature)
+
+    def objective(p: Pack) -> Tensor:
+        logprob, entropy = token_logprobs(learner.policy, p, config.temperature)
+        old_logprob = logprob.detach() if p.old_logprob is None else p.old_logprob
+        cap = config.importance_cap
+        loss, stats = policy_loss(
+            logprob, p.old_logprob, p.advantage, p.mask, p.cu_seqlens, ref_logprob=p.ref_logprob,
+            weight=importance_weight(old_logprob, p.sampler_logprob, cap) if cap else None,
+            clip_low=config.clip_low, clip_high=config.clip_high, kl_coef=config.kl_coef,
+            aggregate=config.aggregate, level=config.level, denominator=denominator,
+        )
+        tally.add_all(stats)
+        tally.add("entropy", entropy.sum(), p.mask.sum())
+        tally.add("mismatch", (old_logprob - p.sampler_logprob).abs().sum(), p.mask.sum())
+        return loss
+
+    for _ in range(config.updates_per_rollout):
+        loss, grad_norm = descend(learner, packs, objective, lr, config, world)
+    return loss, grad_norm
+
+
+def descend(learner: Learner, packs: list[Pack], objective: Callable[[Pack], Tensor], lr: float, config: Config,
+            world: World) -> tuple[float, float]:
+    """One optimizer step on the sum of `objective` over all packs and ranks. Returns that sum and the gradient norm."""
+    learner.optimizer.zero_grad()
+    losses = []
+    for p in packs:
+        loss = objective(p)
+        (loss * world.size).backward()  # FSDP averages over ranks, ours is a sum over them
+        losses.append(loss.detach())
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), config.max_grad_norm).full_tensor())
+    total = float(global_sum(sum(losses)))
+    if not math.isfinite(total + grad_norm):
+        suspects = gather([i for p, loss in zip(packs, losses) if not loss.isfinite() for i in p.ids])
+        raise Diverged(f"loss {total}, gradient norm {grad_norm}; samples (problem/sample) of the rows that are not finite: "
+                       f"{sum(suspects, []) or 'none, only the gradient'}; nothing was saved over the last checkpoint")
+    for parameters in learner.optimizer.param_groups:
+        parameters["lr"] = lr
+    learner.optimizer.step()
+    return total, grad_norm
+
+
+def token_logprobs(policy: Transformer, p: Pack, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-prob of each sampled token, and entropy of the distribution it came from: [T], 0 where the mask is 0.
+
+    Only states that predict a sampled token meet the LM head. A row with none keeps one, so that every rank's backward
+    reaches the parameters.
+    """
+    hidden = policy(p.tokens, p.cu_seqlens)
+    own = p.mask.nonzero().flatten()
+    own = own if len(own) else torch.tensor([1], device=p.mask.device)
+    logprob, entropy = linear_logprob(hidden[own - 1], policy.head_weight, p.tokens[own], temperature)
+    zeros = torch.zeros(len(p.tokens), device=logprob.device)
+    return zeros.index_copy(0, own, logprob), zeros.index_copy(0, own, entropy) * p.mask
+
+
+def evaluate(preset: Grpo, run: Run, when: str, config: Config, world: World, step: int) -> None:
+    """Held-out accuracy and tokens, sampled and greedy, into summary.json under `when`. Collective."""
+    problems = held_out_problems(config.eval_data, config.data, config.source)[: config.eval_problems]
+    if when in run.summary or not problems:
+        return
+    mine = [problems[i] for i in world.share(len(problems))]
+    sampled = preset.attempt(mine, config.eval_samples, config.temperature, (EVALUATION, step))
+    greedy = preset.attempt(mine, 1, 0.0, (EVALUATION, step))
+    results = {name: summarise(sum(gather(part), [])) for name, part in (("sampled", sampled), ("greedy", greedy))}
+    if world.main:
+        run.update_summary(**{when: results["sampled"] | {"greedy": results["greedy"]}})
+
+
+def count(tally: Tally, trajectories: list[Trajectory], group_size: int) -> None:
+    for t in trajectories:
+        tally.add("reward", t.reward)
+        tally.add("accuracy", t.outcome_reward)
+        tally.add("tokens", t.tokens)
+        tally.add("truncated", t.turns[-1].finish_reason == "length")
+    for i in range(0, len(trajectories), group_size):
+        tally.add("zero_groups", len({t.reward for t in trajectories[i : i + group_size]}) == 1)
+
+
+def row(step: int, tally: Tally, clock: Stopwatch, **own: float) -> dict[str, float]:
+    """One line of metrics.jsonl. Collective."""
+    sums, means = tally.reduce()
+    known = {name: value for name, value in means.items() if name in DEFINITIONS}
+    seconds = clock.seconds
+    return {"step": step + 1, "kl": 0.0, **known, **own, "seconds": seconds, "tokens_per_second": sums["tokens"] / seconds}
+
+
+def describe(t: Trajectory, advantage: Tensor) -> dict:
+    """One line of samples.jsonl: everything needed to see what a token was paid for."""
+    return {
+        "problem": t.problem.id, "sample": t.sample, "question": t.problem.question, "gold": t.problem.answer,
+        "level": t.problem.level, "answer": t.answer, "text": t.text, "outcome_reward": t.outcome_reward, "reward": t.reward,
+        "turns": [{"role": turn.role, "prompt": turn.prompt, "completion": turn.completion,
+                   "finish_reason": turn.finish_reason} for turn in t.turns],
+        "advantage": [round(a, 4) for a in advantage.tolist()], **t.extra,
+    }
+
+
+def supervised(config: Config, world: World) -> None:
+    """sft: next-token loss on the completion part of rows. The same packs, the same descent."""
+    path = model_path(config.model)
+    tokenizer = Tokenizer(path)
+    stream = Stream(sft_samples(load_rows(config.data), tokenizer), config.seed)
+    learners = {"policy": new_learner(path, config, world, tokenizer, samples=False)}
+    run = open_run(config, world)
+    first, _ = restore(run.folder, learners)
+    log = Log(run.folder, world.main, first, config.steps, config.wandb, config.tensorboard, as_dict(config))
+
+    for step in range(first, config.steps):
+        clock, tally, lr = Stopwatch(), Tally(), learning_rate(step, config.steps, config)
+        samples = stream.take(step, config.problems_per_step, world.rank, world.size)
+        packs = level(pack(samples, config.micro_batch_tokens), world)
+        denominator = float(global_sum(sum(p.mask.sum() for p in packs)))
+
+        def objective(p: Pack, denominator: float = denominator) -> Tensor:
+            logprob, _ = token_logprobs(learners["policy"].policy, p, temperature=1.0)
+            return nll_loss(logprob, p.mask, denominator)
+
+        loss, grad_norm = descend(learners["policy"], packs, objective, lr, config, world)
+        for sample in samples:
+            tally.add("tokens", len(sample.completion))
+        log.step(row(step, tally, clock, loss=loss, grad_norm=grad_norm, lr=lr))
+        if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
+            save(run.folder, step + 1, learners, {}, tokenizer, config)
+    log.close()
+    if world.main:
+        run.update_summary(after={"loss": loss})
+        print(f"loss {loss:.4f}\nmodel: {run.folder}/checkpoints/step_{config.steps}/hf\nrun: {run.folder}")
+
+
+def main(config: Config) -> None:
+    try:
+        require_own_kernels()
+        world = start(config.device)
+        {"sft": supervised}.get(config.preset, train)(config, world)
+    except UserError as mistake:
+        excuse("train.py", mistake)
+    except Diverged as reason:
+        excuse("train.py", reason, status=1)
+    finally:
+        stop()
+
+
+if __name__ == "__main__":
+    main(CONFIG)
