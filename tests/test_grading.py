@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from thinkrl import grading
 from thinkrl.grading import canonical, check_gold, equal, extract, grade, normalise, rational, rule_set
-from thinkrl.types import UserError
+from thinkrl import UserError
 
 
 @pytest.mark.parametrize(

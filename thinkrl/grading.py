@@ -47,7 +47,7 @@ import threading
 from collections.abc import Hashable
 from fractions import Fraction
 
-from thinkrl.types import UserError
+from thinkrl import UserError
 
 MAX_ANSWER = 500  # characters
 TIMEOUT = 3.0  # seconds that one symbolic comparison may take
