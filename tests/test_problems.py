@@ -86,7 +86,7 @@ GOOD = {"problem": "1+1?", "answer": "2"}
         ('{"problem": "1+1?"', "d.jsonl:2: not valid JSON"),
         ("[1]", "d.jsonl:2: a row must be an object with named fields, not list"),
         (VERL | {"reward_model": {"style": "rule"}}, "d.jsonl:2: field 'reward_model.ground_truth' is missing"),
-        (VERL | {"reward_model": "42"}, "d.jsonl:2: field 'reward_model' must hold ground_truth"),
+        (VERL | {"reward_model": "42"}, "d.jsonl:2: field 'reward_model.ground_truth' is missing"),
         (VERL | {"reward_model": {"ground_truth": "x"}}, "d.jsonl:2: field 'reward_model.ground_truth': 'x' is not a number"),
         (VERL | {"prompt": "What?"}, "d.jsonl:2: field 'prompt' must be a list of messages"),
         (VERL | {"prompt": [{"role": "user"}]}, "d.jsonl:2: field 'prompt' must be a list of messages"),

@@ -199,15 +199,16 @@ def _problem(index: int, row: dict, where: str, default: str) -> Problem:
 
 def _verl(row: dict, where: str) -> tuple[str, str, str]:
     """Question, gold and system message of a row in verl's layout."""
-    if not isinstance(row["reward_model"], dict):
-        raise UserError(f"{where}: field 'reward_model' must hold ground_truth")
+    gold = text_field(row["reward_model"], where, "ground_truth") if isinstance(row["reward_model"], dict) else ""
+    if not gold:
+        raise UserError(f"{where}: field 'reward_model.ground_truth' is missing or empty")
     chat = row.get("prompt")
     chat = chat if isinstance(chat, list) and all(isinstance(m, dict) for m in chat) else []
     roles = [m.get("role") for m in chat]
     if roles not in (["user"], ["system", "user"]) or not all(isinstance(m.get("content"), str) for m in chat):
         raise UserError(f"{where}: field 'prompt' must be a list of messages, [system,] user, each with role and content")
     system = chat[0]["content"] if len(chat) == 2 else ""
-    return chat[-1]["content"], text_field(row["reward_model"], where, "ground_truth"), system
+    return chat[-1]["content"], gold, system
 
 
 def _source_of_dataset(spec: str) -> str:
