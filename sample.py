@@ -38,3 +38,88 @@ def parse_options(argv: list[str]) -> Options:
                          *options_help(Options)]))
         raise SystemExit(0)
     return Options(**read_options(argv, Options))
+
+
+if __name__ == "__main__":  # before torch is imported
+    OPTIONS = command_line("sample.py", parse_options)
+
+import json
+
+from tqdm import tqdm
+
+from thinkrl import UserError, require_own_kernels
+from thinkrl.checkpoint import load_model
+from thinkrl.config import excuse
+from thinkrl.distributed import World, gather, start, stop
+from thinkrl.evaluate import maj_at_k, pass_at_k, summarise, summary_table
+from thinkrl.learner import compute_dtype, model_path
+from thinkrl.problems import held_out_problems
+from thinkrl.rollout import EVALUATION, prompt_ids, rollout
+from thinkrl.sampler import Sampler
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import Problem
+
+BATCH = 64  # problems per call, so that the bar moves
+
+
+def answer(options: Options, world: World) -> None:
+    """One prompt, n completions, printed as they came."""
+    tokenizer, sampler = load(options, world)
+    prompt = prompt_ids(Problem(0, options.prompt, ""), tokenizer, options.system, options.suffix)
+    [group] = sampler.generate([prompt], n=options.n, max_tokens=limit(options), temperature=options.temperature, seed=options.seed)
+    for completion in group if world.main else []:
+        print(f"{tokenizer.decode(completion.tokens)}\n[{len(completion.tokens)} tokens, {completion.finish_reason}]")
+
+
+def evaluate(options: Options, world: World) -> None:
+    """n attempts at every problem, shared over the ranks."""
+    tokenizer, sampler = load(options, world)
+    problems = held_out_problems(options.data, options.data, options.source)
+    problems = problems[: options.limit or len(problems)]
+    mine = [problems[i] for i in world.share(len(problems))]
+    trajectories = []
+    for i in tqdm(range(0, len(mine), BATCH), desc="evaluate", unit=f"×{BATCH} problems", disable=not world.main):
+        trajectories += rollout(sampler, tokenizer, mine[i : i + BATCH], group_size=options.n, max_tokens=limit(options),
+                                temperature=options.temperature, seed=options.seed, address=(EVALUATION, 0),
+                                system=options.system, suffix=options.suffix)
+    everything = sum(gather(trajectories), [])
+    if not world.main:
+        return
+    if options.out:
+        with open(options.out, "w") as file:
+            for t in everything:
+                file.write(json.dumps({"problem": t.problem.id, "question": t.problem.question, "gold": t.problem.answer,
+                                       "text": t.text, "answer": t.answer, "correct": t.correct, "tokens": t.tokens}) + "\n")
+    print(summary_table({"model": summarise(everything)}))
+    groups = [everything[i : i + options.n] for i in range(0, len(everything), options.n)]
+    for k in [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= options.n]:
+        passed = sum(pass_at_k(options.n, sum(t.correct for t in g), k) for g in groups) / len(groups)
+        voted = sum(maj_at_k([t.answer for t in g], g[0].problem.answer, k) for g in groups) / len(groups)
+        print(f"pass@{k} {passed:.3f}   maj@{k} {voted:.3f}")
+
+
+def load(options: Options, world: World) -> tuple[Tokenizer, Sampler]:
+    path = model_path(options.model)
+    tokenizer = Tokenizer(path)
+    return tokenizer, Sampler(load_model(path, compute_dtype(options, world), world.device), tokenizer)
+
+
+def limit(options: Options) -> int:
+    return options.max_tokens or (200 if options.model == "tiny" else 2048)
+
+
+def main(options: Options) -> None:
+    try:
+        require_own_kernels()
+        world = start(options.device)
+        if bool(options.prompt) == bool(options.data):
+            raise UserError("give either --prompt TEXT or --data FILE")
+        (answer if options.prompt else evaluate)(options, world)
+    except UserError as mistake:
+        excuse("sample.py", mistake)
+    finally:
+        stop()
+
+
+if __name__ == "__main__":
+    main(OPTIONS)

@@ -42,6 +42,7 @@ class Diverged(RuntimeError):
 
 def train(config: Config, world: World) -> None:
     """Reinforcement learning: grpo, l2t, longshort."""
+    require_a_problem_each(config, world)
     stream = Stream(load_problems(config.data, config.source), config.seed)
     preset = {"grpo": Grpo}[config.preset](config, world)
     run = open_run(config, world)
@@ -119,6 +120,12 @@ class Grpo:
 
     def load_state_dict(self, state: dict) -> None:
         pass
+
+
+def require_a_problem_each(config: Config, world: World) -> None:
+    if world.size > config.problems_per_step:
+        raise UserError(f"{world.size} ranks share {config.problems_per_step} problems per step, some would have none: raise "
+                        "--problems_per_step, or lower --nproc_per_node")
 
 
 def level(packs: list[Pack], world: World) -> list[Pack]:
@@ -243,6 +250,7 @@ def describe(t: Trajectory, advantage: Tensor) -> dict:
 
 def supervised(config: Config, world: World) -> None:
     """sft: next-token loss on the completion part of rows. The same packs, the same descent."""
+    require_a_problem_each(config, world)
     path = model_path(config.model)
     tokenizer = Tokenizer(path)
     stream = Stream(sft_samples(load_rows(config.data), tokenizer), config.seed)

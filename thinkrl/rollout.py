@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from thinkrl import UserError
 from thinkrl.grading import extract, grade
 from thinkrl.problems import messages
 from thinkrl.sampler import Sampler
@@ -38,11 +37,6 @@ def rollout(
 ) -> list[Trajectory]:
     """`group_size` attempts at each problem, groups contiguous, each graded: `outcome_reward` and `reward` are 0 or 1."""
     prompts = [prompt_ids(problem, tokenizer, system, suffix) for problem in problems]
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    context = sampler.model.config.max_positions
-    if longest + max_tokens > context:
-        raise UserError(f"a prompt of {longest} tokens and --max_tokens {max_tokens} exceed the model's context of {context}: "
-                        "lower --max_tokens, or leave out long problems")
     keys = [(*address, problem.id, sample) for problem in problems for sample in range(group_size)]
     groups = sampler.generate(prompts, n=group_size, max_tokens=max_tokens, temperature=temperature,
                               stop_ids=tokenizer.stop_ids, seed=seed, keys=keys, on_finish=on_finish,

@@ -1,0 +1,68 @@
+"""Gradients depend neither on the number of ranks nor on the micro-batch size: recorded trajectories, replayed on gloo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def torchrun(ranks: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments],
+                          cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Both world sizes, one launch each, all scenarios in it."""
+    folder, out = tmp_path_factory.mktemp("replay"), {}
+    for ranks in (1, 2):
+        done = torchrun(ranks, "tests/replay_ranks.py", str(folder / f"{ranks}.pt"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        out[ranks] = torch.load(folder / f"{ranks}.pt")
+    return out
+
+
+def same(a: dict, b: dict) -> None:
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-8)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    for name, weight in a["weights"].items():
+        torch.testing.assert_close(weight, b["weights"][name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ["uneven", "half_masked"])
+@pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
+def test_ranks_and_micro_batches_do_not_matter(results, name, aggregate):
+    base = results[1][name, aggregate, "token", 1000]
+    assert base["grad_norm"] > 0
+    for ranks in (1, 2):
+        for budget in (1, 24, 1000):
+            same(results[ranks][name, aggregate, "token", budget], base)
+
+
+def test_sequence_ratio_two_updates_and_importance_weights(results):
+    base = results[1]["uneven", "token", "sequence", 1000]
+    for ranks, budget in ((1, 1), (2, 1), (2, 1000)):
+        same(results[ranks]["uneven", "token", "sequence", budget], base)
+
+
+def test_the_scenarios_differ(results):
+    """The equalities above would hold trivially if options or data did not reach the loss."""
+    losses = {key: r["loss"] for key, r in results[1].items() if key[-1] == 1000}
+    assert len({round(x, 9) for x in losses.values()}) == len(losses)
+
+
+def test_micro_batches_really_differ(results):
+    packs = [results[1]["uneven", "token", "token", budget]["packs"] for budget in (1, 24, 1000)]
+    assert packs == sorted(packs, reverse=True) and packs[0] == 8 and packs[-1] == 1
+
+
+def test_means_are_global(results):
+    one, two = (results[r]["uneven", "token", "token", 1000]["means"] for r in (1, 2))
+    assert one.keys() == two.keys() >= {"entropy", "kl", "clip_fraction", "mismatch"}
+    for key, value in one.items():
+        assert two[key] == pytest.approx(value, rel=1e-5, abs=1e-8), key
