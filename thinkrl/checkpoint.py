@@ -2,20 +2,44 @@
 
 A parameter of ours is one Hugging Face tensor, or several stacked along their rows (`hf_layout` is the whole mapping), so
 reading is a copy into rows and writing is a split of rows. Reading streams: parameters are allocated once, every tensor is
-mapped from its file, checked and copied, and nothing is held twice.
+mapped from its file, checked and copied, and nothing is held twice. Writing gathers one parameter at a time and holds one
+file's worth of them.
+
+    runs/NAME/checkpoints/step_N/    dcp/: parameters and optimizer states, each rank its shards (torch.distributed.checkpoint,
+                                     so another number of ranks can read them); extra.pt: everything else, from rank 0
+    runs/NAME/latest                 "step_N"
+
+Whatever is written appears by a rename, whole or not at all; `latest` moves last.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from thinkrl import UserError
 from thinkrl.model import ModelConfig, Transformer
-from thinkrl.types import UserError
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors spells them; anything else is quantised
 
@@ -44,6 +68,14 @@ def hf_layout(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]
     if not config.tied:
         layout["head.weight"] = [("lm_head.weight", (config.vocab_size, D))]
     return layout
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The config.json of a Hugging Face folder."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; a model is a local Hugging Face folder (config.json + safetensors)")
+    return ModelConfig.from_hf(_read_json(path / "config.json"), where=str(path / "config.json"))
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Transformer:
@@ -78,12 +110,163 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     return model
 
 
-def read_config(path: str | Path) -> ModelConfig:
-    """The config.json of a Hugging Face folder."""
+def save_hf(
+    model: Transformer,
+    tokenizer: Any,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 4 << 30,
+) -> None:
+    """Write a Hugging Face folder that transformers loads with equal weights. Under FSDP every rank must call it.
+
+    tokenizer    what can `.save(folder)` its files; None leaves them out
+    dtype        of the written tensors; None: that of the parameters
+    shard_bytes  files above this size are split; rank 0 holds at most about one of them in memory
+    """
+    path, layout, state = Path(path), hf_layout(model.config), get_model_state_dict(model)
+    dtype = dtype or model.head_weight.dtype
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name in layout:
+        size = state[name].numel() * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    files = files if len(files) > 1 else ["model.safetensors"]
+
+    with _appearing(path) as folder:
+        weight_map, total = {}, 0
+        for file, names in zip(files, shards):
+            tensors = {}
+            for name in names:
+                full = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]
+                if folder:
+                    parts = full.to("cpu", dtype).split([shape[0] for _, shape in layout[name]])
+                    tensors |= {theirs: part.clone() for (theirs, _), part in zip(layout[name], parts)}
+            if folder:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(tensors, file)
+                total += sum(tensor.nbytes for tensor in tensors.values())
+        if folder:
+            name = str(dtype).removeprefix("torch.")
+            _write_json(folder / "config.json", model.config.to_hf() | {"dtype": name, "torch_dtype": name})
+            if len(files) > 1:
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                _write_json(folder / "model.safetensors.index.json", index)
+            if tokenizer is not None:
+                tokenizer.save(folder)
+
+
+def save_step(
+    run_dir: str | Path,
+    step: int,
+    modules: dict[str, nn.Module],
+    optimizers: dict[str, Optimizer],
+    extra: dict,
+    keep: int = 2,
+) -> None:
+    """Write checkpoints/step_N, point `latest` at it, and remove all but the newest `keep`. Every rank must call it.
+
+    extra  nested dicts and lists of tensors, numbers and strings: data cursor, random states, what a preset carries along;
+           rank 0's is the one that is saved, so it must not differ between ranks
+    """
+    run_dir = Path(run_dir)
+    checkpoints = run_dir / "checkpoints"
+    with _appearing(checkpoints / f"step_{step}") as folder:
+        if folder:
+            torch.save(extra, folder / "extra.pt")
+        dcp.save(_state(modules, optimizers), checkpoint_id=_temporary(checkpoints / f"step_{step}") / "dcp")
+    if _rank() == 0:
+        latest = run_dir / "latest"
+        _temporary(latest).write_text(f"step_{step}\n")
+        os.replace(_temporary(latest), latest)
+        saved = sorted(int(entry.name.removeprefix("step_")) for entry in checkpoints.glob("step_*[0-9]"))
+        for old in saved[:-keep]:
+            if old != step:
+                shutil.rmtree(checkpoints / f"step_{old}")
+    _barrier()
+
+
+def load_step(path: str | Path, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> dict:
+    """Restore modules and optimizers in place from a checkpoints/step_N folder, bit for bit; returns `extra`.
+
+    Every rank must call it; the number of ranks may differ from the one that saved.
+    Raises UserError where the folder is incomplete or holds something else than these modules and optimizers.
+    """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; a model is a local Hugging Face folder (config.json + safetensors)")
-    return ModelConfig.from_hf(_read_json(path / "config.json"), where=str(path / "config.json"))
+    for part in ("extra.pt", "dcp/.metadata"):
+        if not (path / part).exists():
+            raise UserError(f"{path / part}: file not found, so {path} is not a complete checkpoint")
+    state = _state(modules, optimizers)
+    try:
+        dcp.load(state, checkpoint_id=path / "dcp")
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        raise UserError(f"{path}: does not fit this model and optimizer, or is damaged (rank {rank}: {cause})") from None
+    for name, module in modules.items():
+        set_model_state_dict(module, state["modules"][name])
+    for name, optimizer in optimizers.items():
+        set_optimizer_state_dict(modules[name], optimizer, state["optimizers"][name])
+    return torch.load(path / "extra.pt", map_location="cpu", weights_only=True)
+
+
+def latest_step(run_dir: str | Path) -> int | None:
+    """The step of the newest complete checkpoint of a run, None before the first one."""
+    latest = Path(run_dir) / "latest"
+    if not latest.exists():
+        return None
+    name = latest.read_text().strip()
+    if not name.removeprefix("step_").isdigit() or not (Path(run_dir) / "checkpoints" / name).is_dir():
+        raise UserError(f"{latest}: it says {name!r}, but there is no such folder in {Path(run_dir) / 'checkpoints'}")
+    return int(name.removeprefix("step_"))
+
+
+def _state(modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> dict:
+    """Sharded, under parameter names that do not depend on how a module was wrapped. An optimizer has its module's name."""
+    return {
+        "modules": {name: get_model_state_dict(module) for name, module in modules.items()},
+        "optimizers": {name: get_optimizer_state_dict(modules[name], optimizer) for name, optimizer in optimizers.items()},
+    }
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[Path | None]:
+    """A folder to fill under a temporary name, renamed to `path` once all ranks are done; None on ranks other than 0."""
+    folder = _temporary(path)
+    if _rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    _barrier()
+    yield folder if _rank() == 0 else None
+    _barrier()
+    if _rank() == 0:
+        retired = path.with_name(path.name + ".old")
+        shutil.rmtree(retired, ignore_errors=True)
+        if path.exists():
+            path.rename(retired)
+        folder.rename(path)
+        shutil.rmtree(retired, ignore_errors=True)
+    _barrier()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_json(file: Path) -> dict:
@@ -123,7 +306,7 @@ def _open(file: Path):
         raise UserError(f"{file}: damaged or not a safetensors file ({error})") from None
 
 
-def _read(shard, file: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _read(shard, file: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     try:
         header = shard.get_slice(name)
     except SafetensorError:

@@ -27,7 +27,7 @@ import jinja2.ext
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from thinkrl.types import UserError
+from thinkrl import UserError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FILES = (
@@ -212,6 +212,12 @@ class StopStrings:
         before = len(self.tokenizer.continuation(window[:-1]).rstrip(UNFINISHED))
         text = self.tokenizer.continuation(window)
         return any(stop in text[max(0, before - len(stop) + 1) :] for stop in self.stops)
+
+
+def find_stop_ref(tokenizer: Tokenizer, stops: Sequence[str], tokens: Sequence[int]) -> int | None:
+    """The specification of `StopStrings.find`: decode everything again after every token."""
+    texts = (tokenizer.continuation(tokens[: i + 1]) for i in range(len(tokens)))
+    return next((i for i, text in enumerate(texts) if any(stop in text for stop in stops)), None)
 
 
 class IncrementalText:
