@@ -1,0 +1,135 @@
+"""What a policy is worth: accuracy against tokens.
+
+    pass@k   = 1 - C(n - c, k) / C(n, k)            chance that k of n samples, c of them right, hold a right one
+    maj@k    = E[the commonest answer of k samples is the gold one]
+    AES      = dL + 3 dA  if dA >= 0,  else  dL - 5 |dA|
+               dA = (accuracy - base accuracy) / base accuracy,  dL = (base tokens - tokens) / base tokens
+
+Departures: the Long⊗Short paper prints a coefficient of -5 for a negative dA, which would pay for losing accuracy; its own
+table follows -5 |dA|, as here. pass@k and maj@k are means over all subsets of k of the n samples, not over the first k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from fractions import Fraction
+
+from thinkrl.grading import canonical
+from thinkrl.types import Trajectory
+
+RIGHT = "right"  # every right answer's vote, however it is spelled
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased chance that one of k samples is right, from n samples of which c are. Chen et al. 2021, Eq. 1.
+
+    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def maj_at_k(answers: Sequence[Hashable | None], gold: Hashable, k: int) -> float:
+    """Expected accuracy of the majority vote among k of these answers, over all subsets of k. Exact.
+
+    Answers are compared by ==, so they should be canonical (`grading.canonical`); None is no answer and has no vote.
+    When m answers share the lead, each wins with chance 1/m. Raises ValueError unless 1 <= k <= len(answers).
+    """
+    n = len(answers)
+    if not 1 <= k <= n:
+        raise ValueError(f"maj@k needs 1 <= k <= n, not n={n}, k={k}")
+    rivals = Counter(answer for answer in answers if answer is not None)
+    silent = n - rivals.total()
+    right = rivals.pop(gold, 0)
+    wins = Fraction(0)
+    for lead in range(1, min(right, k) + 1):  # the gold answer has this many votes, and nobody has more
+        subsets = Counter({(k - lead, 1): math.comb(right, lead)})  # (members left to draw, leaders) -> how many subsets
+        for votes in rivals.values():
+            extended: Counter[tuple[int, int]] = Counter()
+            for (left, leaders), ways in subsets.items():
+                for drawn in range(min(votes, lead, left) + 1):
+                    extended[left - drawn, leaders + (drawn == lead)] += ways * math.comb(votes, drawn)
+            subsets = extended
+        wins += sum(Fraction(ways * math.comb(silent, left), leaders) for (left, leaders), ways in subsets.items())
+    return float(wins / math.comb(n, k))
+
+
+def aes(accuracy: float, tokens: float, base_accuracy: float, base_tokens: float) -> float:
+    """Accuracy-Efficiency Score against a base model (O1-Pruner). Accuracies in the same unit, tokens per answer.
+
+    Raises ValueError for a base without accuracy or tokens, to which nothing can be relative.
+    """
+    if base_accuracy <= 0 or base_tokens <= 0:
+        raise ValueError(f"AES is relative to a base: {base_accuracy=} and {base_tokens=} must be above 0")
+    gain = (accuracy - base_accuracy) / base_accuracy
+    saving = (base_tokens - tokens) / base_tokens
+    return saving + (3 if gain >= 0 else 5) * gain
+
+
+def summarise(trajectories: Sequence[Trajectory]) -> dict:
+    """Accuracy and cost of graded attempts at problems, as numbers for summary.json.
+
+    completions    attempts
+    accuracy       share that is right
+    tokens         mean sampled tokens of an attempt, all turns and roles; tokens_max the most
+    truncated      share with a turn that was cut at the token limit
+    tokens_per_correct   all tokens / right answers; None if there are none
+    pass@k, maj@k  for k = 2, 4, 8, … up to the attempts at each problem, averaged over problems
+    by_level       {level: completions, accuracy, tokens} in the order of the levels' names
+    """
+    if not trajectories:
+        raise ValueError("there is nothing to summarise: no completions")
+    out = _accuracy_and_tokens(trajectories)
+    out["tokens_max"] = max(t.tokens for t in trajectories)
+    out["truncated"] = _mean([any(turn.finish_reason == "length" for turn in t.turns) for t in trajectories])
+    correct = sum(t.correct for t in trajectories)
+    out["tokens_per_correct"] = sum(t.tokens for t in trajectories) / correct if correct else None
+    groups = _grouped(trajectories, lambda t: t.problem.id).values()
+    k = 2
+    while k <= min(map(len, groups)):
+        out[f"pass@{k}"] = _mean([pass_at_k(len(group), sum(t.correct for t in group), k) for group in groups])
+        out[f"maj@{k}"] = _mean([maj_at_k([_vote(t) for t in group], RIGHT, k) for group in groups])
+        k *= 2
+    levels = _grouped(trajectories, lambda t: t.problem.level)
+    out["by_level"] = {level: _accuracy_and_tokens(levels[level]) for level in sorted(levels)}
+    return out
+
+
+def summary_table(summary: dict) -> str:
+    """The run's summary.json as text: accuracy and mean tokens, before and after, sampled and greedy, by level."""
+    columns = [when for when in ("before", "after") if "accuracy" in summary.get(when, {})]
+    if not columns:
+        return "nothing was evaluated: no held-out problems (--eval_data)"
+    lines = [" " * 24 + "".join(f"{when:^20}" for when in columns), " " * 24 + f"{'accuracy':>11}{'tokens':>9}" * len(columns)]
+    for decoding in ("sampled", "greedy"):
+        results = [summary[when] if decoding == "sampled" else summary[when]["greedy"] for when in columns]
+        levels = [level for level in results[0]["by_level"] if level]
+        for name, row in [(decoding, results)] + [(f"  {level}", [r["by_level"][level] for r in results]) for level in levels]:
+            lines.append(f"{name:<24}" + "".join(f"{r['accuracy']:>11.1%}{r['tokens']:>9.1f}" for r in row))
+    return "\n".join(lines)
+
+
+def _vote(t: Trajectory) -> Hashable | None:
+    if t.correct:
+        return RIGHT
+    answer = None if t.answer is None else canonical(t.answer, t.problem.source)
+    return None if answer is None else ("wrong", answer)
+
+
+def _accuracy_and_tokens(trajectories: Sequence[Trajectory]) -> dict:
+    accuracy, tokens = _mean([t.correct for t in trajectories]), _mean([t.tokens for t in trajectories])
+    return {"completions": len(trajectories), "accuracy": accuracy, "tokens": tokens}
+
+
+def _grouped(trajectories: Sequence[Trajectory], key: Callable[[Trajectory], Hashable]) -> dict[Hashable, list[Trajectory]]:
+    groups: dict[Hashable, list[Trajectory]] = {}
+    for t in trajectories:
+        groups.setdefault(key(t), []).append(t)
+    return groups
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
