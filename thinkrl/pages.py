@@ -1,0 +1,154 @@
+"""KV pages: allocate, share, copy on write, free.
+
+The cache of every layer is cut into pages of 16 positions. A sequence owns a page table, the list of pages that hold its
+positions in order, so its context needs no contiguous memory; two sequences with a common beginning list the same pages.
+
+    prompt of 37 tokens, n = 3 samples         pages of 16
+        prompt    a b c                        c holds positions 32..36
+        sample 0  a b d     a, b shared by all; whoever first writes into c while others still list it gets a copy (d)
+        sample 1  a b e
+        sample 2  a b c     the last one holding c writes in place
+
+One rule makes prefill, decode, preemption, probes and continuations the same operation. A sequence knows all its `tokens`,
+and K/V is `filled` for some of them, never for the last one: the model must still be fed `tokens[filled:]`, and what comes
+out behind the last of them predicts the next token. A new prompt has filled = 0; a preempted sequence falls back to 0; a
+decoding sequence is one token behind; a fork at `cut` shares the K/V of its first cut - 1 tokens and feeds token cut - 1
+again, because the hidden state that predicts what follows the cut is not in the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from thinkrl.types import UserError
+
+
+class OutOfPages(RuntimeError):
+    """No page is free now. The sampler answers by preempting a sequence; a user sees this only when holding every page."""
+
+
+class PagePool:
+    """`num_pages` pages per layer, `keys[layer]` and `values[layer]`: [num_pages, page_size, Hkv, Dh]."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        # Zeros, not empty: a masked position has probability 0, and 0 times a NaN left in memory would be NaN.
+        shape = (2, num_layers, num_pages, page_size, num_kv_heads, head_dim)
+        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = self.storage[0].unbind(), self.storage[1].unbind()
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.references = [0] * num_pages
+        self.handles: set[Pages] = set()  # every sequence that holds pages, so that a failed call can give all of them back
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def pages_for(self, length: int) -> int:
+        """Pages that `length` positions occupy."""
+        return -(-length // self.page_size)
+
+    def require(self, length: int) -> None:
+        """UserError when a sequence of `length` positions could not even run alone."""
+        if self.pages_for(length) > self.num_pages:
+            raise UserError(
+                f"a sequence of {length} tokens needs {self.pages_for(length)} KV pages of {self.page_size}, but the pool has "
+                f"only {self.num_pages}: raise num_pages or lower max_tokens"
+            )
+
+    def new(self, tokens: list[int]) -> Pages:
+        """A sequence without any K/V yet. It takes pages when it reserves them."""
+        return Pages(self, list(tokens), [], 0)
+
+    def allocate(self) -> int:
+        if not self._free:
+            raise OutOfPages(f"all {self.num_pages} KV pages are in use")
+        page = self._free.pop()
+        self.references[page] = 1
+        return page
+
+    def share(self, pages: list[int]) -> list[int]:
+        for page in pages:
+            self.references[page] += 1
+        return list(pages)
+
+    def free(self, pages: list[int]) -> None:
+        """Drop one reference to each page; the last reference returns it."""
+        for page in pages:
+            assert self.references[page] > 0, f"page {page} freed twice"
+            self.references[page] -= 1
+            if self.references[page] == 0:
+                self._free.append(page)
+
+    def release_all_but(self, kept: set[Pages]) -> None:
+        """Release every sequence that is not in `kept`."""
+        for handle in self.handles - kept:
+            handle.release()
+
+
+class Pages:
+    """The page table of one sequence: `tokens`, of which the first `filled` have their K/V in the pages of `table`."""
+
+    def __init__(self, pool: PagePool, tokens: list[int], table: list[int], filled: int):
+        self.pool, self.tokens, self.table, self.filled = pool, tokens, table, filled
+        pool.handles.add(self)
+
+    @property
+    def unfed(self) -> list[int]:
+        """The tokens that the model must still be fed, the last one always among them."""
+        return self.tokens[self.filled :]
+
+    def fork(self, cut: int | None = None) -> Pages:
+        """The first `cut` tokens (default: all) as a sequence of its own, sharing the pages of what both have in common.
+
+        Nothing is copied until one of them writes. The fork holds its pages until its own `release()`.
+        """
+        cut = len(self.tokens) if cut is None else cut
+        assert self in self.pool.handles, "a released sequence has no pages to share"
+        if not 1 <= cut <= len(self.tokens):
+            raise UserError(f"cannot fork at {cut}: the sequence has {len(self.tokens)} tokens")
+        filled = min(cut - 1, self.filled)
+        shared = self.pool.share(self.table[: self.pool.pages_for(filled)])
+        return Pages(self.pool, self.tokens[:cut], shared, filled)
+
+    def reserve(self, length: int) -> bool:
+        """Make positions filled..length-1 writable; True if the table changed. Raises OutOfPages.
+
+        A page that others still list is copied before this sequence writes into it. On OutOfPages the sequence stays
+        valid and keeps what it got.
+        """
+        pool, changed = self.pool, False
+        assert self in pool.handles, "a released sequence cannot grow"
+        first = self.filled // pool.page_size
+        for i in range(first, len(self.table)):
+            if pool.references[self.table[i]] > 1:
+                page = pool.allocate()
+                pool.storage[:, :, page] = pool.storage[:, :, self.table[i]]
+                pool.free([self.table[i]])
+                self.table[i] = page
+                changed = True
+        while len(self.table) < pool.pages_for(length):
+            self.table.append(pool.allocate())
+            changed = True
+        return changed
+
+    def forget(self) -> None:
+        """Give the pages back and keep the tokens: everything must be fed again."""
+        self.pool.free(self.table)
+        self.table, self.filled = [], 0
+
+    def release(self) -> None:
+        """Give the pages back for good. Releasing twice is harmless."""
+        if self in self.pool.handles:
+            self.forget()
+            self.pool.handles.remove(self)
