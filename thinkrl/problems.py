@@ -148,7 +148,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield f"{path}:{number}", json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number or a nesting beyond what Python reads
             line = getattr(error, "lineno", 1) if is_list else number
             raise UserError(f"{path}:{line}: not valid JSON ({error})") from None
 

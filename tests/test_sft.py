@@ -1,0 +1,88 @@
+"""Rows of every layout become the ids that the policy would see and write."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Ids
+from tokenizers import models
+
+from thinkrl.sft import Row, load_rows, nll_loss, samples
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import UserError, pack
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize(
+    "row, messages, completion",
+    [
+        ({"prompt": "p", "completion": "c"}, user("p"), "c"),
+        ({"problem": "p", "response": "c", "answer": "42", "solution": "s"}, user("p"), "c"),
+        ({"question": "p", "answer": 42}, user("p"), "42"),
+        ({"instruction": "do", "input": "this", "output": "c"}, user("do\nthis"), "c"),
+        ({"instruction": "do", "input": "", "output": "c"}, user("do"), "c"),
+        ({"system": "S", "prompt": "p", "completion": "c"}, [{"role": "system", "content": "S"}, *user("p")], "c"),
+    ],
+)
+def test_layouts(tmp_path, row, messages, completion):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n\n")
+    (tmp_path / "alpaca.json").write_text(json.dumps([row, row]))
+    assert load_rows(tmp_path / "rows.jsonl") == [Row(messages, completion)]
+    assert load_rows(tmp_path / "alpaca.json") == [Row(messages, completion)] * 2
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"completion": "c"}, r"rows.jsonl:2: field 'prompt' \(or problem, question, instruction\) is missing or empty"),
+        ({"prompt": "p"}, "rows.jsonl:2: field 'completion' .* is missing or empty"),
+        ({"prompt": "p", "completion": ""}, "rows.jsonl:2: field 'completion' .* is missing or empty"),
+        ({"prompt": "p", "completion": ["c"]}, "rows.jsonl:2: field 'completion' must be text, not list"),
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path, row, message):
+    good = {"prompt": "p", "completion": "c"}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n")
+    with pytest.raises(UserError, match=message):
+        load_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """One id per character: a=0, b=1, c=2, <eos>=3, and a template that writes [user message]."""
+    vocabulary = {"a": 0, "b": 1, "c": 2, "<eos>": 3, "[": 4, "]": 5}
+    ids = Ids(models.BPE(vocabulary, merges=[]))
+    ids.add_special_tokens(["<eos>"])
+    ids.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": template}))
+    return Tokenizer(tmp_path)
+
+
+def test_samples_train_the_completion_and_its_end(tokenizer):
+    first, second = samples([Row(user("ab"), "ca"), Row(user("b"), "c")], tokenizer)
+    assert (first.prompt, first.completion) == ([4, 0, 1, 5], [2, 0, 3])
+    (row,) = pack([first, second], budget=100)
+    assert row.tokens.tolist() == [4, 1, 5, 2, 3, 4, 0, 1, 5, 2, 0, 3]
+    assert row.mask.tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1]
+    assert row.ids == ["1", "0"]
+
+
+def test_nll_by_hand():
+    logprob = torch.tensor([float("nan"), -1.0, -3.0, -5.0], requires_grad=True)
+    mask = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    loss = nll_loss(logprob, mask, 8.0)
+    loss.backward()
+    assert loss.item() == 0.5
+    assert logprob.grad.tolist() == [0.0, -0.125, -0.125, 0.0]
+    assert nll_loss(logprob, torch.zeros(4), 0.0).item() == 0.0
+
+
+def test_nll_does_not_depend_on_how_the_step_is_cut():
+    logprob, mask = -torch.arange(6.0), torch.tensor([0.0, 1, 1, 0, 1, 1])
+    whole = nll_loss(logprob, mask, mask.sum())
+    assert whole == (1 + 2 + 4 + 5) / 4
+    assert nll_loss(logprob[:3], mask[:3], mask.sum()) + nll_loss(logprob[3:], mask[3:], mask.sum()) == whole
