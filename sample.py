@@ -51,7 +51,7 @@ from thinkrl import UserError, require_own_kernels
 from thinkrl.checkpoint import load_model
 from thinkrl.config import excuse
 from thinkrl.distributed import World, gather, start, stop
-from thinkrl.evaluate import maj_at_k, pass_at_k, summarise, summary_table
+from thinkrl.evaluate import summarise
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.problems import held_out_problems
 from thinkrl.rollout import EVALUATION, prompt_ids, rollout
@@ -90,12 +90,12 @@ def evaluate(options: Options, world: World) -> None:
             for t in everything:
                 file.write(json.dumps({"problem": t.problem.id, "question": t.problem.question, "gold": t.problem.answer,
                                        "text": t.text, "answer": t.answer, "correct": t.correct, "tokens": t.tokens}) + "\n")
-    print(summary_table({"model": summarise(everything)}))
-    groups = [everything[i : i + options.n] for i in range(0, len(everything), options.n)]
-    for k in [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= options.n]:
-        passed = sum(pass_at_k(options.n, sum(t.correct for t in g), k) for g in groups) / len(groups)
-        voted = sum(maj_at_k([t.answer for t in g], g[0].problem.answer, k) for g in groups) / len(groups)
-        print(f"pass@{k} {passed:.3f}   maj@{k} {voted:.3f}")
+    for name, value in summarise(everything).items():
+        if name == "by_level":
+            for level, row in value.items():
+                print(f"  {level or 'all':<20} accuracy {row['accuracy']:.3f}   tokens {row['tokens']:.1f}")
+        elif value is not None:
+            print(f"{name:<22} {value:.4g}")
 
 
 def load(options: Options, world: World) -> tuple[Tokenizer, Sampler]:
