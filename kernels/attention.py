@@ -20,12 +20,23 @@ first write the pages out as a padded block, at three times those bytes.
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # there, tl.dot multiplies bf16 bit patterns: upcast first
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def packed_attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -55,36 +66,65 @@ def paged_attention_ref(
 
 
 @lru_cache(maxsize=8)
-def _blocks(cu_seqlens: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
-    """Sequences of like length side by side: ([S_b, L_b] token index of every slot, per block), [T] slot of every token.
+def _blocks(cu_seqlens: tuple[int, ...]) -> tuple[list[tuple[int, int]], Tensor, Tensor, Tensor]:
+    """Sequences of like length side by side: shapes (S_b, L_b) of the blocks, and maps between their slots and the row.
 
-    A block ends where a sequence is shorter than 3/4 of the block's longest, so padding stays under a quarter. Slots past
-    the end of a sequence repeat its last token: causality keeps them from every query that counts. Every layer asks for the same
-    answer, hence the cache.
+    Returns shapes, token [slots] in each slot, slot [T] of each token, and the slots that only pad. A block ends where a
+    sequence is shorter than 3/4 of the block's longest, so padding stays under a quarter. Slots past the end of a sequence
+    repeat its last token: causality keeps them from every query that counts. Every layer asks for the same answer,
+    hence the cache.
     """
-    by_length = sorted(pairwise(cu_seqlens), key=lambda span: span[0] - span[1])
-    blocks: list[list[Tensor]] = []
-    longest, slots, slot = 0, torch.empty(cu_seqlens[-1], dtype=torch.int64), 0
-    for start, end in by_length:
-        if not blocks or end - start < 0.75 * longest:
-            longest = end - start
-            blocks.append([])
-        blocks[-1].append(torch.arange(start, start + longest).clamp_(max=end - 1))
+    shapes: list[tuple[int, int]] = []
+    tokens, padding, slots = [], [], torch.empty(cu_seqlens[-1], dtype=torch.int64)
+    slot = 0
+    for start, end in sorted(pairwise(cu_seqlens), key=lambda span: span[0] - span[1]):
+        n, longest = shapes[-1] if shapes and end - start >= 0.75 * shapes[-1][1] else (0, end - start)
+        shapes[len(shapes) - (n > 0) :] = [(n + 1, longest)]
+        tokens.append(torch.arange(start, start + longest).clamp_(max=end - 1))
         slots[start:end] = torch.arange(slot, slot + end - start)
+        padding.append(torch.arange(slot + end - start, slot + longest))
         slot += longest
-    return [torch.stack(rows) for rows in blocks], slots
+    return shapes, torch.cat(tokens), slots, torch.cat(padding)
+
+
+class _Pad(torch.autograd.Function):
+    """Row -> blocks. Its backward is the way back: slots that only pad have no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
+        ctx.slots = slots
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(0, ctx.slots), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """Blocks -> row. Its backward is the way there, with zeros in the slots that only pad."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, tokens: Tensor, slots: Tensor, padding: Tensor) -> Tensor:
+        ctx.tokens, ctx.padding = tokens, padding
+        return x.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(0, ctx.tokens).index_fill_(0, ctx.padding, 0.0), None, None, None
 
 
 def packed_attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`packed_attention` in PyTorch ops: gather blocks of like lengths, SDPA on each, scatter back."""
-    blocks, slots = _blocks(tuple(cu_seqlens.tolist()))
+    """`packed_attention` in PyTorch ops: gather blocks of like lengths, SDPA on each, gather the row back."""
+    shapes, *maps = _blocks(tuple(cu_seqlens.tolist()))
+    tokens, slots, padding = (index.to(q.device) for index in maps)
+    sizes = [n * longest for n, longest in shapes]
+    q, k, v = (_Pad.apply(x, tokens, slots).split(sizes) for x in (q, k, v))
     outputs = []
-    for tokens in blocks:
-        tokens = tokens.to(q.device)
-        padded = (x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2) for x in (q, k, v))
-        output = F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    for shape, *block in zip(shapes, q, k, v):
+        block = (x.unflatten(0, shape).transpose(1, 2) for x in block)  # [S_b, heads, L_b, Dh]
+        output = F.scaled_dot_product_attention(*block, is_causal=True, enable_gqa=True)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, slots.to(q.device))
+    return _Unpad.apply(torch.cat(outputs), tokens, slots, padding)
 
 
 def paged_attention_torch(
@@ -133,13 +173,410 @@ def _decode_torch(q: Tensor, keys: Tensor, v_pages: Tensor, rows: Tensor, dead: 
     return bags.view(q.shape)
 
 
+@triton.jit
+def _sequence_of(cu_ptr, S, block, BLOCK: tl.constexpr):
+    """The sequence that owns a block of the row: the largest s with cu[s] // BLOCK + s <= block.
+
+    So sequence s owns at least ⌈n_s / BLOCK⌉ blocks, sometimes one more that is empty, and the grid, T // BLOCK + S, is
+    known without reading cu_seqlens back from the device.
+    """
+    low, high = 0, S
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(cu_ptr + middle) // BLOCK + middle <= block:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _tile(ptr, rows, stride, dims, rows_end, D: tl.constexpr, UPCAST: tl.constexpr):
+    """Rows of width D as a [len(rows), len(dims)] tile, zero outside."""
+    mask = (rows[:, None] < rows_end) & (dims[None, :] < D)
+    x = tl.load(ptr + rows[:, None].to(tl.int64) * stride + dims[None, :], mask=mask, other=0.0)
+    return x.to(tl.float32) if UPCAST else x
+
+
+@triton.jit
+def _packed_forward_kernel(
+    q_ptr,  # [T, H, D]
+    k_ptr,  # [T, HKV, D]
+    v_ptr,  # [T, HKV, D]
+    o_ptr,  # [T, H, D]
+    lse_ptr,  # [H, T] fp32, base 2
+    cu_ptr,  # [S+1] int32
+    S,
+    T,
+    scale,  # log2(e) / sqrt(D)
+    H: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One block of queries of one head against every block of keys up to its last query."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    s = _sequence_of(cu_ptr, S, block, BLOCK_M)
+    start, end = tl.load(cu_ptr + s), tl.load(cu_ptr + s + 1)
+    first = start + (block - (start // BLOCK_M + s)) * BLOCK_M
+    if first >= end:
+        return
+    dims = tl.arange(0, BLOCK_D)
+    rows = first + tl.arange(0, BLOCK_M)
+    kv_head = head // (H // HKV)
+    q = _tile(q_ptr + head * D, rows, H * D, dims, end, D, UPCAST)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for n in range(start, tl.minimum(first + BLOCK_M, end), BLOCK_N):
+        cols = n + tl.arange(0, BLOCK_N)
+        k = _tile(k_ptr + kv_head * D, cols, HKV * D, dims, end, D, UPCAST)
+        v = _tile(v_ptr + kv_head * D, cols, HKV * D, dims, end, D, UPCAST)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        # rows past the end see everything, are not stored, and so stay finite
+        scores = tl.where(cols[None, :] <= rows[:, None], scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1))
+        p = tl.exp2(scores - m_new[:, None])
+        rescale = tl.exp2(m - m_new)
+        total = total * rescale + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        m = m_new
+    acc = acc / total[:, None]
+    o = o_ptr + head * D + rows[:, None].to(tl.int64) * (H * D) + dims[None, :]
+    tl.store(o, acc.to(o_ptr.dtype.element_ty), mask=(rows[:, None] < end) & (dims[None, :] < D))
+    tl.store(lse_ptr + head.to(tl.int64) * T + rows, m + tl.log2(total), mask=rows < end)
+
+
+@triton.jit
+def _delta_kernel(
+    o_ptr,  # [T, H, D]
+    do_ptr,  # [T, H, D]
+    delta_ptr,  # [H, T] fp32: Σ_d o do, which is Σ_j p_ij dp_ij
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    rows, head = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
+    dims = tl.arange(0, BLOCK_D)
+    o = _tile(o_ptr + head * D, rows, H * D, dims, T, D, True)
+    do = _tile(do_ptr + head * D, rows, H * D, dims, T, D, True)
+    tl.store(delta_ptr + head.to(tl.int64) * T + rows, tl.sum(o * do, 1), mask=rows < T)
+
+
+@triton.jit
+def _packed_backward_kv_kernel(
+    q_ptr,  # [T, H, D]
+    k_ptr,  # [T, HKV, D]
+    v_ptr,  # [T, HKV, D]
+    do_ptr,  # [T, H, D]
+    lse_ptr,  # [H, T] fp32, base 2
+    delta_ptr,  # [H, T] fp32
+    dk_ptr,  # [T, HKV, D]
+    dv_ptr,  # [T, HKV, D]
+    cu_ptr,  # [S+1] int32
+    S,
+    T,
+    scale,  # log2(e) / sqrt(D)
+    H: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One block of keys of one key head: all query heads that share it, so that its sums need no atomics."""
+    block, kv_head = tl.program_id(0), tl.program_id(1)
+    s = _sequence_of(cu_ptr, S, block, BLOCK_N)
+    start, end = tl.load(cu_ptr + s), tl.load(cu_ptr + s + 1)
+    first = start + (block - (start // BLOCK_N + s)) * BLOCK_N
+    if first >= end:
+        return
+    dims = tl.arange(0, BLOCK_D)
+    cols = first + tl.arange(0, BLOCK_N)
+    k = _tile(k_ptr + kv_head * D, cols, HKV * D, dims, end, D, UPCAST)
+    v = _tile(v_ptr + kv_head * D, cols, HKV * D, dims, end, D, UPCAST)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in range(H // HKV):
+        head = kv_head * (H // HKV) + member
+        stats = head.to(tl.int64) * T
+        for r in range(first, end, BLOCK_M):
+            rows = r + tl.arange(0, BLOCK_M)
+            q = _tile(q_ptr + head * D, rows, H * D, dims, end, D, UPCAST)
+            do = _tile(do_ptr + head * D, rows, H * D, dims, end, D, UPCAST)
+            # +inf where there is no row: its p, and with it every contribution, is exactly 0
+            lse = tl.load(lse_ptr + stats + rows, mask=rows < end, other=float("inf"))
+            delta = tl.load(delta_ptr + stats + rows, mask=rows < end, other=0.0)
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # [N, M]
+            p = tl.where(cols[:, None] <= rows[None, :], tl.exp2(scores - lse[None, :]), 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    out = kv_head * D + cols[:, None].to(tl.int64) * (HKV * D) + dims[None, :]
+    mask = (cols[:, None] < end) & (dims[None, :] < D)
+    tl.store(dk_ptr + out, (dk * (scale / LOG2E)).to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv_ptr + out, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _packed_backward_q_kernel(
+    q_ptr,  # [T, H, D]
+    k_ptr,  # [T, HKV, D]
+    v_ptr,  # [T, HKV, D]
+    do_ptr,  # [T, H, D]
+    lse_ptr,  # [H, T] fp32, base 2
+    delta_ptr,  # [H, T] fp32
+    dq_ptr,  # [T, H, D]
+    cu_ptr,  # [S+1] int32
+    S,
+    T,
+    scale,  # log2(e) / sqrt(D)
+    H: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One block of queries of one head: the forward's walk over the keys, with p rebuilt from lse."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    s = _sequence_of(cu_ptr, S, block, BLOCK_M)
+    start, end = tl.load(cu_ptr + s), tl.load(cu_ptr + s + 1)
+    first = start + (block - (start // BLOCK_M + s)) * BLOCK_M
+    if first >= end:
+        return
+    dims = tl.arange(0, BLOCK_D)
+    rows = first + tl.arange(0, BLOCK_M)
+    kv_head = head // (H // HKV)
+    q = _tile(q_ptr + head * D, rows, H * D, dims, end, D, UPCAST)
+    do = _tile(do_ptr + head * D, rows, H * D, dims, end, D, UPCAST)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=rows < end, other=float("inf"))
+    delta = tl.load(delta_ptr + head.to(tl.int64) * T + rows, mask=rows < end, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for n in range(start, tl.minimum(first + BLOCK_M, end), BLOCK_N):
+        cols = n + tl.arange(0, BLOCK_N)
+        k = _tile(k_ptr + kv_head * D, cols, HKV * D, dims, end, D, UPCAST)
+        v = _tile(v_ptr + kv_head * D, cols, HKV * D, dims, end, D, UPCAST)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        p = tl.where(cols[None, :] <= rows[:, None], tl.exp2(scores - lse[:, None]), 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    out = dq_ptr + head * D + rows[:, None].to(tl.int64) * (H * D) + dims[None, :]
+    mask = (rows[:, None] < end) & (dims[None, :] < D)
+    tl.store(out, (dq * (scale / LOG2E)).to(dq_ptr.dtype.element_ty), mask=mask)
+
+
+def _packed_config(width: int, fp32: bool) -> dict[str, int]:
+    """Tiles and launch options by head width: a fixed table, so that a sum is always taken in the same order."""
+    block_d = max(16, triton.next_power_of_2(width))
+    if INTERPRET:
+        return dict(BLOCK_D=block_d, BLOCK_M=16, BLOCK_N=16)
+    if fp32:  # no tensor cores at full precision: small tiles, or the accumulators spill
+        return dict(BLOCK_D=block_d, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
+    return dict(BLOCK_D=block_d, BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        (tokens, heads, width), sequences = q.shape, len(cu_seqlens) - 1
+        config = _packed_config(width, q.dtype == torch.float32)
+        o = torch.empty_like(q)
+        lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
+        shape = (sequences, tokens, LOG2E.value * width**-0.5, heads, k.shape[1], width)
+        grid = (tokens // config["BLOCK_M"] + sequences, heads)
+        _packed_forward_kernel[grid](q, k, v, o, lse, cu_seqlens, *shape, UPCAST=INTERPRET, **config)
+        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
+        ctx.shape, ctx.config = shape, config
+        return o
+
+    @staticmethod
+    def backward(ctx, do: Tensor):
+        q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
+        do = do.contiguous()
+        (tokens, heads, width), kv_heads, sequences = q.shape, k.shape[1], len(cu_seqlens) - 1
+        config, block_m, block_n = ctx.config, ctx.config["BLOCK_M"], ctx.config["BLOCK_N"]
+        delta, dq, dk, dv = (torch.empty_like(x) for x in (lse, q, k, v))
+        grid = (triton.cdiv(tokens, block_m), heads)
+        _delta_kernel[grid](o, do, delta, tokens, heads, width, BLOCK_D=config["BLOCK_D"], BLOCK_M=block_m)
+        arrays = (q, k, v, do, lse, delta)
+        grid = (tokens // block_n + sequences, kv_heads)
+        _packed_backward_kv_kernel[grid](*arrays, dk, dv, cu_seqlens, *ctx.shape, UPCAST=INTERPRET, **config)
+        grid = (tokens // block_m + sequences, heads)
+        _packed_backward_q_kernel[grid](*arrays, dq, cu_seqlens, *ctx.shape, UPCAST=INTERPRET, **config)
+        return dq, dk, dv, None
+
+
+def packed_attention_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`packed_attention` in Triton, forward and backward: scores live in registers only, and results repeat to the bit."""
+    return _PackedAttention.apply(q, k, v, cu_seqlens)
+
+
+def packed_attention_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`packed_attention` by the flash-attn package, which wants the longest length on the host: one synchronisation."""
+    longest = int(cu_seqlens.diff().max())
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True, deterministic=True
+    )
+
+
+@triton.jit
+def _paged_kernel(
+    q_ptr,  # [T, H, D]
+    k_ptr,  # [num_pages, PAGE, HKV, D]
+    v_ptr,  # [num_pages, PAGE, HKV, D]
+    table_ptr,  # [S, P] int32
+    lengths_ptr,  # [S] int32
+    cu_ptr,  # [S+1] int32; not read when DECODE
+    o_ptr,  # SPLITS = 1: [T, H, D]; else [SPLITS, T, H, D] fp32
+    lse_ptr,  # [SPLITS, T, H] fp32, base 2; not written when SPLITS = 1
+    S,
+    T,
+    table_stride,
+    scale,  # log2(e) / sqrt(D)
+    H: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DECODE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A block of queries with all the heads of one key head, against one split of the context.
+
+    A tile's rows are (query, head of the group) pairs, BLOCK_M // G queries of G = H / HKV heads, so one read of a key
+    serves them all; with one query, the rest of the 16 rows that a tensor core needs are idle.
+    """
+    G: tl.constexpr = H // HKV
+    QUERIES: tl.constexpr = BLOCK_M // G
+    block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if DECODE:
+        s, start, count, local = block, block, 1, 0
+    else:
+        s = _sequence_of(cu_ptr, S, block, QUERIES)
+        start = tl.load(cu_ptr + s)
+        count = tl.load(cu_ptr + s + 1) - start
+        local = (block - (start // QUERIES + s)) * QUERIES
+        if local >= count:
+            return
+    length = tl.load(lengths_ptr + s)
+    row = tl.arange(0, BLOCK_M)
+    query = local + row // G
+    live = (row < QUERIES * G) & (query < count)
+    position = length - count + query  # the last key that a row sees
+    head = kv_head * G + row % G
+    dims = tl.arange(0, BLOCK_D)
+    place = (start + query).to(tl.int64) * H + head  # row of [T * H, D]
+    q = tl.load(q_ptr + place[:, None] * D + dims[None, :], mask=live[:, None] & (dims[None, :] < D), other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    end = tl.minimum(length, length - count + local + QUERIES)
+    share = tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for n in range(split * share, tl.minimum(end, (split + 1) * share), BLOCK_N):
+        cols = n + tl.arange(0, BLOCK_N)
+        page = tl.load(table_ptr + s.to(tl.int64) * table_stride + cols // PAGE, mask=cols < end, other=0)
+        slot = (page.to(tl.int64) * PAGE + cols % PAGE) * HKV + kv_head  # row of [num_pages * PAGE * HKV, D]
+        mask = (cols[:, None] < end) & (dims[None, :] < D)
+        k = tl.load(k_ptr + slot[:, None] * D + dims[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + slot[:, None] * D + dims[None, :], mask=mask, other=0.0)
+        if UPCAST:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(cols[None, :] <= position[:, None], scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1))
+        # an early query sees nothing of a late split: without the floor, -inf - -inf would be NaN
+        floor = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(scores - floor[:, None])
+        rescale = tl.exp2(m - floor)
+        total = total * rescale + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        m = m_new
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if SPLITS > 1:
+        place += split.to(tl.int64) * T * H
+        tl.store(lse_ptr + place, tl.where(total > 0, m + tl.log2(total), float("-inf")), mask=live)
+    out = o_ptr + place[:, None] * D + dims[None, :]
+    tl.store(out, acc.to(o_ptr.dtype.element_ty), mask=live[:, None] & (dims[None, :] < D))
+
+
+@triton.jit
+def _combine_kernel(
+    partial_ptr,  # [SPLITS, T, H, D] fp32
+    lse_ptr,  # [SPLITS, T, H] fp32, base 2
+    o_ptr,  # [T, H, D]
+    rows,  # T * H
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The splits' outputs weighted by their shares of the softmax. Every row saw a key in some split."""
+    row = tl.program_id(0).to(tl.int64)
+    split, dims = tl.arange(0, SPLITS).to(tl.int64), tl.arange(0, BLOCK_D)
+    lse = tl.load(lse_ptr + split * rows + row)
+    weight = tl.exp2(lse - tl.max(lse, 0))
+    at = partial_ptr + (split * rows + row)[:, None] * D + dims[None, :]
+    partial = tl.load(at, mask=dims[None, :] < D, other=0.0)
+    o = tl.sum(partial * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(o_ptr + row * D + dims, o.to(o_ptr.dtype.element_ty), mask=dims < D)
+
+
+def paged_attention_triton(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """`paged_attention` in Triton. No size is read back from the device, so a CUDA graph can hold it."""
+    q = q.contiguous()
+    (tokens, heads, width), (sequences, pages), (_, page_size, kv_heads, _) = q.shape, page_table.shape, k_pages.shape
+    group = heads // kv_heads
+    block_d = max(16, triton.next_power_of_2(width))
+    block_m = max(16, triton.next_power_of_2(group))
+    block_n = 16 if INTERPRET else 64
+    if cu_seqlens is not None and not INTERPRET:
+        block_m = max(64, block_m)
+    blocks = sequences if cu_seqlens is None else tokens // (block_m // group) + sequences
+    # as many programs as fill an H200 twice (132 multiprocessors), as far as there is context to split
+    wanted = min(264 // (blocks * kv_heads), pages * page_size // block_n, 16)
+    splits = 1 << max(0, wanted.bit_length() - 1)
+    if splits == 1:
+        partial, lse = torch.empty_like(q), q
+    else:
+        partial = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
+        lse = torch.empty(splits, tokens, heads, dtype=torch.float32, device=q.device)
+    _paged_kernel[(blocks, kv_heads, splits)](
+        q, k_pages, v_pages, page_table, lengths, lengths if cu_seqlens is None else cu_seqlens, partial, lse,
+        sequences, tokens, page_table.stride(0), LOG2E.value * width**-0.5,
+        heads, kv_heads, width, page_size, splits, cu_seqlens is None, block_d, block_m, block_n, UPCAST=INTERPRET,
+    )  # fmt: skip
+    if splits == 1:
+        return partial
+    o = torch.empty_like(q)
+    _combine_kernel[(tokens * heads,)](partial, lse, o, tokens * heads, width, splits, block_d)
+    return o
+
+
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention within each sequence of a packed row. Differentiable.
 
     q [T, H, Dh]; k, v [T, Hkv, Dh], H a multiple of Hkv; cu_seqlens int32 [S+1], from 0 to T, no sequence empty
     returns [T, H, Dh] in q's dtype; softmax and sums in fp32
     """
-    return packed_attention_torch(q, k, v, cu_seqlens)
+    on_gpu = packed_attention_flash if flash_attn_varlen_func and q.dtype != torch.float32 else packed_attention_triton
+    return (on_gpu if q.is_cuda else packed_attention_torch)(q, k, v, cu_seqlens)
 
 
 def paged_attention(
@@ -155,4 +592,5 @@ def paged_attention(
                 cu_seqlens[s+1], its last ones, each seeing the context up to itself
     returns     [T, H, Dh] in q's dtype; softmax and sums in fp32
     """
-    return paged_attention_torch(q, k_pages, v_pages, page_table, lengths, cu_seqlens)
+    attention = paged_attention_triton if q.is_cuda else paged_attention_torch
+    return attention(q, k_pages, v_pages, page_table, lengths, cu_seqlens)

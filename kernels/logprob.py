@@ -23,9 +23,11 @@ entropy, another turns a row of logits into c (onehot - p) / temperature for the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 CHUNK = 2048
@@ -68,30 +70,111 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _rows_torch(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One chunk of logits [C, V] -> logprob, entropy, lse [C]."""
+    """A chunk of logits [C, V] -> logprob, entropy, lse [C]."""
     z = logits if temperature == 1 else logits / temperature
     logprobs = z.log_softmax(-1)
     logprob = logprobs.gather(-1, targets[:, None])[:, 0]
     entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
-    return logprob, entropy, z.gather(-1, targets[:, None])[:, 0] - logprob
+    # at the maximum, where the log-prob is small and little is lost in the difference
+    return logprob, entropy, z.amax(-1) - logprobs.amax(-1)
 
 
-def _residual_torch(logits: Tensor, targets: Tensor, lse: Tensor, coef: Tensor, temperature: float) -> Tensor:
-    """One chunk of logits [C, V] -> coef (onehot - p) / temperature, written over the logits."""
+def _residual_torch(
+    logits: Tensor, targets: Tensor, lse: Tensor, coef: Tensor, temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """A chunk of logits [C, V] -> coef (onehot(target) - p) / temperature in `dtype`. The logits are used up."""
+    coef = coef[:, None] / temperature
     p = logits.div_(temperature).sub_(lse[:, None]).exp_()
-    p.mul_(-coef[:, None] / temperature)
-    return p.scatter_add_(-1, targets[:, None], coef[:, None] / temperature)
+    return p.mul_(-coef).scatter_add_(-1, targets[:, None], coef).to(dtype)
+
+
+@triton.jit
+def _rows_kernel(
+    logits_ptr,  # [C, V]
+    targets_ptr,  # [C] int64
+    logprob_ptr,  # [C] fp32
+    entropy_ptr,  # [C] fp32
+    lse_ptr,  # [C] fp32
+    V,
+    scale,  # 1 / temperature
+    BLOCK: tl.constexpr,
+):
+    """One row, read once, about its running maximum: mass Σ exp(z - top), moment Σ (z - top) exp(z - top)."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * V
+    offset = tl.arange(0, BLOCK)
+    top = -3e38  # not -inf: a difference of two tops must be a number
+    mass = 0.0
+    moment = 0.0
+    for start in range(0, V, BLOCK):
+        z = tl.load(logits_ptr + start + offset, mask=start + offset < V, other=float("-inf")).to(tl.float32) * scale
+        new = tl.maximum(top, tl.max(z, 0))
+        rescale = tl.exp(top - new)
+        e = tl.exp(z - new)
+        moment = (moment + mass * (top - new)) * rescale + tl.sum(tl.where(e > 0, z - new, 0.0) * e, 0)
+        mass = mass * rescale + tl.sum(e, 0)
+        top = new
+    lse = top + tl.log(mass)
+    target = tl.load(logits_ptr + tl.load(targets_ptr + row)).to(tl.float32) * scale
+    tl.store(logprob_ptr + row, target - lse)
+    tl.store(entropy_ptr + row, tl.log(mass) - moment / mass)
+    tl.store(lse_ptr + row, lse)
+
+
+@triton.jit
+def _residual_kernel(
+    logits_ptr,  # [C, V]
+    targets_ptr,  # [C] int64
+    lse_ptr,  # [C] fp32
+    coef_ptr,  # [C] fp32
+    out_ptr,  # [C, V]
+    V,
+    scale,  # 1 / temperature
+    BLOCK: tl.constexpr,
+):
+    """One block of one row: coef (onehot - p) / temperature."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32) * scale
+    p = tl.exp(z - tl.load(lse_ptr + row))
+    onehot = (at == tl.load(targets_ptr + row)).to(tl.float32)
+    residual = tl.load(coef_ptr + row) * scale * (onehot - p)
+    tl.store(out_ptr + row * V + at, residual.to(out_ptr.dtype.element_ty), mask=at < V)
+
+
+def _rows_triton(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`_rows_torch` in one pass."""
+    rows, vocab = logits.shape
+    logprob, entropy, lse = torch.empty(3, rows, dtype=torch.float32, device=logits.device).unbind()
+    block = min(4096, triton.next_power_of_2(vocab))
+    arrays = (logits, targets.contiguous(), logprob, entropy, lse)
+    _rows_kernel[(rows,)](*arrays, vocab, 1.0 / temperature, block, num_warps=8)
+    return logprob, entropy, lse
+
+
+def _residual_triton(
+    logits: Tensor, targets: Tensor, lse: Tensor, coef: Tensor, temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """`_residual_torch` in one pass."""
+    rows, vocab = logits.shape
+    out = torch.empty_like(logits, dtype=dtype)
+    block = min(4096, triton.next_power_of_2(vocab))
+    arrays = (logits, targets.contiguous(), lse.contiguous(), coef.contiguous(), out)
+    _residual_kernel[(rows, triton.cdiv(vocab, block))](*arrays, vocab, 1.0 / temperature, block, num_warps=8)
+    return out
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
-        rows = []
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, rows: Callable, residual: Callable
+    ):
+        chunks = []
         for chunk in _chunks(hidden, weight):
-            rows.append(_rows_torch(_matmul(hidden[chunk], weight.T), targets[chunk], temperature))
-        logprob, entropy, lse = (torch.cat(column) for column in zip(*rows))
+            chunks.append(rows(_matmul(hidden[chunk], weight.T), targets[chunk], temperature))
+        logprob, entropy, lse = (torch.cat(column) for column in zip(*chunks))
         ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.residual = temperature, residual
         ctx.mark_non_differentiable(entropy)
         return logprob, entropy
 
@@ -103,13 +186,50 @@ class _LinearLogprob(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(hidden, weight):
             logits = _matmul(hidden[chunk], weight.T)
-            residual = _residual_torch(logits, targets[chunk], lse[chunk], grad_logprob[chunk], ctx.temperature)
-            residual = residual.to(weight.dtype)
+            residual = ctx.residual(
+                logits, targets[chunk], lse[chunk], grad_logprob[chunk], ctx.temperature, weight.dtype
+            )
             if grad_hidden is not None:
                 grad_hidden[chunk] = residual @ weight
             if grad_weight is not None:
                 grad_weight += _matmul(residual.T, hidden[chunk])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+@torch.no_grad()
+def _linear_score(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Callable, residual: Callable):
+    logprob = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    score = torch.empty(hidden.shape, dtype=logprob.dtype, device=hidden.device)
+    for chunk in _chunks(hidden, weight):
+        logits = _matmul(hidden[chunk], weight.T)
+        logprob[chunk], _, lse = rows(logits, targets[chunk], 1.0)
+        difference = residual(logits, targets[chunk], lse, torch.ones_like(lse), 1.0, weight.dtype)
+        score[chunk] = _matmul(difference, weight)
+    return logprob, score
+
+
+def linear_logprob_torch(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprob` in PyTorch ops, chunk by chunk."""
+    return _LinearLogprob.apply(hidden, weight, targets, temperature, _rows_torch, _residual_torch)
+
+
+def linear_logprob_triton(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprob`, chunk by chunk, with one Triton pass over each chunk of logits."""
+    return _LinearLogprob.apply(hidden, weight, targets, temperature, _rows_triton, _residual_triton)
+
+
+def linear_score_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear_score` in PyTorch ops, chunk by chunk."""
+    return _linear_score(hidden, weight, targets, _rows_torch, _residual_torch)
+
+
+def linear_score_triton(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear_score`, chunk by chunk, with two Triton passes over each chunk of logits."""
+    return _linear_score(hidden, weight, targets, _rows_triton, _residual_triton)
 
 
 def linear_logprob(
@@ -121,21 +241,14 @@ def linear_logprob(
     returns  logprob [T], entropy [T] in nats, both fp32 (fp64 for fp64 inputs). Gradients reach hidden and weight through
              logprob; entropy carries none: it is a number to log, not a bonus to train on
     """
-    return _LinearLogprob.apply(hidden, weight, targets, temperature)
+    return (linear_logprob_triton if hidden.is_cuda else linear_logprob_torch)(hidden, weight, targets, temperature)
 
 
-@torch.no_grad()
 def linear_score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and its gradient at the hidden state, in one pass over the LM head, at temperature 1.
 
     hidden   [T, D]; weight [V, D] of the same dtype; targets [T] int64
-    returns  logprob [T], score [T, D] = weight[target] - softmax(hidden weightᵀ) weight; both fp32 (fp64 for fp64 inputs)
+    returns  logprob [T], score [T, D] = weight[target] - softmax(hidden weightᵀ) weight; both fp32 (fp64 for fp64
+             inputs), without gradients
     """
-    logprob = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    score = torch.empty(hidden.shape, dtype=logprob.dtype, device=hidden.device)
-    for chunk in _chunks(hidden, weight):
-        logits = _matmul(hidden[chunk], weight.T)
-        logprob[chunk], _, lse = _rows_torch(logits, targets[chunk], 1.0)
-        residual = _residual_torch(logits, targets[chunk], lse, torch.ones_like(lse), 1.0)
-        score[chunk] = _matmul(residual.to(weight.dtype), weight)
-    return logprob, score
+    return (linear_score_triton if hidden.is_cuda else linear_score_torch)(hidden, weight, targets)

@@ -25,6 +25,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 # splitmix64 (Steele, Lea and Flood 2014): an additive counter, then a mix in which every input bit reaches every output bit.
@@ -95,6 +97,80 @@ def sample_token_torch(logits: Tensor, keys: Tensor, temperature: float = 1.0) -
     return token[:, 0], logprob[:, 0], (z.gather(-1, token) - logprob)[:, 0]
 
 
+@triton.jit
+def _sample_kernel(
+    logits_ptr,  # [B, V]
+    keys_ptr,  # [B] int64; not read when GREEDY
+    token_ptr,  # [B] int64
+    logprob_ptr,  # [B] fp32
+    lse_ptr,  # [B] fp32
+    V,
+    scale,  # 1 / temperature
+    GREEDY: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row: every block's maximum and mass on the way through, then the one block in which the draw falls."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * V
+    index = tl.arange(0, BLOCKS)
+    offset = tl.arange(0, BLOCK)
+    tops = tl.full([BLOCKS], float("-inf"), tl.float32)
+    masses = tl.zeros([BLOCKS], tl.float32)
+    for b in range(tl.cdiv(V, BLOCK)):
+        at = b * BLOCK + offset
+        z = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32) * scale
+        top = tl.max(z, 0)
+        # a block of -inf alone has no mass: the floor keeps -inf - -inf, a NaN, out of it
+        mass = tl.sum(tl.exp(z - tl.maximum(top, -3e38)), 0)
+        tops = tl.where(index == b, top, tops)
+        masses = tl.where(index == b, mass, masses)
+    top = tl.max(tops, 0)
+    masses *= tl.exp(tops - top)
+    lse = top + tl.log(tl.sum(masses, 0))
+
+    if GREEDY:
+        block = tl.argmax(tops, 0)
+        at = block * BLOCK + offset
+        z = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32) * scale
+        token = block * BLOCK + tl.argmax(z, 0)
+    else:
+        u = (((tl.load(keys_ptr + row) >> 32) & 0xFFFFFFFF).to(tl.float64) + 0.5) * (1.0 / 4294967296.0)
+        masses64 = masses.to(tl.float64)
+        cdf = tl.cumsum(masses64, 0)
+        target = u * tl.sum(tl.where(index == BLOCKS - 1, cdf, 0.0), 0)
+        block = tl.minimum(tl.sum((cdf <= target).to(tl.int32), 0), BLOCKS - 1)
+        here = index == block
+        mass = tl.sum(tl.where(here, masses64, 0.0), 0)
+        # a share of the block, below 1: were rounding to overshoot its end, a token of probability 0 would be taken
+        share = (target - tl.sum(tl.where(here, cdf, 0.0), 0) + mass) / mass
+        share = tl.minimum(tl.maximum(share, 0.0), 1.0 - 1.0 / 1099511627776.0)
+        at = block * BLOCK + offset
+        z = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32) * scale
+        cdf = tl.cumsum(tl.exp(z - top).to(tl.float64), 0)
+        target = share * tl.sum(tl.where(offset == BLOCK - 1, cdf, 0.0), 0)
+        token = tl.minimum(block * BLOCK + tl.sum((cdf <= target).to(tl.int32), 0), V - 1)
+    chosen = tl.load(logits_ptr + token).to(tl.float32) * scale
+    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(logprob_ptr + row, chosen - lse)
+    tl.store(lse_ptr + row, lse)
+
+
+def sample_token_triton(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """`sample_token` in Triton: one program per row, one read of the logits and of one more block."""
+    logits, keys = logits.contiguous(), keys.contiguous()
+    rows, vocab = logits.shape
+    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logprob, lse = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    block = min(4096, max(16, triton.next_power_of_2(vocab)))
+    blocks = max(2, triton.next_power_of_2(triton.cdiv(vocab, block)))
+    scale = 1.0 / (temperature or 1.0)
+    _sample_kernel[(rows,)](
+        logits, keys, token, logprob, lse, vocab, scale, temperature == 0, blocks, block, num_warps=8
+    )
+    return token, logprob, lse
+
+
 def sample_token(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Draws one token per row of logits.
 
@@ -104,4 +180,5 @@ def sample_token(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> tupl
     returns      token [B] int64, logprob [B] fp32 (of that token, at the temperature it was drawn with; greedy: at 1),
                  logsumexp [B] fp32 of logits / temperature
     """
-    return sample_token_torch(logits, keys, temperature)
+    sample = sample_token_triton if logits.is_cuda else sample_token_torch
+    return sample(logits, keys, temperature)
