@@ -1,5 +1,4 @@
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +18,9 @@ def write(pages, start, values):
 
 
 def read(pages):
-    flat = [pages.pool.storage[:, :, page, offset, 0, 0] for page in pages.table for offset in range(pages.pool.page_size)]
+    flat = [
+        pages.pool.storage[:, :, page, offset, 0, 0] for page in pages.table for offset in range(pages.pool.page_size)
+    ]
     assert all((slot == slot[0, 0]).all() for slot in flat), "layers, keys and values must hold the same"
     return [int(slot[0, 0]) for slot in flat][: pages.filled]
 
@@ -89,7 +90,9 @@ def test_running_out_leaves_a_valid_sequence():
 def test_a_sequence_that_can_never_fit_is_refused_in_one_sentence():
     pool = pool_of(3)
     pool.require(12)
-    with pytest.raises(UserError, match="needs 4 KV pages of 4, but the pool has only 3: raise num_pages or lower max_tokens"):
+    with pytest.raises(
+        UserError, match="needs 4 KV pages of 4, but the pool has only 3: raise num_pages or lower max_tokens"
+    ):
         pool.require(13)
 
 

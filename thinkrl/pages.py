@@ -47,7 +47,9 @@ class PagePool:
         self.page_size = page_size
         self.num_pages = num_pages
         self.references = [0] * num_pages
-        self.handles: set[Pages] = set()  # every sequence that holds pages, so that a failed call can give all of them back
+        self.handles: set[Pages] = (
+            set()
+        )  # every sequence that holds pages, so that a failed call can give all of them back
         self._free = list(range(num_pages - 1, -1, -1))
 
     @property
