@@ -208,7 +208,8 @@ def token_logprobs(policy: Transformer, p: Pack, temperature: float) -> tuple[Te
 
 def evaluate(preset: Grpo, run: Run, when: str, config: Config, world: World, step: int) -> None:
     """Held-out accuracy and tokens, sampled and greedy, into summary.json under `when`. Collective."""
-    problems = held_out_problems(config.eval_data, config.data, config.source)[: config.eval_problems]
+    problems = held_out_problems(config.eval_data, config.data, config.source)
+    problems = problems[:: max(1, len(problems) // config.eval_problems)][: config.eval_problems]  # spread over the levels
     if when in run.summary or not problems:
         return
     mine = [problems[i] for i in world.share(len(problems))]
