@@ -8,9 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from thinkrl import grading
+from thinkrl import UserError, grading
 from thinkrl.grading import canonical, check_gold, equal, extract, grade, normalise, rational, rule_set
-from thinkrl import UserError
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,6 @@ DATA_SOURCES = {  # verl's `data_source` values and hub names, in lower case
     "math500": "math",
     "math_dapo": "math",
     "math_dapo_reasoning": "math",
-    "aime": "math",
     "amc": "math",
     "amc23": "math",
     "gpqa": "math",
@@ -458,7 +457,8 @@ class _Algebra:
         self.process = subprocess.Popen(
             [sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0, cwd="/"
         )
-        assert self._read(60.0) == b".", "the math-verify worker did not start"
+        if self._read(60.0) != b".":
+            raise UserError("math-verify is installed but does not start: pip install --force-reinstall 'thinkrl[math]'")
 
     def _read(self, seconds: float) -> bytes:
         """One byte, or none if it does not come in time or the worker is dead."""
