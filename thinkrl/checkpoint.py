@@ -95,17 +95,15 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
 
     parameters = dict(model.named_parameters())
     assert parameters.keys() == layout.keys(), parameters.keys() ^ layout.keys()
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        shards = {}
+    with torch.no_grad():
         for ours, parts in layout.items():
             row = 0
             for name, shape in parts:
                 if name not in files:
                     raise UserError(f"{path}: tensor {name} of shape {list(shape)} is missing from the safetensors files")
-                if files[name] not in shards:
-                    shards[files[name]] = stack.enter_context(_open(files[name]))
-                tensor = _read(shards[files[name]], files[name], name, shape)
-                parameters[ours][row : row + shape[0]].copy_(tensor)
+                # Opened anew for each tensor: while a file stays mapped, all that was read of it stays in memory too.
+                with _open(files[name]) as shard:
+                    parameters[ours][row : row + shape[0]].copy_(_read(shard, files[name], name, shape))
                 row += shape[0]
     return model
 

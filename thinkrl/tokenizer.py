@@ -189,7 +189,7 @@ class StopStrings:
         if "" in stops:
             raise UserError("an empty stop string would end every completion before it starts")
         self.tokenizer, self.stops = tokenizer, tuple(stops)
-        self.window = max((len(stop.encode()) for stop in stops), default=0) + PARTIAL
+        self.window = max((len(stop.encode()) for stop in stops), default=0)
         self.endings = frozenset(self._possible_endings(tokenizer.pieces))
 
     def _possible_endings(self, pieces: Sequence[str]) -> Iterator[int]:
@@ -208,9 +208,13 @@ class StopStrings:
         return None
 
     def _ends_at(self, tokens: Sequence[int], i: int) -> bool:
-        window = tokens[max(0, i + 1 - self.window) : i + 1]
-        before = len(self.tokenizer.continuation(window[:-1]).rstrip(UNFINISHED))
-        text = self.tokenizer.continuation(window)
+        start = max(0, i + 1 - self.window)
+        text = self.tokenizer.continuation(tokens[start : i + 1])
+        for _ in range(PARTIAL):  # back to the start of a character: some decoders give up a whole run of bytes for one cut
+            if start and text.startswith(UNFINISHED):
+                start -= 1
+                text = self.tokenizer.continuation(tokens[start : i + 1])
+        before = len(self.tokenizer.continuation(tokens[start:i]).rstrip(UNFINISHED))
         return any(stop in text[max(0, before - len(stop) + 1) :] for stop in self.stops)
 
 
