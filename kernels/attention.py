@@ -375,14 +375,21 @@ def _packed_backward_q_kernel(
     tl.store(out, (dq * (scale / LOG2E)).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-def _packed_config(width: int, fp32: bool) -> dict[str, int]:
-    """Tiles and launch options by head width: a fixed table, so that a sum is always taken in the same order."""
-    block_d = max(16, triton.next_power_of_2(width))
+TILES = {  # BLOCK_M, BLOCK_N, num_warps, num_stages: in 16 bits | in fp32, which has no tensor cores at full precision
+    "forward": ((128, 64, 8, 2), (16, 16, 4, 1)),
+    "backward": ((64, 64, 8, 2), (32, 32, 8, 1)),
+    "decode": ((16, 64, 4, 3), (16, 32, 4, 2)),
+    "extend": ((64, 64, 8, 2), (16, 32, 4, 2)),
+}
+
+
+def tiles(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes and launch options: a fixed table, not a search, so that a sum is always taken in the same order."""
+    block_m, block_n, num_warps, num_stages = TILES[kernel][dtype == torch.float32]
     if INTERPRET:
-        return dict(BLOCK_D=block_d, BLOCK_M=16, BLOCK_N=16)
-    if fp32:  # no tensor cores at full precision: small tiles, or the accumulators spill
-        return dict(BLOCK_D=block_d, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
-    return dict(BLOCK_D=block_d, BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
+        block_m = block_n = 16
+    block_d = max(16, triton.next_power_of_2(width))
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=num_warps, num_stages=num_stages)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -390,14 +397,14 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         q, k, v = (x.contiguous() for x in (q, k, v))
         (tokens, heads, width), sequences = q.shape, len(cu_seqlens) - 1
-        config = _packed_config(width, q.dtype == torch.float32)
+        config = tiles("forward", width, q.dtype)
         o = torch.empty_like(q)
         lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
         shape = (sequences, tokens, LOG2E.value * width**-0.5, heads, k.shape[1], width)
         grid = (tokens // config["BLOCK_M"] + sequences, heads)
         _packed_forward_kernel[grid](q, k, v, o, lse, cu_seqlens, *shape, UPCAST=INTERPRET, **config)
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
-        ctx.shape, ctx.config = shape, config
+        ctx.shape = shape
         return o
 
     @staticmethod
@@ -405,7 +412,8 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
         do = do.contiguous()
         (tokens, heads, width), kv_heads, sequences = q.shape, k.shape[1], len(cu_seqlens) - 1
-        config, block_m, block_n = ctx.config, ctx.config["BLOCK_M"], ctx.config["BLOCK_N"]
+        config = tiles("backward", width, q.dtype)
+        block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
         delta, dq, dk, dv = (torch.empty_like(x) for x in (lse, q, k, v))
         grid = (triton.cdiv(tokens, block_m), heads)
         _delta_kernel[grid](o, do, delta, tokens, heads, width, BLOCK_D=config["BLOCK_D"], BLOCK_M=block_m)
@@ -542,30 +550,26 @@ def paged_attention_triton(
     """`paged_attention` in Triton. No size is read back from the device, so a CUDA graph can hold it."""
     q = q.contiguous()
     (tokens, heads, width), (sequences, pages), (_, page_size, kv_heads, _) = q.shape, page_table.shape, k_pages.shape
+    config = tiles("decode" if cu_seqlens is None else "extend", width, q.dtype)
     group = heads // kv_heads
-    block_d = max(16, triton.next_power_of_2(width))
-    block_m = max(16, triton.next_power_of_2(group))
-    block_n = 16 if INTERPRET else 64
-    if cu_seqlens is not None and not INTERPRET:
-        block_m = max(64, block_m)
-    blocks = sequences if cu_seqlens is None else tokens // (block_m // group) + sequences
+    config["BLOCK_M"] = max(config["BLOCK_M"], triton.next_power_of_2(group))
+    blocks = sequences if cu_seqlens is None else tokens // (config["BLOCK_M"] // group) + sequences
     # as many programs as fill an H200 twice (132 multiprocessors), as far as there is context to split
-    wanted = min(264 // (blocks * kv_heads), pages * page_size // block_n, 16)
+    wanted = min(264 // (blocks * kv_heads), pages * page_size // config["BLOCK_N"], 16)
     splits = 1 << max(0, wanted.bit_length() - 1)
     if splits == 1:
         partial, lse = torch.empty_like(q), q
     else:
         partial = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
         lse = torch.empty(splits, tokens, heads, dtype=torch.float32, device=q.device)
-    _paged_kernel[(blocks, kv_heads, splits)](
-        q, k_pages, v_pages, page_table, lengths, lengths if cu_seqlens is None else cu_seqlens, partial, lse,
-        sequences, tokens, page_table.stride(0), LOG2E.value * width**-0.5,
-        heads, kv_heads, width, page_size, splits, cu_seqlens is None, block_d, block_m, block_n, UPCAST=INTERPRET,
-    )  # fmt: skip
+    arrays = (q, k_pages, v_pages, page_table, lengths, lengths if cu_seqlens is None else cu_seqlens, partial, lse)
+    sizes = (sequences, tokens, page_table.stride(0), LOG2E.value * width**-0.5)
+    shape = (heads, kv_heads, width, page_size, splits, cu_seqlens is None)
+    _paged_kernel[(blocks, kv_heads, splits)](*arrays, *sizes, *shape, UPCAST=INTERPRET, **config)
     if splits == 1:
         return partial
     o = torch.empty_like(q)
-    _combine_kernel[(tokens * heads,)](partial, lse, o, tokens * heads, width, splits, block_d)
+    _combine_kernel[(tokens * heads,)](partial, lse, o, tokens * heads, width, splits, config["BLOCK_D"])
     return o
 
 
