@@ -1,0 +1,213 @@
+"""Cut a completion into episodes, on token ids.                                                                 L2T §4.1
+
+Two lists, never one:
+
+    spans   for credit: every completion token belongs to exactly one episode
+    cuts    for probes: where each episode's prefix ends, never past `</think>`, the final answer or the stop token;
+            a probe behind the final answer would read it off, and count the outcome a second time
+
+    tokens   <think> <episode_1> 2+3 =5 </episode_1> <episode_2> ok </episode_2> </think> 5 <eos>
+    ids         0         0       0   0      0            1       1       1          1    1   1
+    ends                                     4                                                10
+    cuts                                     4                            7
+    start       0
+
+Three ways to find the episodes of the thinking part, which ends where `</think>` begins:
+
+    tags        `<episode_k> … </episode_k>`, k = 1, 2, …; `<think>` may be in the prompt
+    paragraphs  blank lines
+    fixed:N     every N tokens
+
+A tag is no fixed sequence of tokens: a real vocabulary may write "</episode_1></think>" with a token "></". So tags are
+looked for in the decoded text, each character is traced back to the token that completes it, and a token that straddles a
+boundary belongs to the earlier episode.
+
+An answer that nothing announces (no `</think>`, `<answer>`, `\\boxed{`, or number behind `####`) cannot be told from thinking.
+
+Readings: an episode is closed by the tag of its own number with no other tag between. Text before an episode belongs to
+it; what follows the last closed episode joins it, unless a tag was opened there and never closed: then that is an episode
+of its own. Without a closed or open episode the completion is one episode. Where the tags are not exactly 1, 2, …, K, each
+closed, the completion is `malformed`, and what can be parsed still counts: only the credit, not the outcome, depends on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from bisect import bisect_left
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from thinkrl.types import UserError
+
+TAG = re.compile(r"<(/?)episode_(\d+)>")
+OPEN, CLOSE = "<think>", "</think>"
+# Without </think> an announced answer ends the thinking. "####" must stand before a number alone: it also starts a headline.
+ANSWER = re.compile(r"<answer>|\\boxed\{|####[ \t]*[-$]?\d[\d,.]*[ \t]*(?=\n|<|$)")
+BLANK_LINE = re.compile(r"\n(?:[ \t]*\n)+")
+
+
+class Codec(Protocol):
+    """What is asked of a tokenizer. Ids in its `stop_ids`, if it has any, end the thinking wherever they appear."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """K episodes of a completion of T tokens. A position is the index of a completion token."""
+
+    ids: Tensor  # [T] int64, the episode of each token: 0, …, K-1, never decreasing
+    ends: Tensor  # [K] int64, position of each episode's last token; the last one is T-1
+    cuts: Tensor  # [K] int64, position of the last token of each probed prefix, ends or earlier; -1: the prompt alone
+    start: int = -1  # position of the last token of an opening `<think>`, where the first prefix ends; -1: the prompt alone
+    malformed: bool = False  # by tags: not exactly episodes 1, …, K, each closed
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each episode, [K] int64."""
+        return torch.diff(self.ends, prepend=self.ends.new_tensor([-1]))
+
+    @property
+    def prefixes(self) -> list[int]:
+        """Completion tokens before each of the K+1 probes: J_0 sees at most `<think>`, J_k the episodes up to k."""
+        return [self.start + 1, *(cut + 1 for cut in self.cuts.tolist())]
+
+
+def segment(tokens: list[int], tokenizer: Codec, how: str = "tags") -> Episodes:
+    """The episodes of a completion, `how` = "tags", "paragraphs" or "fixed:N".
+
+    tokens are the completion's ids, stop token included. No tokens, no episodes. Raises UserError for another `how`, and
+    under "tags" for a tokenizer that cannot encode a tag at all.
+    """
+    chunk = _chunk_size(how)
+    if how == "tags":
+        require_tags(tokenizer)
+    text, reached = trace(tokens, tokenizer)
+    opened = text.find(OPEN)
+    limit, last = _thinking(tokens, tokenizer, text, reached)
+    start = _completes(reached, opened + len(OPEN)) if opened >= 0 and not text[:opened].strip() else -1
+    start = min(start, last)
+
+    malformed = False
+    if chunk:
+        ends = list(range(start + chunk, last + 1, chunk))
+        if last > (ends[-1] if ends else start):
+            ends.append(last)
+    else:
+        boundaries, malformed = _tags(text[:limit]) if how == "tags" else (_paragraphs(text[:limit]), False)
+        ends = [_completes(reached, boundary) for boundary in boundaries]
+    ends = [end for before, end in pairwise([-1, *ends]) if end > before] or [len(tokens) - 1]
+
+    cuts = torch.tensor(ends).clamp(max=last)
+    ends[-1] = len(tokens) - 1
+    if not tokens:
+        ends, cuts = [], cuts[:0]
+    ends = torch.tensor(ends, dtype=torch.int64)
+    ids = torch.searchsorted(ends, torch.arange(len(tokens)))
+    return Episodes(ids, ends, cuts, start, malformed)
+
+
+def _chunk_size(how: str) -> int:
+    """N of "fixed:N", 0 for the other two."""
+    if how in ("tags", "paragraphs"):
+        return 0
+    name, _, size = how.partition(":")
+    if name != "fixed" or not size.isdecimal() or int(size) < 1:
+        raise UserError(f"episodes can be tags, paragraphs or fixed:N with N of at least 1, not {how!r}")
+    return int(size)
+
+
+@functools.lru_cache
+def require_tags(tokenizer: Codec) -> None:
+    """UserError if the vocabulary has no way to write an episode tag. That a tag takes several tokens is no obstacle."""
+    if "<episode_1>" not in tokenizer.decode(tokenizer.encode("<episode_1>")):
+        raise UserError("--episodes tags: this tokenizer cannot encode <episode_1>; use --episodes paragraphs or fixed:N")
+
+
+def _thinking(tokens: list[int], tokenizer: Codec, text: str, reached: list[int]) -> tuple[int, int]:
+    """Where thinking ends: its number of characters, and the last token that a probe may see (-1: none).
+
+    A token that only begins `</think>` may be seen, one that completes it may not.
+    """
+    limit = text.find(CLOSE)
+    hidden_from = limit + len(CLOSE)
+    if limit < 0:
+        answer = ANSWER.search(text)
+        limit = answer.start() if answer else len(text)
+        hidden_from = limit + 1
+    last = bisect_left(reached, hidden_from) - 1
+    stop_ids = getattr(tokenizer, "stop_ids", ())
+    stopped = next((t for t, token in enumerate(tokens) if token in stop_ids), len(tokens))
+    return limit, min(last, stopped - 1)
+
+
+def _tags(text: str) -> tuple[list[int], bool]:
+    """Ends of the episodes in a thinking text, in characters, and whether the tags are other than 1, …, K, each closed."""
+    tags = [(int(m[2]), bool(m[1]), m.end()) for m in TAG.finditer(text)]
+    pairs = [(number, end) for (opened, shut, _), (number, closes, end) in pairwise(tags)
+             if closes and not shut and opened == number]  # fmt: skip
+    boundaries = [end for _, end in pairs]
+    well_formed = len(tags) == 2 * len(pairs) and [number for number, _ in pairs] == list(range(1, len(pairs) + 1))
+    if tags and not tags[-1][1]:
+        boundaries.append(len(text))  # left open
+    return boundaries, not (pairs and well_formed)
+
+
+def _paragraphs(text: str) -> list[int]:
+    """Ends of the paragraphs in a thinking text, in characters: each takes the blank lines behind it."""
+    begin = text.find(OPEN) + len(OPEN) if OPEN in text else 0
+    ends = [m.end() for m in BLANK_LINE.finditer(text, begin)] + [len(text)]
+    return [end for before, end in pairwise([begin, *ends]) if text[before:end].strip()]
+
+
+def trace(tokens: list[int], tokenizer: Codec) -> tuple[str, list[int]]:
+    """The text of `tokens`, and how many of its characters are there after each token. Never decreasing.
+
+    Usually the tokens' own texts are the text, which one look-up per token finds out. Where they are not (a character spread
+    over several tokens, a decoder that treats a first space apart), it is decoded step by step.
+    """
+    text = tokenizer.decode(tokens)
+    pieces = [_piece(tokenizer, token) for token in tokens]
+    if "".join(pieces) != text:
+        return trace_ref(tokens, tokenizer)
+    reached, length = [], 0
+    for piece in pieces:
+        length += len(piece)
+        reached.append(length)
+    return text, reached
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _piece(tokenizer: Codec, token: int) -> str:
+    return tokenizer.decode([token])
+
+
+def trace_ref(tokens: list[int], tokenizer: Codec) -> tuple[str, list[int]]:
+    """`trace` by incremental decoding: a token's text is what it adds to that of the few tokens before it.
+
+    A character counts as there with the token that brings its last byte.
+    """
+    text, reached = "", []
+    context, known = 0, 0  # tokens[known:] have no text yet; tokens[context:known] are what they follow
+    for t in range(1, len(tokens) + 1):
+        before, after = tokenizer.decode(tokens[context:known]), tokenizer.decode(tokens[context:t])
+        if not after.endswith("\ufffd") or t == len(tokens):
+            text += after[len(before) :]
+            context, known = known, t
+        reached.append(len(text))
+    return text, reached
+
+
+def _completes(reached: list[int], characters: int) -> int:
+    """Position of the token with which the text has that many characters."""
+    return bisect_left(reached, characters)
