@@ -241,6 +241,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(group, tmp_path)
 
     model, optimizer = learner(tmp_path)
     train(model, optimizer, range(7, 8))  # a restore must overwrite everything, not only what is still at its start
+    optimizer.param_groups[0]["lr"] = 1.0
     restored = load_step(tmp_path / "checkpoints" / "step_2", {"policy": model}, {"policy": optimizer})
     assert restored["cursor"] == extra["cursor"] and restored["name"] == "l2t"
     assert torch.equal(restored["fisher"], extra["fisher"]) and torch.equal(restored["rng"], extra["rng"])

@@ -163,10 +163,14 @@ def test_a_stop_string_is_seen_where_the_vocabulary_merges_it_away(tmp_path):
     assert StopStrings(tokenizer, ["</think>"]).find(tokens, start=straddling + 1) is None
     assert StopStrings(tokenizer, ["</thing>"]).find(tokens) is None
     assert StopStrings(tokenizer, []).find(tokens) is None
+    a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
+    assert StopStrings(tokenizer, ["ab"]).find([a, b, b]) == 1
+    assert StopStrings(tokenizer, ["ab"]).find([a, b, b], start=2) is None  # found once, not again
     assert StopStrings(tokenizer, ["5"]).find([tokenizer.vocab_size + 7, tokens[0]]) == 1  # a padded id is no text
 
 
-STOPS = [["</think>"], ["</think>", "the a"], ["。"], ["案。>"], ["é", "n\n"], [" "], ["a"], ["<|end|>"], ["\n\n", "😀😃"]]
+STOPS = [["</think>"], ["</think>", "the a"], ["。"], ["案。>"], ["é", "n\n"], [" "], ["a"], ["<|end|>"]]
+STOPS += [["\n\n", "😀😃"], ["答 the"]]  # the latter begins in byte tokens and ends in one of many bytes
 
 
 @pytest.mark.parametrize("stops", STOPS, ids=repr)
@@ -191,6 +195,17 @@ def test_stop_strings_are_found_where_decoding_everything_finds_them(tokenizer, 
     assert hits > 5
 
 
+def test_a_token_may_end_one_character_and_hold_the_rest_of_a_stop_string(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    first, second = (pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("é")[0][0])  # é is two bytes
+    ids = {piece: i for i, piece in enumerate([*alphabet, second + ">"])}
+    plain = tokenizers.Tokenizer(models.BPE(ids, []))
+    plain.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(write_folder(tmp_path, plain))
+    assert tokenizer.decode([ids[first], ids[second + ">"]]) == "é>"
+    assert StopStrings(tokenizer, ["aé>"]).find([ids["a"], ids[first], ids[second + ">"]]) == 2
+
+
 def test_few_tokens_can_end_a_stop_string(tmp_path):
     tokenizer = Tokenizer(write_folder(tmp_path))
     endings = {tokenizer.pieces[i] for i in StopStrings(tokenizer, ["</think>"]).endings}
@@ -211,11 +226,13 @@ def test_text_comes_in_parts_that_join_to_the_whole(tokenizer):
 def test_bytes_that_are_no_text_neither_stall_nor_spoil_what_follows(tokenizer):
     lone = next(i for i, piece in enumerate(tokenizer.pieces) if piece == "\ufffd")
     stream = IncrementalText(tokenizer)
+    text = ""
     for _ in range(1000):
-        stream.push(lone)
+        text += stream.push(lone)
         assert len(stream._pending) <= 7
-    assert stream.push(tokenizer.encode("a.")[-1]).endswith(".")
-    assert stream.flush() == ""
+    assert len(text) == 997  # all but those that a fourth byte could still turn into a character
+    text += stream.push(tokenizer.encode("a.")[-1])
+    assert text == "\ufffd" * 1000 + "." and stream.flush() == ""
 
 
 def test_random_bytes_read_the_same_in_parts_as_whole(tmp_path):
