@@ -1,0 +1,178 @@
+"""L2T: a dense reward per episode, information gained minus parameters moved, and the token advantages made of it.
+
+    r_prg_k = (J_k - J_{k-1}) - beta C_k                                                                         Eq. 3
+    R_k     = r_out / K + alpha r_prg_k                                                                          Alg. 1 l. 9
+    r_t     = R_k w_t / sum_{t' in k} w_t',    w_t = -log p_old(z_t | s_t)                                       Alg. 1 l. 10-11
+    A_t     = A r_t / r~,                      A the group-normalised statistic of the completion                Alg. 1 l. 13-15
+
+Departures from Alg. 1 (the README measures them):
+1. The group statistic is by default the return r_out + alpha sum r_prg, which the paper's objective (Eq. 2, 5) maximises.
+   Line 13's truncated mean is a reward per token, an implicit length penalty: `statistic="token_trunc_mean"`.
+2. Line 15 reverses its meaning where A and r~ differ in sign, and explodes where r~ is near 0: `mode="guarded"` then
+   spreads A evenly, and clips the ratio elsewhere. `mode="paper"` is the line as printed.
+3. A group without differences, or with differences of rounding size, gets zero advantage.
+
+Letters: T tokens and K episodes of one completion, G completions of one problem.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from thinkrl.grpo import group_advantages
+
+SURPRISE_FLOOR = 1e-8  # an episode of certain tokens spreads its reward evenly instead of dividing 0 by 0
+GUARD = 0.02  # guarded credit: means closer to 0 than this share of the group's are no divisor
+ROUNDING = 1e-6  # relative; what is smaller is not a reward
+
+
+def process_reward(J: Tensor, C: Tensor, beta: float) -> Tensor:
+    """Reward of each episode, [K]: fitting gain J_k - J_{k-1} of predicted correctness J [K+1] minus beta C [K]."""
+    return J.diff() - beta * C  # L2T Eq. 3
+
+
+def episode_rewards(r_out: float, r_prg: Tensor, alpha: float) -> Tensor:
+    """R [K]: an equal share of the outcome reward, and alpha times the process reward r_prg [K]."""
+    return r_out / max(len(r_prg), 1) + alpha * r_prg  # L2T Alg. 1 l. 9
+
+
+def surprise(old_logprob: Tensor) -> Tensor:
+    """How unexpected each token was under the policy that sampled it, [T] fp64, positive."""
+    return (-old_logprob.double()).clamp(min=0) + SURPRISE_FLOOR  # L2T Alg. 1 l. 10
+
+
+def token_rewards(R: Tensor, episode_ids: Tensor, old_logprob: Tensor) -> Tensor:
+    """Each episode's reward R [K] spread over its tokens in proportion to their surprise: [T] fp64.
+
+    episode_ids [T] says which episode a token belongs to. The tokens of an episode sum to its R.
+    """
+    w = surprise(old_logprob)
+    total = w.new_zeros(len(R)).index_add(0, episode_ids, w)
+    return w / total[episode_ids] * R.double()[episode_ids]  # L2T Alg. 1 l. 11
+
+
+def truncated_mean(values: Tensor, keep: float = 0.95) -> Tensor:
+    """Mean of the central share `keep` of values [T]: floor((1 - keep) / 2 · T) are dropped at each end. Scalar."""
+    drop = math.floor((1 - keep) / 2 * len(values) + 1e-9)  # the sum rounds: 0.05 · 20 may come out below 1
+    return values.sort().values[drop : len(values) - drop].mean()  # L2T Alg. 1 l. 13
+
+
+def group_normalise(values: Tensor, eps: float = 1e-6, std: str = "sample") -> Tensor:
+    """(v - mean) / (std + eps) over one group, [G] -> [G]; zeros for equal values and for a group of one."""
+    if len(values) == 1 and std != "none":
+        return torch.zeros_like(values)
+    return group_advantages(values[None], std, eps)[0]  # L2T Alg. 1 l. 14
+
+
+def credit(A: Tensor, r: Tensor, center: Tensor, mode: str, scale: Tensor | float = 0.0, max_ratio: float = 10.0) -> Tensor:
+    """Spread a completion's advantage A (scalar) over its tokens by their rewards r [T], relative to `center`: [T].
+
+    uniform   A for every token
+    paper     A r_t / center as printed; A where center is 0 up to rounding
+    guarded   A clip(r_t / center, ±max_ratio), or A for every token where the ratio would mean something else: center of
+              the other sign than A, or within GUARD of 0 relative to `scale`, the group's mean |center|
+    """
+    if mode == "uniform" or center.abs() <= ROUNDING * r.abs().max():
+        return A.expand(len(r))
+    ratio = r / center
+    if mode == "guarded":
+        if A * center <= 0 or center.abs() <= GUARD * scale:
+            return A.expand(len(r))
+        ratio = ratio.clamp(-max_ratio, max_ratio)
+    return A * ratio  # L2T Alg. 1 l. 15
+
+
+def token_advantages(
+    rewards: Sequence[Tensor],
+    keep: float = 0.95,
+    mode: str = "guarded",
+    statistic: str = "token_trunc_mean",
+    returns: Tensor | None = None,
+    eps: float = 1e-8,
+    max_ratio: float = 10.0,
+    *,
+    std: str = "sample",
+    to_go: Sequence[Tensor] | None = None,
+    J: Sequence[Tensor] | None = None,
+    episode_ids: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Advantage of every token of one group: G completions with token rewards [T_i] -> list of [T_i] fp64.
+
+    mode        how a completion's advantage is spread over its tokens: uniform, paper, guarded (see `credit`), or to_go (see
+                `to_go_advantages`, which needs the last three arguments and neither statistic nor keep)
+    statistic   what is compared in the group: "return_sum", the return, divided by std + 1e-6 exactly as GRPO does; or
+                "token_trunc_mean", the mean of the central `keep` of the token rewards, whose std is divided with `eps`
+    returns     [G] exact returns in fp64 for return_sum; None: the sums of the token rewards, which carry their rounding
+    std         "sample", "population" or "none", as in `group_advantages`
+
+    The ratio of paper and guarded credit is taken against the completion's statistic per token: its truncated mean, or the
+    mean token reward. Groups without differences get zeros. Raises ValueError for an unknown mode or statistic.
+    """
+    if mode == "to_go":
+        if to_go is None or J is None or episode_ids is None:
+            raise ValueError('mode "to_go" needs the arguments to_go, J and episode_ids')
+        return to_go_advantages(to_go, J, episode_ids)
+    if mode not in ("uniform", "paper", "guarded"):
+        raise ValueError(f"mode must be uniform, paper, guarded or to_go, not {mode!r}")
+    if statistic not in ("token_trunc_mean", "return_sum"):
+        raise ValueError(f"statistic must be token_trunc_mean or return_sum, not {statistic!r}")
+    rewards = [r.double() for r in rewards]
+    if statistic == "token_trunc_mean":
+        centers = torch.stack([truncated_mean(r, keep) for r in rewards])
+        A = group_normalise(centers, eps, std)
+    else:
+        centers = torch.stack([r.mean() for r in rewards])
+        A = group_normalise(torch.stack([r.sum() for r in rewards]) if returns is None else returns.double(), std=std)
+    scale = centers.abs().mean()
+    return [credit(a, r, center, mode, scale, max_ratio) for a, r, center in zip(A, rewards, centers)]
+
+
+def returns_to_go(r_out: float, r_prg: Tensor, alpha: float) -> Tensor:
+    """What episode k and all after it earn, [K] fp64: r_out + alpha sum_{j >= k} r_prg_j. The first is the return."""
+    return r_out + alpha * r_prg.double().flip(0).cumsum(0).flip(0)
+
+
+def to_go_advantages(to_go: Sequence[Tensor], J: Sequence[Tensor], episode_ids: Sequence[Tensor]) -> list[Tensor]:
+    """Credit by what came after: an episode's return-to-go minus what its state let expect. List of [T_i] fp64.
+
+        D_ik = G_ik - b_i(J_{i,k-1}, n_{i,k-1})          A_t = D_ik / rms(D over the group's tokens),   k the episode of t
+
+    to_go [K_i] are returns-to-go G_ik; J [K_i + 1] predicted correctness, of which J_{k-1} is that of the state in which
+    episode k is written; n_{k-1} the tokens written before it; episode_ids [T_i]. b_i is the least-squares plane of G over J
+    and n through the tokens of the *other* completions of the group, held between the smallest and largest G among them.
+
+    Unbiased: the baseline of an episode knows nothing of what it and its successors do, since J_{k-1} and n_{k-1} are known
+    before it is written and b_i comes from other completions. Subtracting from a return what does not depend on the action
+    leaves the expected policy gradient as it is; so does leaving out what was earned before the action; dividing a group
+    by one positive number rescales it.
+    A fit, and not J itself, because J enters G too (-alpha J_{k-1}, by telescoping) and may be uncalibrated: where it tells
+    nothing its coefficient is 0. So the fitting gain can only help, by telling good states from bad; the token count does the
+    same for the penalty still to come.
+
+    Zeros for a group of one, for a group of equal returns, and where only rounding is left.
+    """
+    G = [values.double() for values in to_go]
+    returns = torch.stack([values[0] for values in G])
+    size = returns.abs().max()
+    targets = [values[ids] for values, ids in zip(G, episode_ids)]
+    if len(G) == 1 or returns.max() - returns.min() <= ROUNDING * size:
+        return [torch.zeros_like(y) for y in targets]
+    longest = max(len(ids) for ids in episode_ids)
+    states = []
+    for values, ids in zip(J, episode_ids):
+        n = torch.searchsorted(ids, ids) / longest  # ids are sorted: as many tokens are of earlier episodes
+        states.append(torch.stack([torch.ones_like(n), values[:-1][ids], n], 1).double())
+    squares = torch.stack([x.T @ x for x in states])
+    products = torch.stack([x.T @ y for x, y in zip(states, targets)])
+    inverse = torch.linalg.pinv(squares.sum(0) - squares, rtol=1e-9, hermitian=True)  # J or n may be constant
+    planes = (inverse @ (products.sum(0) - products)[..., None])[..., 0]
+    D = []
+    for i, (x, y, plane) in enumerate(zip(states, targets, planes)):
+        others = torch.cat(G[:i] + G[i + 1 :])
+        D.append(y - (x @ plane).clamp(others.min(), others.max()))
+    rms = torch.cat(D).square().mean().sqrt()
+    return [torch.zeros_like(d) if rms <= ROUNDING * size else d / rms for d in D]
