@@ -6,7 +6,7 @@ efficient ones:
     at a glance     374*6?<think><episode_1>374*6=2244</episode_1></think><answer>2244</answer>
     step by step    374*6?<think><episode_1>300*6=1800</episode_1><episode_2>70*6=420</episode_2>
                     <episode_3>1800+420=2220</episode_3><episode_4>4*6=24</episode_4>
-                    <episode_5>2220+24=2244</episode_5></think><answer>2244</answer>                  (written without line breaks)
+                    <episode_5>2220+24=2244</episode_5></think><answer>2244</answer>              (in one line)
 
 between which it recalls the question, restates and checks what it has, says `wait` and starts again. Which of the two ways
 it takes depends on the parity of b and not on the difficulty; a glance at a hard product is often wrong. So there is

@@ -1,7 +1,7 @@
 """Write what the embedded model is trained from: `python -m thinkrl.assets.tiny.make --out DIR`.
 
     DIR/chains.jsonl      rows {"problem", "response"} by thinkrl.arith
-    DIR/start/            a Qwen2 checkpoint folder with random weights: config, tokenizer, model.safetensors
+    DIR/start/            a Llama checkpoint folder with random weights: config, tokenizer, model.safetensors
 
 `make tiny` then trains DIR/start on DIR/chains.jsonl with `train.py sft` and copies the result here.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -30,8 +31,8 @@ WORDS = ["recall ", "check ", "so ", "wait", " ok", " no"]  # a word owns its sp
 VOCABULARY = [EOS, UNK, *"0123456789", *"+-*=?", "\n", " ", *WORDS, *TAGS]
 
 CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "vocab_size": len(VOCABULARY),
     "hidden_size": 96,
     "intermediate_size": 256,
@@ -43,12 +44,14 @@ CONFIG = {
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
-    "use_sliding_window": False,
+    "attention_bias": False,
+    "mlp_bias": False,
     "attention_dropout": 0.0,
     "initializer_range": 0.02,
     "bos_token_id": None,
     "eos_token_id": VOCABULARY.index(EOS),
     "torch_dtype": "float32",
+    "thinkrl_embedded": True,
     "thinkrl_embedded": True,  # train.py's own small defaults apply to this folder and to what descends from it
 }
 CHAT_TEMPLATE = "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
@@ -58,7 +61,7 @@ def tokenizer() -> Tokenizer:
     """One token per entry of VOCABULARY; the longest entry wins; any other character is UNK."""
     out = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=UNK))
     longest_first = sorted(VOCABULARY, key=len, reverse=True)
-    pattern = "|".join("".join(f"\\x{{{ord(c):x}}}" for c in word) for word in longest_first)
+    pattern = "|".join(re.escape(word) for word in longest_first)
     out.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     out.decoder = decoders.Fuse()
     out.add_special_tokens([AddedToken(EOS, special=True, normalized=False), AddedToken(UNK, special=True, normalized=False)])
@@ -66,7 +69,7 @@ def tokenizer() -> Tokenizer:
 
 
 def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Names and shapes of Qwen2 in transformers. Matrices ~ N(0, 1/fan_in), those that write to the residual stream 1/sqrt(2L) of it."""
+    """Names and shapes of Llama in transformers. Matrices ~ N(0, 1/fan_in); those that write to the residual stream, quieter."""
     generator = torch.Generator().manual_seed(seed)
     width, inner, layers = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["num_hidden_layers"]
     kv = width // CONFIG["num_attention_heads"] * CONFIG["num_key_value_heads"]
@@ -80,7 +83,6 @@ def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
         at = f"model.layers.{i}."
         for name, rows in (("q", width), ("k", kv), ("v", kv)):
             weights[f"{at}self_attn.{name}_proj.weight"] = matrix(rows, width)
-            weights[f"{at}self_attn.{name}_proj.bias"] = torch.zeros(rows)
         weights[f"{at}self_attn.o_proj.weight"] = matrix(width, width, quiet)
         weights[f"{at}mlp.gate_proj.weight"] = matrix(inner, width)
         weights[f"{at}mlp.up_proj.weight"] = matrix(inner, width)
