@@ -51,7 +51,6 @@ CONFIG = {
     "bos_token_id": None,
     "eos_token_id": VOCABULARY.index(EOS),
     "torch_dtype": "float32",
-    "thinkrl_embedded": True,
     "thinkrl_embedded": True,  # train.py's own small defaults apply to this folder and to what descends from it
 }
 CHAT_TEMPLATE = "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
@@ -69,7 +68,7 @@ def tokenizer() -> Tokenizer:
 
 
 def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Names and shapes of Llama in transformers. Matrices ~ N(0, 1/fan_in); those that write to the residual stream, quieter."""
+    """Names and shapes of Llama in transformers. Matrices ~ N(0, 1/fan_in); those that write to the residual stream quieter."""
     generator = torch.Generator().manual_seed(seed)
     width, inner, layers = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["num_hidden_layers"]
     kv = width // CONFIG["num_attention_heads"] * CONFIG["num_key_value_heads"]
