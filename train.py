@@ -28,7 +28,7 @@ from thinkrl.learner import Learner, learning_rate, model_path, new_learner, res
 from thinkrl.metrics import DEFINITIONS, Log, Stopwatch, Tally
 from thinkrl.model import Transformer
 from thinkrl.problems import Stream, held_out_problems, load_problems
-from thinkrl.rollout import EVALUATION, TRAINING, rollout
+from thinkrl.rollout import EVALUATION, TRAINING, require_room, rollout
 from thinkrl.runs import Run, open_run
 from thinkrl.sft import load_rows, nll_loss
 from thinkrl.sft import samples as sft_samples
@@ -45,6 +45,8 @@ def train(config: Config, world: World) -> None:
     require_a_problem_each(config, world)
     stream = Stream(load_problems(config.data, config.source), config.seed)
     preset = {"grpo": Grpo}[config.preset](config, world)
+    preset.require_room(stream.take(0, config.problems_per_step) if callable(stream.rows) else stream.rows)
+    preset.require_room(held_out_problems(config.eval_data, config.data, config.source))
     run = open_run(config, world)
     first, state = restore(run.folder, preset.learners)
     preset.load_state_dict(state)
@@ -92,6 +94,10 @@ class Grpo:
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(step, self.config.steps, self.config)
+
+    def require_room(self, problems: list[Problem]) -> None:
+        c, model = self.config, self.learners["policy"].policy
+        require_room(problems, self.tokenizer, model.config.max_positions, c.max_tokens, c.system, c.suffix)
 
     def attempt(self, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...]) -> list[Trajectory]:
         c = self.config

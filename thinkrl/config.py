@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -190,6 +191,8 @@ def excuse(program: str, mistake: Exception, status: int = 2) -> None:
     """One sentence from rank 0, no traceback, and the exit status: 2 for a user's mistake."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{program}: {mistake}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(30)  # torchrun ends every rank when one exits: let rank 0 speak first, and be ended by torchrun
     sys.exit(status)
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from thinkrl import UserError
 
@@ -67,7 +68,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def shard(model: nn.Module, world: World, dtype: torch.dtype, replicate: int = 1, activation_checkpointing: bool = False) -> nn.Module:
+def shard(model: nn.Module, world: World, dtype: torch.dtype, replicate: int = 1,
+          activation_checkpointing: bool = False) -> nn.Module:
     """FSDP2 applied from outside: each block is a unit; embedding, final norm and head are the root unit.
 
     The root is not resharded after its forward, so `model.head_weight` is whole when the loss needs it.
@@ -77,10 +79,11 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype, replicate: int = 1
         raise UserError(f"--replicate {replicate} does not divide the {world.size} ranks")
     mesh = (init_device_mesh(world.device.type, (world.size,)) if replicate == 1 else
             init_device_mesh(world.device.type, (replicate, world.size // replicate), mesh_dim_names=("replicate", "shard")))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
+    fp32 = dtype == torch.float32
+    policy = MixedPrecisionPolicy() if fp32 else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if activation_checkpointing:
-        for i, block in enumerate(model.blocks):
-            model.blocks[i] = checkpoint_wrapper(block)
+        for block in model.blocks:  # inside the sharded unit, and without a wrapper module that would rename parameters
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

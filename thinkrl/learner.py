@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from thinkrl import UserError
 from thinkrl.checkpoint import latest_step, load_model, load_step, save_hf, save_step
 from thinkrl.config import Config
 from thinkrl.distributed import World, shard
@@ -34,7 +35,11 @@ class Learner:
 
 
 def model_path(model: str) -> Path:
-    return TINY if model == "tiny" else Path(model)
+    """The checkpoint folder; 'tiny' is the embedded model's. Raises UserError if there is none."""
+    path = TINY if model == "tiny" else Path(model)
+    if not path.is_dir():
+        raise UserError(f"--model {model}: no such folder; give a Hugging Face checkpoint folder, or 'tiny'")
+    return path
 
 
 def compute_dtype(config: Config, world: World) -> torch.dtype:
@@ -75,7 +80,8 @@ def save(folder: Path, step: int, learners: dict[str, Learner], state: dict, tok
     """checkpoints/step_N with everything a resume needs, and a Hugging Face folder per learner. Collective."""
     save_step(folder, step, _modules(learners), _optimizers(learners), state, keep=config.keep_checkpoints)
     for name, learner in learners.items():
-        save_hf(learner.policy, tokenizer, folder / "checkpoints" / f"step_{step}" / ("hf" if len(learners) == 1 else f"hf_{name}"))
+        own = "hf" if len(learners) == 1 else f"hf_{name}"
+        save_hf(learner.policy, tokenizer, folder / "checkpoints" / f"step_{step}" / own)
 
 
 def restore(folder: Path, learners: dict[str, Learner]) -> tuple[int, dict]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from thinkrl import UserError
 from thinkrl.grading import extract, grade
 from thinkrl.problems import messages
 from thinkrl.sampler import Sampler
@@ -18,6 +19,15 @@ TRAINING, EVALUATION = 0, 1  # first part of an address: the two never draw the 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, system: str = "", suffix: str = "") -> list[int]:
     return tokenizer.encode_chat(messages(problem, system, suffix))
+
+
+def require_room(problems: list[Problem], tokenizer: Tokenizer, context: int, max_tokens: int, system: str, suffix: str) -> None:
+    """Raise UserError before the first step if a prompt leaves no room for a completion in the model's context."""
+    for problem in problems:
+        length = len(prompt_ids(problem, tokenizer, system, suffix))
+        if length + max_tokens > context:
+            raise UserError(f"problem {problem.id} (counted from 0): a prompt of {length} tokens and --max_tokens {max_tokens} exceed "
+                            f"the model's context of {context}; lower --max_tokens, or leave the problem out")
 
 
 def rollout(

@@ -1,0 +1,193 @@
+"""train.py as a user meets it: real checkpoints and data on two ranks, a kill and a resume, and every mistake's sentence."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from test_distributed import torchrun
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import train
+from thinkrl.config import parse
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=256)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory) -> Path:
+    """A byte-level BPE trained here, as real checkpoints carry."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    text = ["Think step by step, then put the final answer in \\boxed{7}. What is 12 + 34?"] * 4
+    special = ["<|eos|>", "<|user|>", "<|system|>", "<|assistant|>"]
+    raw.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    raw.save(str(path))
+    return path
+
+
+def checkpoint(folder: Path, kind: str, tokenizer_file: Path) -> Path:
+    """Random weights, written by transformers."""
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token="<|eos|>")
+    fast.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    config, model = {"qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+                     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}[kind]
+    model(config(vocab_size=len(fast), eos_token_id=0, bos_token_id=None, **SMALL)).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def verl_rows(path: Path, count: int = 12) -> Path:
+    rows = [{"data_source": "openai/gsm8k", "prompt": [{"role": "user", "content": f"What is {i} + 1?"}], "ability": "math",
+             "reward_model": {"style": "rule", "ground_truth": str(i + 1)}, "extra_info": {"split": "train", "index": i}}
+            for i in range(count)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("qwen2", ["--kl_coef", "0.1", "--updates_per_rollout", "2", "--importance_cap", "2"]),
+    ("llama", ["--aggregate", "sequence", "--activation_checkpointing", "--replicate", "2"]),
+])
+def test_a_real_checkpoint_and_a_verl_parquet_on_two_ranks(kind, more, tmp_path, tokenizer_file):
+    model, data = checkpoint(tmp_path / "model", kind, tokenizer_file), verl_rows(tmp_path / "train.parquet")
+    done = torchrun(2, "train.py", "grpo", "--model", str(model), "--data", str(data), "--eval_data", str(data), "--steps", "3",
+                    "--problems_per_step", "3", "--group_size", "2", "--max_tokens", "12", "--lr", "1e-3", "--runs_dir",
+                    str(tmp_path), "--name", "run", "--save_every", "2", *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    wanted = "step reward accuracy tokens loss grad_norm lr entropy kl clip_fraction mismatch seconds tokens_per_second"
+    assert set(wanted.split()) <= rows[0].keys()
+    assert rows[0]["mismatch"] < 1e-5, "sampler and trainer must agree"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"accuracy", "tokens", "greedy", "by_level"} <= summary["before"].keys() & summary["after"].keys()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "step_3" / "hf")
+    before = load_file(model / "model.safetensors")
+    moved = [n for n, w in loaded.state_dict().items() if n in before and not torch.equal(w, before[n])]
+    assert rows[-1]["zero_groups"] == 1.0 and kind == "llama" or moved, "weights move when anything was learnt"
+
+
+def run_options(folder: Path, name: str, *more: str) -> list[str]:
+    return ["grpo", "--runs_dir", str(folder), "--name", name, "--steps", "4", "--save_every", "2", "--problems_per_step", "4",
+            "--group_size", "4", "--max_tokens", "60", "--eval_problems", "4", "--kl_coef", "0.01", *more]
+
+
+def start_ranks(size: int, *arguments: str) -> list[subprocess.Popen]:
+    """What torchrun starts, with nobody in between to survive a SIGKILL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size),
+             "LOCAL_WORLD_SIZE": str(size)}
+    return [subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
+
+
+def test_kill_and_resume_is_the_same_run(tmp_path):
+    """2N steps == N steps, a kill, a resume: bit for bit, optimizer included. The last resume has another world size."""
+    assert torchrun(2, "train.py", *run_options(tmp_path, "whole")).returncode == 0
+    ranks = start_ranks(2, "train.py", *run_options(tmp_path, "cut"))
+    deadline = time.time() + 120
+    while not (tmp_path / "cut" / "latest").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    assert "after" not in json.loads((tmp_path / "cut" / "summary.json").read_text()), "it was killed too late to test anything"
+    done = torchrun(2, "train.py", *run_options(tmp_path, "cut", "--resume", "auto"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, cut = (load_file(tmp_path / name / "checkpoints" / "step_4" / "hf" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+    def lines(name: str) -> list[dict]:
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if "seconds" not in k and k != "tokens_per_second"} for row in rows]
+
+    assert lines("whole") == lines("cut")
+
+
+def mistake(capsys, *argv: str) -> str:
+    """Exit status 2 and one line on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main(parse(list(argv)))
+    assert stopped.value.code == 2
+    sentence = capsys.readouterr().err.strip()
+    assert sentence.startswith("train.py: ") and "\n" not in sentence and "Traceback" not in sentence
+    return sentence
+
+
+def test_bad_models(capsys, tmp_path, tokenizer_file):
+    runs = ["--runs_dir", str(tmp_path / "runs")]
+    assert "no such folder" in mistake(capsys, "grpo", "--model", str(tmp_path / "nowhere"), *runs)
+    folder = checkpoint(tmp_path / "model", "qwen2", tokenizer_file)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    assert "Qwen3ForCausalLM" in mistake(capsys, "grpo", "--model", str(folder), *runs)
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    sentence = mistake(capsys, "grpo", "--model", str(folder), *runs)
+    assert "gate_proj" in sentence and "48" in sentence and "40" in sentence
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:500])
+    assert "model.safetensors" in mistake(capsys, "grpo", "--model", str(folder), *runs)
+    assert not (tmp_path / "runs").exists(), "nothing half-written"
+
+
+def test_bad_data(capsys, tmp_path):
+    runs = ["--runs_dir", str(tmp_path / "runs")]
+    data = tmp_path / "data.jsonl"
+    data.write_text("")
+    assert "no rows" in mistake(capsys, "grpo", "--data", str(data), *runs)
+    data.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "1+2?"}\n')
+    sentence = mistake(capsys, "grpo", "--data", str(data), *runs)
+    assert "data.jsonl:2" in sentence and "answer" in sentence
+    data.write_text('{"problem": "1+1?", "answer": "\\\\boxed{"}\n' * 20)
+    assert "data.jsonl:1" in mistake(capsys, "grpo", "--data", str(data), "--source", "gsm8k", *runs)
+    data.write_text(json.dumps({"problem": "1+" * 600, "answer": "2", "source": "arith"}) + "\n")
+    assert "context" in mistake(capsys, "grpo", "--data", str(data), "--problems_per_step", "1", *runs)
+    assert "context" in mistake(capsys, "grpo", "--max_tokens", "5000", *runs)
+    assert not (tmp_path / "runs").exists(), "nothing half-written"
+
+
+def test_more_ranks_than_problems(tmp_path):
+    done = torchrun(2, "train.py", "grpo", "--problems_per_step", "1", "--runs_dir", str(tmp_path))
+    own = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert done.returncode != 0 and len(own) == 1 and "--nproc_per_node" in own[0]
+    assert 'train.py", line' not in done.stderr, "no traceback of ours; torchrun adds its own report"
+
+
+def test_run_folders(capsys, tmp_path):
+    (tmp_path / "taken").mkdir()
+    assert "--resume auto" in mistake(capsys, "grpo", "--runs_dir", str(tmp_path), "--name", "taken")
+    (tmp_path / "file").write_text("")
+    assert "--runs_dir" in mistake(capsys, "grpo", "--runs_dir", str(tmp_path / "file"))
+
+
+def test_a_foreign_kernels_package(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    done = subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); sys.path.append(sys.argv[2])\n"
+                           "from thinkrl import require_own_kernels\nrequire_own_kernels()", str(tmp_path), str(ROOT)],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert "pip install -e ." in done.stderr
+
+
+def test_a_wrong_option_from_the_shell():
+    done = subprocess.run([sys.executable, "train.py", "--lrr", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (2, "train.py: unknown option '--lrr' (did you mean 'lr'?): see --help")
