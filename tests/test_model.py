@@ -1,5 +1,6 @@
 """The decoder against transformers on random checkpoints, and its parts against numbers from the head."""
 
+import dataclasses
 import math
 
 import pytest
@@ -138,6 +139,15 @@ def test_a_model_from_the_meta_device_lacks_nothing_but_its_parameters():
     target.load_state_dict(source.state_dict())
     tokens = torch.arange(9)
     assert torch.equal(target(tokens, cumulative(9)), source(tokens, cumulative(9)))
+
+
+def test_a_model_that_has_sampled_can_still_be_trained():
+    model = Transformer.random(dataclasses.replace(tiny("Qwen2ForCausalLM"), rope=Rope(theta=77.0)))  # no cached frequencies
+    with torch.inference_mode():
+        sampled = model(torch.arange(4), cumulative(4))
+    trained = model(torch.arange(4), cumulative(4))
+    trained.square().sum().backward()
+    assert torch.equal(sampled, trained) and model.blocks[0].qkv.weight.grad.abs().max() > 0
 
 
 def test_random_weights_repeat_and_have_the_stated_spread():

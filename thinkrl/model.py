@@ -177,7 +177,7 @@ def _rope_from_hf(raw: dict, where: str) -> Rope:
 def inverse_frequencies(head_dim: int, rope: Rope, device: torch.device) -> Tensor:
     """Angle per position of each pair of dimensions, [head_dim / 2] fp32.
 
-    Recomputed from the config, not a buffer: a model made on the meta device, moved or cast keeps exact frequencies.
+    Derived from the config, not a buffer: a model made on the meta device, moved or cast keeps exact frequencies.
     """
     frequency = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     if rope.kind == "default":

@@ -40,6 +40,7 @@ FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "generation_config.json",
+    "prompts.json",  # how the two roles are addressed, where a checkpoint was taught its own way
 )
 UNFINISHED = "\ufffd"  # decoding gives this for bytes that are not, or not yet, a character
 PARTIAL = 3  # at most 3 bytes of a UTF-8 character can be waiting for the rest of it
