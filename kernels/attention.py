@@ -376,10 +376,11 @@ def _packed_backward_q_kernel(
 
 
 TILES = {  # BLOCK_M, BLOCK_N, num_warps, num_stages: in 16 bits | in fp32, which has no tensor cores at full precision
-    "forward": ((128, 64, 8, 2), (16, 16, 4, 1)),
-    "backward": ((64, 64, 8, 2), (32, 32, 8, 1)),
-    "decode": ((16, 64, 4, 3), (16, 32, 4, 2)),
-    "extend": ((64, 64, 8, 2), (16, 32, 4, 2)),
+    "forward": ((128, 32, 8, 2), (16, 16, 4, 1)),
+    "backward_kv": ((32, 64, 8, 2), (32, 32, 8, 1)),
+    "backward_q": ((64, 64, 8, 2), (32, 32, 8, 1)),
+    "decode": ((16, 64, 4, 3), (16, 32, 8, 1)),
+    "extend": ((64, 64, 8, 2), (16, 32, 8, 1)),
 }
 
 
@@ -387,7 +388,7 @@ def tiles(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and launch options: a fixed table, not a search, so that a sum is always taken in the same order."""
     block_m, block_n, num_warps, num_stages = TILES[kernel][dtype == torch.float32]
     if INTERPRET:
-        block_m = block_n = 16
+        block_m, block_n = (max(16, block // 4) for block in (block_m, block_n))  # a numpy call per tile: keep them few
     block_d = max(16, triton.next_power_of_2(width))
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=num_warps, num_stages=num_stages)
 
@@ -401,8 +402,9 @@ class _PackedAttention(torch.autograd.Function):
         o = torch.empty_like(q)
         lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
         shape = (sequences, tokens, LOG2E.value * width**-0.5, heads, k.shape[1], width)
-        grid = (tokens // config["BLOCK_M"] + sequences, heads)
-        _packed_forward_kernel[grid](q, k, v, o, lse, cu_seqlens, *shape, UPCAST=INTERPRET, **config)
+        _packed_forward_kernel[tokens // config["BLOCK_M"] + sequences, heads](
+            q, k, v, o, lse, cu_seqlens, *shape, UPCAST=INTERPRET, **config
+        )
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
         ctx.shape = shape
         return o
@@ -412,16 +414,20 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
         do = do.contiguous()
         (tokens, heads, width), kv_heads, sequences = q.shape, k.shape[1], len(cu_seqlens) - 1
-        config = tiles("backward", width, q.dtype)
-        block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
         delta, dq, dk, dv = (torch.empty_like(x) for x in (lse, q, k, v))
-        grid = (triton.cdiv(tokens, block_m), heads)
-        _delta_kernel[grid](o, do, delta, tokens, heads, width, BLOCK_D=config["BLOCK_D"], BLOCK_M=block_m)
         arrays = (q, k, v, do, lse, delta)
-        grid = (tokens // block_n + sequences, kv_heads)
-        _packed_backward_kv_kernel[grid](*arrays, dk, dv, cu_seqlens, *ctx.shape, UPCAST=INTERPRET, **config)
-        grid = (tokens // block_m + sequences, heads)
-        _packed_backward_q_kernel[grid](*arrays, dq, cu_seqlens, *ctx.shape, UPCAST=INTERPRET, **config)
+        config = tiles("backward_q", width, q.dtype)
+        block = config["BLOCK_M"]
+        _delta_kernel[triton.cdiv(tokens, block), heads](
+            o, do, delta, tokens, heads, width, BLOCK_D=config["BLOCK_D"], BLOCK_M=block
+        )
+        _packed_backward_q_kernel[tokens // block + sequences, heads](
+            *arrays, dq, cu_seqlens, *ctx.shape, UPCAST=INTERPRET, **config
+        )
+        config = tiles("backward_kv", width, q.dtype)
+        _packed_backward_kv_kernel[tokens // config["BLOCK_N"] + sequences, kv_heads](
+            *arrays, dk, dv, cu_seqlens, *ctx.shape, UPCAST=INTERPRET, **config
+        )
         return dq, dk, dv, None
 
 

@@ -1,0 +1,95 @@
+"""Every kernel, as it is launched, compiled for A100 (sm_80) and H100/H200 (sm_90): nothing spilled, shared memory that the
+chip has, tensor cores where there is a product. Runs without a GPU, in a process of its own (see conftest.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from aot import check, compile_for
+
+from kernels import attention, logprob, sample
+
+ARCHS = (80, 90)
+HEADS = dict(H=28, HKV=4, UPCAST=False)  # Qwen2.5-7B: seven query heads to a key head
+POINTER = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+def tiles(kernel: str, width: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+    """The shipped table's tile sizes and launch options."""
+    config = attention.tiles(kernel, width, dtype)
+    return config, {name: config.pop(name) for name in ("num_warps", "num_stages")}
+
+
+def expected_cores(dtype: torch.dtype, arch: int, rows: int) -> str:
+    """fp32 products stay on the ordinary cores, for precision; wgmma wants 64 rows."""
+    return "" if dtype == torch.float32 else "wgmma" if arch == 90 and rows >= 64 else "mma"
+
+
+SHAPES = [(64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("width, dtype", SHAPES)
+@pytest.mark.parametrize("name", ["forward", "backward_kv", "backward_q"])
+def test_packed_attention(name, width, dtype, arch):
+    x, scalars = POINTER[dtype], dict(S="i32", T="i32", scale="fp32")
+    signature = dict(q_ptr=x, k_ptr=x, v_ptr=x, lse_ptr="*fp32", cu_ptr="*i32", **scalars)
+    signature |= dict(o_ptr=x) if name == "forward" else dict(do_ptr=x, delta_ptr="*fp32")
+    signature |= {"forward": {}, "backward_kv": dict(dk_ptr=x, dv_ptr=x), "backward_q": dict(dq_ptr=x)}[name]
+    config, options = tiles(name, width, dtype)
+    kernel = getattr(attention, f"_packed_{name}_kernel")
+    made = compile_for(kernel, signature, dict(D=width, **HEADS, **config), arch, **options)
+    check(made, arch)
+    assert made.tensor_cores == expected_cores(dtype, arch, rows=config["BLOCK_N" if name == "backward_kv" else "BLOCK_M"])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("width, dtype", SHAPES)
+@pytest.mark.parametrize("name, splits", [("decode", 1), ("decode", 16), ("extend", 1)])
+def test_paged_attention(name, splits, width, dtype, arch):
+    x, ints = POINTER[dtype], dict(S="i32", T="i32", table_stride="i32")
+    signature = dict(q_ptr=x, k_ptr=x, v_ptr=x, table_ptr="*i32", lengths_ptr="*i32", cu_ptr="*i32", lse_ptr="*fp32", **ints)
+    signature |= dict(o_ptr=x if splits == 1 else "*fp32", scale="fp32")
+    config, options = tiles(name, width, dtype)
+    shape = dict(D=width, PAGE=16, SPLITS=splits, DECODE=name == "decode", **HEADS, **config)
+    made = compile_for(attention._paged_kernel, signature, shape, arch, **options)
+    check(made, arch)
+    assert made.tensor_cores == expected_cores(dtype, arch, config["BLOCK_M"])
+
+
+LOGPROB = dict(logits_ptr="*fp32", targets_ptr="*i64", lse_ptr="*fp32", V="i32", scale="fp32")
+SAMPLE = dict(logits_ptr="*bf16", keys_ptr="*i64", token_ptr="*i64", logprob_ptr="*fp32", lse_ptr="*fp32", V="i32")
+POINTWISE = {
+    "delta": (
+        attention._delta_kernel,
+        dict(o_ptr="*bf16", do_ptr="*bf16", delta_ptr="*fp32", T="i32"),
+        dict(H=28, D=128, BLOCK_D=128, BLOCK_M=64),
+    ),
+    "combine": (
+        attention._combine_kernel,
+        dict(partial_ptr="*fp32", lse_ptr="*fp32", o_ptr="*bf16", rows="i32"),
+        dict(D=128, SPLITS=16, BLOCK_D=128),
+    ),
+    "rows": (logprob._rows_kernel, LOGPROB | dict(logprob_ptr="*fp32", entropy_ptr="*fp32"), dict(BLOCK=4096)),
+    "residual": (logprob._residual_kernel, LOGPROB | dict(coef_ptr="*fp32", out_ptr="*bf16"), dict(BLOCK=4096)),
+    "draw": (sample._sample_kernel, SAMPLE | dict(scale="fp32"), dict(GREEDY=False, BLOCKS=64, BLOCK=4096)),
+    "greedy": (sample._sample_kernel, SAMPLE | dict(scale="fp32"), dict(GREEDY=True, BLOCKS=64, BLOCK=4096)),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", POINTWISE)
+def test_pointwise(name, arch):
+    made = compile_for(*POINTWISE[name], arch, num_warps=8)
+    check(made, arch)
+    assert made.tensor_cores == ""
+
+
+def test_check_sees_a_spill():
+    """128 by 128 tiles in four warps need more registers than there are: the check must notice."""
+    x = "*bf16"
+    signature = dict(q_ptr=x, k_ptr=x, v_ptr=x, o_ptr=x, lse_ptr="*fp32", cu_ptr="*i32", S="i32", T="i32", scale="fp32")
+    shape = dict(D=128, BLOCK_D=128, BLOCK_M=128, BLOCK_N=128, **HEADS)
+    made = compile_for(attention._packed_forward_kernel, signature, shape, 80, num_warps=4, num_stages=1)
+    with pytest.raises(AssertionError, match="of stack per thread"):
+        check(made, 80)
