@@ -44,6 +44,9 @@ bench-gpu: ## the same on a CUDA machine with torch and triton already installed
 tiny: .venv/done ## rebuild the embedded model from its problem generator
 	$(BIN)/python -m thinkrl.assets.tiny.make
 
+compare: .venv/done ## L2T against GRPO and its controls, 3 seeds each (about an hour on two cores)
+	$(BIN)/python -m thinkrl.compare $(ARGS)
+
 lines: ## file sizes
 	@wc -l *.py thinkrl/*.py kernels/*.py | sort -n
 

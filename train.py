@@ -22,6 +22,7 @@ from kernels.logprob import linear_logprob
 from thinkrl import UserError, require_own_kernels
 from thinkrl.config import Config, as_dict, excuse
 from thinkrl.distributed import World, gather, global_max, global_sum, start, stop
+from thinkrl.episodes import segment
 from thinkrl.evaluate import summarise, summary_table
 from thinkrl.grpo import group_advantages, importance_weight, loss_count, policy_loss
 from thinkrl.learner import Learner, learning_rate, model_path, new_learner, restore, save
@@ -106,8 +107,11 @@ class Grpo:
 
     def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Trajectory]:
         trajectories = self.attempt(problems, self.config.group_size, self.config.temperature, (TRAINING, step))
-        for trajectory in trajectories:
-            trajectory.reward = trajectory.outcome_reward * (1 - self.config.length_penalty * trajectory.tokens)
+        for t in trajectories:
+            t.reward = t.outcome_reward * (1 - self.config.length_penalty * t.tokens)
+            if self.config.episode_price:
+                episodes = segment(t.turns[0].completion, self.tokenizer, self.config.episodes)
+                t.reward -= self.config.episode_price * len(episodes)
         return trajectories
 
     def advantages(self, trajectories: list[Trajectory], step: int, tally: Tally) -> list[Tensor]:

@@ -12,7 +12,7 @@ LAYERS = {
     2: ["model", "checkpoint", "tokenizer", "problems", "arith", "grading", "pages", "episodes", "conversation"],
     3: ["sampler", "grpo", "sft", "rollout"],
     4: ["l2t", "thoughts", "longshort", "prm", "evaluate", "report", "learner", "bench"],
-    5: ["train", "sample", "chunk"],
+    5: ["train", "sample", "chunk", "compare"],
 }
 # Within a layer, modules do not see each other, but for these.
 SIDEWAYS = {

@@ -1,0 +1,187 @@
+"""The comparison: recipes × seeds from the same start and for as many steps, side by side.   `make compare`
+
+    python -m thinkrl.compare [--seeds 1,2,3] [--steps 100] [--only grpo,l2t] [--runs_dir runs/compare] [--jobs 2]
+
+Each run is `torchrun --nproc_per_node=1 train.py …` on a core of its own. A finished run is not repeated, so a comparison
+can be cut short and continued, or given more seeds. Ends with a table, runs/compare/summary.json
+(recipe -> lists with one entry per seed) and runs/compare/accuracy_tokens.svg.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from thinkrl.config import command_line, option, options_help, read_options
+from thinkrl.runs import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What is compared, and what each control separates.
+RECIPES = {
+    "grpo": "grpo",
+    "l2t": "l2t",
+    "grpo_length_penalty": "grpo --length_penalty 0.005",  # a plain price per token, tuned to l2t's tokens
+    "grpo_episode_price": "grpo --episode_price 0.02",  # a flat price per episode
+    "l2t_alpha0": "l2t --alpha 0",  # no dense reward: must be grpo
+    "l2t_beta0": "l2t --beta 0",  # fitting gain alone
+    "l2t_alpha0_per_token": "l2t --alpha 0 --statistic token_trunc_mean",  # Alg. 1's statistic alone
+    "l2t_paper": "l2t --profile paper",  # Alg. 1 to the letter
+    "l2t_to_go": "l2t --credit to_go",  # episodes' returns-to-go against the baseline of their state
+    "l2t_to_go_continue": "l2t --credit to_go --gain continue",  # the same, J from continuations
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    seeds: str = option("1,2,3", "comma-separated")
+    steps: int = option(100, "optimizer steps of every run")
+    eval_every: int = option(25, "steps between evaluations, for the figure")
+    only: str = option("", "comma-separated recipe names; empty: all")
+    runs_dir: str = option("runs/compare", "where the runs and the summary go")
+    jobs: int = option(2, "runs at a time, one core each")
+
+
+def parse(argv: list[str]) -> Options:
+    if "--help" in argv:
+        print("\n".join(["usage: python -m thinkrl.compare [--key value …]", *options_help(Options), "", "recipes:",
+                         *(f"  {name:<24}{arguments}" for name, arguments in RECIPES.items())]))
+        raise SystemExit(0)
+    return Options(**read_options(argv, Options))
+
+
+def run_all(jobs: list[tuple[str, list[str]]], folder: Path, at_once: int) -> None:
+    """Start (name, arguments) runs, each pinned to one core, as cores fall free. Output goes to <name>.log."""
+    cores = sorted(os.sched_getaffinity(0))[:at_once]
+    busy: dict[int, tuple[str, subprocess.Popen]] = {}
+    queue = [job for job in jobs if not finished(folder / job[0])]
+    print(f"{len(jobs) - len(queue)} runs are finished, {len(queue)} to do", flush=True)
+    while queue or busy:
+        for core in cores:
+            if core in busy and busy[core][1].poll() is not None:
+                name, process = busy.pop(core)
+                print(f"{name}: {'done' if process.returncode == 0 else f'FAILED, see {folder / name}.log'}", flush=True)
+            if core not in busy and queue:
+                name, arguments = queue.pop(0)
+                log = (folder / f"{name}.log").open("w")
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train.py",
+                           *arguments, "--runs_dir", str(folder.resolve()), "--name", name, "--resume", "auto"]
+                busy[core] = name, subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log,
+                                                    preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}))
+        time.sleep(0.5)
+
+
+def finished(run: Path) -> bool:
+    return (run / "summary.json").exists() and "after" in json.loads((run / "summary.json").read_text())
+
+
+def collect(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]:
+    """One entry per finished seed for each quantity."""
+    out: dict[str, list] = {}
+    for seed in seeds:
+        run = folder / f"{recipe}-{seed}"
+        if not finished(run):
+            continue
+        summary = json.loads((run / "summary.json").read_text())
+        last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-10:]
+        row = {"seed": int(seed), "steps": last[-1]["step"], "seconds_per_step": _mean([r["seconds"] for r in last])}
+        row |= _measures(summary["after"])
+        row["curve"] = [[0, *_point(summary["before"])], *([int(k[5:]), *_point(v)] for k, v in summary.items() if k[:5] == "step_"),
+                        [last[-1]["step"], *_point(summary["after"])]]
+        for key in ("episodes", "malformed"):
+            if key in last[-1]:
+                row[key] = _mean([r[key] for r in last])
+        for key, value in row.items():
+            out.setdefault(key, []).append(value)
+        out["start"] = _measures(summary["before"])
+    return out
+
+
+def _measures(result: dict) -> dict:
+    row = {"accuracy": result["accuracy"], "tokens": result["tokens"], "truncated": result["truncated"],
+           "greedy_accuracy": result["greedy"]["accuracy"], "greedy_tokens": result["greedy"]["tokens"]}
+    for level, part in result["by_level"].items():
+        row |= {f"accuracy {level}": part["accuracy"], f"tokens {level}": part["tokens"]}
+    return row
+
+
+def _point(result: dict) -> tuple[float, float]:
+    return result["accuracy"], result["tokens"]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def table(results: dict[str, dict]) -> str:
+    """mean ± standard deviation over seeds."""
+    levels = sorted(key.removeprefix("accuracy ") for key in next(iter(results.values())) if key.startswith("accuracy "))
+    columns = ["accuracy", "tokens", "greedy_accuracy", "greedy_tokens", *(f"{q} {x}" for x in levels for q in ("accuracy", "tokens"))]
+    head = ["T=1 acc", "tokens", "greedy acc", "tokens", *(h for x in levels for h in (x, "tokens"))]
+    lines = ["| recipe | seeds | " + " | ".join(head) + " |", "|---" * (len(head) + 2) + "|"]
+    for name, result in results.items():
+        cells = [_cell(result[column], percent="accuracy" in column) for column in columns]
+        lines.append(f"| {name} | {len(result['accuracy'])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float], percent: bool) -> str:
+    scale = 100 if percent else 1
+    spread = statistics.stdev(values) * scale if len(values) > 1 else 0.0
+    return f"{_mean(values) * scale:.1f} ± {spread:.1f}"
+
+
+def figure(results: dict[str, dict], path: Path) -> None:
+    """Accuracy over mean tokens at T = 1 as training goes on, averaged over seeds: up and to the left is better."""
+    width, height, left, bottom = 720, 440, 60, 50
+    curves = {name: [tuple(map(_mean, zip(*points))) for points in zip(*result["curve"])] for name, result in results.items()}
+    tokens = [p[2] for curve in curves.values() for p in curve]
+    accuracy = [p[1] for curve in curves.values() for p in curve]
+    (t0, t1), (a0, a1) = (min(tokens) * 0.95, max(tokens) * 1.02), (min(accuracy) - 0.02, min(1.0, max(accuracy) + 0.02))
+
+    def place(step: float, acc: float, tok: float) -> str:
+        x = left + (tok - t0) / (t1 - t0) * (width - left - 190)
+        y = height - bottom - (acc - a0) / (a1 - a0) * (height - bottom - 20)
+        return f"{x:.1f},{y:.1f}"
+
+    colours = ["#1b6ca8", "#c8452f", "#3c8d40", "#8d5ba6", "#b8860b", "#4d4d4d", "#d97a9b", "#2f9e9e", "#7a5230", "#9aa72f"]
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+             f'<rect width="{width}" height="{height}" fill="white"/>']
+    for i in range(6):
+        tok, acc = t0 + (t1 - t0) * i / 5, a0 + (a1 - a0) * i / 5
+        (x, _), (_, y) = (place(0, a0, tok).split(","), place(0, acc, t0).split(","))
+        parts += [f'<text x="{x}" y="{height - bottom + 18}" text-anchor="middle">{tok:.0f}</text>',
+                  f'<text x="{left - 8}" y="{float(y) + 4}" text-anchor="end">{acc:.0%}</text>',
+                  f'<line x1="{left}" x2="{width - 190}" y1="{y}" y2="{y}" stroke="#ddd"/>']
+    parts.append(f'<text x="{(left + width - 190) / 2}" y="{height - 10}" text-anchor="middle">mean completion tokens, T = 1</text>')
+    for i, (name, curve) in enumerate(curves.items()):
+        colour, dots = colours[i % len(colours)], [place(*p).split(",") for p in curve]
+        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(",".join(d) for d in dots)}"/>')
+        parts += [f'<circle cx="{x}" cy="{y}" r="{5 if j == len(dots) - 1 else 2.5}" fill="{colour}"/>' for j, (x, y) in enumerate(dots)]
+        parts.append(f'<text x="{width - 180}" y="{30 + 18 * i}" fill="{colour}">{name}</text>')
+    path.write_text("\n".join(parts + ["</svg>"]) + "\n")
+
+
+def main(options: Options) -> None:
+    folder, seeds = Path(options.runs_dir), options.seeds.split(",")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = options.only.split(",") if options.only else list(RECIPES)
+    common = ["--steps", str(options.steps), "--eval_every", str(options.eval_every), "--keep_checkpoints", "1"]
+    jobs = [(f"{name}-{seed}", [*RECIPES[name].split(), "--seed", seed, *common]) for seed in seeds for name in names]
+    run_all(jobs, folder, options.jobs)
+    results = {name: collect(name, seeds, folder) for name in RECIPES}
+    results = {name: result for name, result in results.items() if result}
+    write_json(folder / "summary.json", {"start": next(iter(results.values()))["start"]} | {
+        name: {key: value for key, value in result.items() if key != "start"} for name, result in results.items()})
+    figure(results, folder / "accuracy_tokens.svg")
+    print(table(results), f"\nsummary: {folder}/summary.json   figure: {folder}/accuracy_tokens.svg")
+
+
+if __name__ == "__main__":
+    main(command_line("compare", parse))
