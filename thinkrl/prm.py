@@ -1,0 +1,317 @@
+"""Step reward model: how likely is it that a completion, thought this far, ends in the right answer?
+
+    P(positive)_t = softmax(score(h_t))_1                         h_t: hidden state behind the last token of a prefix
+    loss = -sum_n [y_n log P_n + (1 - y_n) log(1 - P_n)] / N      y_n: share of M continuations of prefix n that are right
+
+A prefix is the prompt and the first episodes of a completion, so the K+1 probabilities along a completion are one way to
+fill J_0, …, J_K of the fitting gain (`--gain prm`). The labels are Monte-Carlo estimates of the same expectation, and with
+M > 1 they are soft: the cross-entropy is then least where P is the policy's chance, not where it is a verdict.
+
+Two kinds of checkpoint differ in three points:
+
+                  made here                          Qwen2.5-Math-PRM and its like
+    head          one linear layer, D -> 2           two, D -> D -> 2, with ReLU between
+    read at       the prefix's own last token        a separator token `<extra_0>` put behind every step
+    J_0           at the end of the prompt           at a separator behind the prompt, in a row of its own
+
+Reading: separator models were trained without a J_0. It is asked for in a row of its own because an empty step in front
+would stand in the context of all later ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from thinkrl import UserError
+from thinkrl.checkpoint import _appearing, _open, _read, _read_json, _tensor_files, _write_json, hf_layout
+from thinkrl.grading import grade
+from thinkrl.model import ModelConfig, Transformer
+from thinkrl.sampler import Sampler
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import Pack, Sample, Trajectory
+
+SEPARATOR = "<extra_0>"
+SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # what separator models were trained under
+TAG = re.compile(r"</?(?:think|episode_\d+)>")
+NO_LABEL = -1.0
+
+Row = tuple[list[int], list[int]]  # tokens of a sequence, and the positions in it whose scores are asked for
+Layout = dict[str, list[tuple[str, tuple[int, ...]]]]
+
+
+class StepRewardModel(nn.Module):
+    """A decoder without its LM head, and a two-class score head.
+
+    Under FSDP the score head is in the root unit, so `logits` comes after `forward`.
+    separator  id of the token behind each step, where the score is read; None: no such token, see above
+    """
+
+    def __init__(self, config: ModelConfig, two_layers: bool = False, separator: int | None = None):
+        super().__init__()
+        self.separator = separator
+        self.body = Transformer(replace(config, tied=True))  # tied: no LM head is allocated
+        D = config.width
+        self.score = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 2)) if two_layers else nn.Linear(D, 2)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.body.config
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The units that `distributed.shard` wraps."""
+        return self.body.blocks
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Hidden states [T, D] of packed tokens [T] int64, cu_seqlens int32 [S+1]."""
+        return self.body(tokens, cu_seqlens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N, 2] fp32: negative, positive."""
+        return self.score(hidden).float()
+
+    def step_scores(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor) -> Tensor:
+        """P(positive) [N] fp32 of the prefixes that end at `positions` [N] int64 of the packed row."""
+        return self.logits(self(tokens, cu_seqlens)[positions]).softmax(-1)[:, 1]
+
+
+def prm_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float) -> Tensor:
+    """Cross-entropy of logits [N, 2] against the chance of being positive, labels [N] in [0, 1]. Scalar.
+
+    Summed, then divided by the step's own number of labels over all ranks (taken as at least 1).
+    """
+    logprob = logits.float().log_softmax(-1)
+    total = -((1 - labels) * logprob[:, 0] + labels * logprob[:, 1]).sum()
+    return total / torch.as_tensor(denominator, device=logits.device).clamp(min=1)
+
+
+def label_positions(p: Pack) -> Tensor:
+    """Where the row carries a label, [N] int64. The label itself is in `advantage`."""
+    return ((p.mask > 0) & (p.advantage >= 0)).nonzero().flatten()
+
+
+def pack_loss(model: StepRewardModel, p: Pack, denominator: Tensor | float) -> tuple[Tensor, dict[str, tuple]]:
+    """`prm_loss` of a row made of `samples`, and the (sum, count) of |P(positive) - label|.
+
+    A row without labels runs the whole model too and has zero gradients, so ranks stay in step.
+    """
+    at = label_positions(p)
+    logits, labels = model.logits(model(p.tokens, p.cu_seqlens)[at]), p.advantage[at]
+    error = (logits.detach().softmax(-1)[:, 1] - labels).abs()
+    return prm_loss(logits, labels, denominator), {"label_error": (error.sum(), len(at))}
+
+
+@torch.no_grad()
+def score_completions(
+    model: StepRewardModel,
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    prefixes: Sequence[list[int]],
+    budget: int = 16384,
+) -> list[Tensor]:
+    """J_0, …, J_K of every completion: a list of [K+1] fp32 on the CPU. Ids are those of the model's own vocabulary.
+
+    prefixes  K+1 numbers of completion tokens per completion, never decreasing: `Episodes.prefixes`, or 0 and the ends
+    budget    tokens of one packed forward; a longer row gets a forward of its own
+    """
+    rows = [list(_rows(model, *attempt)) for attempt in zip(prompts, completions, prefixes, strict=True)]
+    scores = iter(_score_rows(model, [row for attempt in rows for row in attempt], budget))
+    return [torch.cat([next(scores) for _ in attempt]) for attempt in rows]
+
+
+def _rows(model: StepRewardModel, prompt: list[int], completion: list[int], prefixes: list[int]) -> Iterator[Row]:
+    """The sequences whose scores, one after the other, are J_0, …, J_K."""
+    assert prompt and prefixes == sorted(prefixes) and prefixes[-1] <= len(completion), (len(prompt), prefixes, len(completion))
+    if model.separator is None:
+        yield [*prompt, *completion[: prefixes[-1]]], [len(prompt) + n - 1 for n in prefixes]
+        return
+    row = [*prompt, *completion[: prefixes[0]]]
+    yield [*row, model.separator], [len(row)]
+    positions = []
+    for begin, end in pairwise(prefixes):
+        row += [*completion[begin:end], model.separator]
+        positions.append(len(row) - 1)
+    if positions:
+        yield row, positions
+
+
+def _score_rows(model: StepRewardModel, rows: list[Row], budget: int) -> Iterator[Tensor]:
+    device = model.body.embed.weight.device
+    while rows:
+        count, size = 1, len(rows[0][0])
+        while count < len(rows) and size + len(rows[count][0]) <= budget:
+            size += len(rows[count][0])
+            count += 1
+        batch, rows = rows[:count], rows[count:]
+        starts = torch.tensor([0] + [len(tokens) for tokens, _ in batch]).cumsum(0)
+        positions = [start + at for start, (_, row) in zip(starts.tolist(), batch) for at in row]
+        tokens = torch.tensor([token for row, _ in batch for token in row])
+        scores = model.step_scores(tokens.to(device), starts.int().to(device), torch.tensor(positions, device=device))
+        yield from scores.cpu().split([len(positions) for _, positions in batch])
+
+
+def retell(question: str, steps: list[str], tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+    """(prompt, completion, prefixes) of an attempt in the words and ids of a separator model, for `score_completions`.
+
+    steps are the episodes' texts, of which the tags are left out; each is encoded apart, as the separators between them
+    would have it. `tokenizer` is the reward model's own.
+    """
+    prompt = tokenizer.encode_chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}])
+    completion, prefixes = [], [0]
+    for step in steps:
+        completion += tokenizer.encode(TAG.sub("", step).strip())
+        prefixes.append(len(completion))
+    return prompt, completion, prefixes
+
+
+def prefix_labels(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    trajectories: Sequence[Trajectory],
+    prefixes: Sequence[list[int]],
+    *,
+    continuations: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    address: tuple[int, ...],
+) -> list[Tensor]:
+    """For every prefix of every trajectory's completion, the share of M continuations whose answer is right: a list of [K+1].
+
+    prefixes    as in `score_completions`; prompt, prefix and `max_tokens` more must fit the model's context
+    address     where the randomness lives, with problem, sample and prefix behind it: labels do not depend on the world size
+
+    Equal prefixes are continued once: the K+1 of a group's trajectories share their J_0.
+    """
+    places: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # ids up to here -> (trajectory, k) that ask for them
+    for i, (trajectory, counts) in enumerate(zip(trajectories, prefixes, strict=True)):
+        turn = trajectory.turns[0]
+        for k, count in enumerate(counts):
+            ids = (trajectory.problem.id, *turn.prompt, *turn.completion[:count])
+            places.setdefault(ids, []).append((i, k))
+    firsts = [(trajectories[i], k) for (i, k), *_ in places.values()]
+    keys = [(*address, t.problem.id, t.sample, k, m) for t, k in firsts for m in range(continuations)]
+    groups = sampler.generate([list(ids[1:]) for ids in places], n=continuations, max_tokens=max_tokens,
+                              temperature=temperature, stop_ids=tokenizer.stop_ids, seed=seed, keys=keys)
+    labels = [torch.zeros(len(counts)) for counts in prefixes]
+    for asked, group in zip(places.values(), groups):
+        i, k = asked[0]
+        problem, begin = trajectories[i].problem, trajectories[i].turns[0].completion[: prefixes[i][k]]
+        right = sum(grade(tokenizer.decode([*begin, *c.tokens]), problem.answer, problem.source) for c in group)
+        for i, k in asked:
+            labels[i][k] = right / continuations
+    return labels
+
+
+def samples(trajectories: Sequence[Trajectory], prefixes: Sequence[list[int]], labels: Sequence[Tensor]) -> list[Sample]:
+    """Rows to pack and train on: each label stands in `advantage` at the last token of its prefix, NO_LABEL elsewhere.
+
+    The prompt counts as completion here, because J_0 is read at its last token.
+    """
+    out = []
+    for t, counts, values in zip(trajectories, prefixes, labels, strict=True):
+        turn = t.turns[0]
+        tokens = [*turn.prompt, *turn.completion[: counts[-1]]]
+        advantage = torch.full((len(tokens),), NO_LABEL)
+        advantage[torch.tensor(counts) + len(turn.prompt) - 1] = values
+        out.append(Sample([], tokens, advantage, torch.zeros(len(tokens)), f"{t.problem.id}/{t.sample}"))
+    return out
+
+
+def new_prm(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> StepRewardModel:
+    """The decoder of a policy's Hugging Face folder under a head of zeros: every P(positive) starts at 1/2."""
+    path = Path(path)
+    model = _empty(_body_config(path), False, None, dtype, device)
+    _fill(model, path, {ours: parts for ours, parts in _layout(model).items() if ours.startswith("body.")})
+    for parameter in model.score.parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
+def load_prm(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> StepRewardModel:
+    """Read a folder written by `save_prm`, or one of the Qwen2.5-Math-PRM kind.
+
+    Raises UserError, naming file and tensor, for a checkpoint without a score head and for whatever else is missing.
+    """
+    path = Path(path)
+    config, files = _body_config(path), _tensor_files(path)
+    if not {"score.weight", "score.0.weight"} & files.keys():
+        raise UserError(f"{path}: tensor score.weight (one layer) or score.0.weight (two) is missing, so this is not a step "
+                        "reward model; train.py prm makes one")
+    separator = None if config.source.get("thinkrl_prm") else _separator(path)
+    model = _empty(config, "score.0.weight" in files, separator, dtype, device)
+    _fill(model, path, _layout(model))
+    return model
+
+
+def save_prm(model: StepRewardModel, tokenizer: Tokenizer | None, path: str | Path) -> None:
+    """Write config.json, model.safetensors and the tokenizer's files, all or nothing. Under FSDP every rank must call it.
+
+    Rank 0 gathers one parameter at a time and holds the whole model once, in host memory.
+    """
+    state, tensors = get_model_state_dict(model), {}
+    with _appearing(Path(path)) as folder:
+        for ours, parts in _layout(model).items():
+            full = state[ours].full_tensor() if isinstance(state[ours], DTensor) else state[ours]
+            if folder:
+                rows = full.cpu().split([shape[0] for _, shape in parts])
+                tensors |= {theirs: part.clone() for (theirs, _), part in zip(parts, rows)}
+        if folder:
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+            _write_json(folder / "config.json", model.config.to_hf() | {
+                "architectures": [model.config.architecture.replace("ForCausalLM", "ForProcessRewardModel")],
+                "thinkrl_prm": model.separator is None, "num_labels": 2,
+                "tie_word_embeddings": False, "dtype": dtype, "torch_dtype": dtype})
+            if tokenizer is not None:
+                tokenizer.save(folder)
+
+
+def _body_config(path: Path) -> ModelConfig:
+    where = path / "config.json"
+    raw = _read_json(where)
+    architecture = (raw.get("architectures") or ["none"])[0].replace("ForProcessRewardModel", "ForCausalLM")
+    return ModelConfig.from_hf(raw | {"architectures": [architecture]}, str(where))
+
+
+def _separator(path: Path) -> int:
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.encode(SEPARATOR)
+    if len(ids) != 1 or tokenizer.decode(ids) != SEPARATOR:  # a tokenizer may also drop characters that it does not know
+        raise UserError(f"{path}: its tokenizer has no token {SEPARATOR}, behind which such a model scores its steps")
+    return ids[0]
+
+
+def _empty(config: ModelConfig, two_layers: bool, separator: int | None, dtype: torch.dtype, device) -> StepRewardModel:
+    with torch.device("meta"):
+        model = StepRewardModel(config, two_layers, separator).to(dtype)
+    return model.to_empty(device=device)
+
+
+def _layout(model: StepRewardModel) -> Layout:
+    """`checkpoint.hf_layout`, with the head: its tensors are named alike here and there."""
+    body = {f"body.{ours}": parts for ours, parts in hf_layout(model.config).items()}
+    return body | {name: [(name, tuple(p.shape))] for name, p in model.named_parameters() if name.startswith("score.")}
+
+
+@torch.no_grad()
+def _fill(model: StepRewardModel, path: Path, layout: Layout) -> None:
+    files, parameters = _tensor_files(path), dict(model.named_parameters())
+    for ours, parts in layout.items():
+        row = 0
+        for name, shape in parts:
+            if name not in files:
+                raise UserError(f"{path}: tensor {name} of shape {list(shape)} is missing from the safetensors files")
+            with _open(files[name]) as shard:
+                parameters[ours][row : row + shape[0]].copy_(_read(shard, files[name], name, shape))
+            row += shape[0]
