@@ -28,7 +28,7 @@ from thinkrl.types import Problem, UserError
 LEVELS = ("1 digit", "2 digits", "3 digits")
 SHARES = (0.05, 0.35, 0.60)  # of the training stream, and of heldout() as far as there are that many products
 MAX_EPISODES = 20  # the vocabulary has no higher number
-LONGEST_CHAIN = 16  # episodes the teacher writes at most: about 190 tokens, well below any sensible cap
+LONGEST_CHAIN = 14  # episodes the teacher writes at most, so that no trace comes near 200 tokens
 HELD_OUT = 4  # one product in four is never trained on
 
 
@@ -46,11 +46,11 @@ class Teacher:
     idle_last: float = 0.25  # the same after the result; small, or greedy decoding never closes its thinking
     again_glance: float = 0.15  # wait, and then step by step
     again_steps: float = 0.08
-    force: float = 0.25  # of the SFT rows: thinking cut at a random episode, the answer demanded
+    force: float = 0.35  # of the SFT rows: thinking cut after some episode, the answer demanded
+    force_empty: float = 0.12  # of those: before the first episode; few, because they teach to answer at a glance
 
 
 TEACHER = Teacher()
-FLAWLESS = Teacher(misjudge=(0.0, 0.0, 0.0), slip=0.0)
 
 
 def is_heldout(a: int, b: int) -> bool:
@@ -139,16 +139,17 @@ def chain(problem: Problem, rng: random.Random, teacher: Teacher = TEACHER) -> s
 def sft_rows(seed: int, count: int, teacher: Teacher = TEACHER) -> Iterator[dict[str, str]]:
     """Rows {"problem", "response"} for next-token training.
 
-    A share `teacher.force` has its thinking cut after a random number of episodes (none to all), closed, and the *gold* answer
-    as the response; what precedes it is in the prompt and so outside the loss. It makes the answer-forcing probe, and
-    with it the predicted correctness J_k, an input that the policy has been trained on.
+    A share `teacher.force` has its thinking cut after some of its episodes and closed, and the *gold* answer as the response;
+    what precedes it is in the prompt and so outside the loss. This puts the answer-forcing probe, and with it the predicted
+    correctness J_k, into what the policy has been trained on.
     """
     for index in range(count):
         problem = training_problem(seed, index)
         rng = random.Random(f"chain/{seed}/{index}")
         if rng.random() < teacher.force:
             thoughts, _ = episodes(problem, rng, teacher)
-            cut = thinking(thoughts[: rng.randint(0, len(thoughts))])
+            kept = 0 if rng.random() < teacher.force_empty else rng.randint(min(1, len(thoughts)), len(thoughts))
+            cut = thinking(thoughts[:kept])
             yield {"problem": f"{problem.question}{cut}</think><answer>", "response": f"{problem.answer}</answer>"}
         else:
             yield {"problem": problem.question, "response": chain(problem, rng, teacher)}
