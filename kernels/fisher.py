@@ -71,7 +71,7 @@ def diagonal_fisher_ref(x: Tensor, g: Tensor) -> Tensor:
 def _quadratic_kernel(
     x_ptr,  # [T, D1]
     g_ptr,  # [T, D2]
-    cu_ptr,  # [K+1] int64
+    cu_ptr,  # [K+1] int64, and so is all that is counted from it
     weight_ptr,  # [D2, D1] fp32; not read unless WEIGHTED
     partial_ptr,  # [K, tiles] fp32, every slot is written
     K,
@@ -98,7 +98,7 @@ def _quadratic_kernel(
         end = tl.load(cu_ptr + k + 1)
         gradient = tl.zeros((BLOCK_D2, BLOCK_D1), dtype=tl.float32)
         for chunk in range(start, end, BLOCK_T):
-            t = (chunk + tl.arange(0, BLOCK_T)).to(tl.int64)
+            t = chunk + tl.arange(0, BLOCK_T)  # in 64 bits: T D2 may exceed 32
             g = tl.load(g_ptr + t[:, None] * D2 + i[None, :], mask=(t < end)[:, None] & (i < D2)[None, :], other=0.0)
             x = tl.load(x_ptr + t[:, None] * D1 + j[None, :], mask=(t < end)[:, None] & (j < D1)[None, :], other=0.0)
             if UPCAST:
@@ -144,11 +144,11 @@ def _ghost_kernel(
     row = tl.program_id(1)
     start = tl.load(cu_ptr + k)
     end = tl.load(cu_ptr + k + 1)
-    t = (start + row * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    t = start + row * BLOCK_T + tl.arange(0, BLOCK_T)
     total = 0.0
     if start + row * BLOCK_T < end:
         for column in range(0, row + 1):
-            s = (start + column * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+            s = start + column * BLOCK_T + tl.arange(0, BLOCK_T)
             g_dots = _dots(g_ptr, t, s, end, D2, BLOCK_T, BLOCK_D, UPCAST)
             x_dots = _dots(x_ptr, t, s, end, D1, BLOCK_T, BLOCK_D, UPCAST)
             pairs = tl.sum(g_dots * x_dots)
@@ -156,13 +156,18 @@ def _ghost_kernel(
     tl.store(partial_ptr + k * tl.num_programs(1).to(tl.int64) + row, total)
 
 
-def _tiling(dtype: torch.dtype) -> dict[str, int]:
-    """Tile and launch of `_quadratic_kernel`: fixed, because tuning at run time would change the rounding."""
-    if INTERPRET:
-        return dict(BLOCK_D2=16, BLOCK_D1=16, BLOCK_T=16, num_warps=4, num_stages=1)
-    if dtype == torch.float32:  # exact fp32 products have no tensor cores: a small tile keeps its sums in registers
-        return dict(BLOCK_D2=64, BLOCK_D1=64, BLOCK_T=32, num_warps=4, num_stages=3)
-    return dict(BLOCK_D2=128, BLOCK_D1=128, BLOCK_T=64, num_warps=8, num_stages=3)
+# Fixed tiles: tuning at run time would change the rounding from run to run. In 16 bits | in fp32, whose exact products have
+# no tensor cores and must keep their sums in fewer registers | in the interpreter, where small tests should meet borders.
+QUADRATIC_TILES = {
+    2: dict(BLOCK_D2=128, BLOCK_D1=128, BLOCK_T=64, num_warps=8, num_stages=3),
+    4: dict(BLOCK_D2=64, BLOCK_D1=64, BLOCK_T=32, num_warps=4, num_stages=3),
+    0: dict(BLOCK_D2=16, BLOCK_D1=16, BLOCK_T=16, num_warps=4, num_stages=1),
+}
+GHOST_TILES = {
+    2: dict(BLOCK_T=64, BLOCK_D=64, num_warps=4, num_stages=3),
+    4: dict(BLOCK_T=64, BLOCK_D=32, num_warps=8, num_stages=3),
+    0: dict(BLOCK_T=16, BLOCK_D=16, num_warps=4, num_stages=1),
+}
 
 
 def episode_quadratic_triton(
@@ -171,7 +176,7 @@ def episode_quadratic_triton(
     """As `episode_quadratic`, for bf16, fp16 or fp32 on a GPU (or in the interpreter)."""
     _check(x, g, weight, power)
     x, g, K = x.contiguous(), g.contiguous(), len(cu_episodes) - 1
-    tiling = _tiling(x.dtype)
+    tiling = QUADRATIC_TILES[0 if INTERPRET else x.dtype.itemsize]
     tiles = triton.cdiv(g.shape[1], tiling["BLOCK_D2"]) * triton.cdiv(x.shape[1], tiling["BLOCK_D1"])
     # few tiles: share the episodes out among more programs, so that every processor has work
     per_program = triton.cdiv(max(K, 1), triton.cdiv(512, tiles))
@@ -188,14 +193,12 @@ def ghost_norm_triton(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
     """As `ghost_norm`, for bf16, fp16 or fp32 on a GPU (or in the interpreter). Waits for the longest length."""
     _check(x, g)
     x, g, K = x.contiguous(), g.contiguous(), len(cu_episodes) - 1
-    block = 16 if INTERPRET else 64
-    rows = max(triton.cdiv(int(cu_episodes.diff().max()), block), 1) if K else 1
+    tiling = GHOST_TILES[0 if INTERPRET else x.dtype.itemsize]
+    rows = max(triton.cdiv(int(cu_episodes.diff().max()), tiling["BLOCK_T"]), 1) if K else 1
     partial = torch.empty(K, rows, dtype=torch.float32, device=x.device)
     if K:
         _ghost_kernel[(K, rows)](
-            x, g, cu_episodes.to(x.device, torch.int64), partial, x.shape[1], g.shape[1],
-            BLOCK_T=block, BLOCK_D=16 if INTERPRET else 64 if x.dtype != torch.float32 else 32, UPCAST=INTERPRET,
-            num_warps=4, num_stages=3,
+            x, g, cu_episodes.to(x.device, torch.int64), partial, x.shape[1], g.shape[1], UPCAST=INTERPRET, **tiling
         )  # fmt: skip
     return partial.sum(1, dtype=torch.float64)
 

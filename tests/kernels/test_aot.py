@@ -7,7 +7,7 @@ import pytest
 import torch
 from aot import check, compile_for
 
-from kernels import attention, logprob, sample
+from kernels import attention, fisher, logprob, sample
 
 ARCHS = (80, 90)
 HEADS = dict(H=28, HKV=4, UPCAST=False)  # Qwen2.5-7B: seven query heads to a key head
@@ -83,6 +83,32 @@ def test_pointwise(name, arch):
     made = compile_for(*POINTWISE[name], arch, num_warps=8)
     check(made, arch)
     assert made.tensor_cores == ""
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", POINTER)
+@pytest.mark.parametrize("power, weighted", [(1, True), (2, True), (2, False)])
+def test_episode_quadratic(power, weighted, dtype, arch):
+    x, ints = POINTER[dtype], dict(K="i32", D1="i32", D2="i32", episodes_per_program="i32")
+    signature = dict(x_ptr=x, g_ptr=x, cu_ptr="*i64", weight_ptr="*fp32", partial_ptr="*fp32", **ints)
+    config = dict(fisher.QUADRATIC_TILES[dtype.itemsize])
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    shape = dict(POWER=power, WEIGHTED=weighted, UPCAST=False, **config)
+    made = compile_for(fisher._quadratic_kernel, signature, shape, arch, **options)
+    check(made, arch)
+    assert made.tensor_cores == expected_cores(dtype, arch, config["BLOCK_D2"])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", POINTER)
+def test_ghost_norm(dtype, arch):
+    x = POINTER[dtype]
+    signature = dict(x_ptr=x, g_ptr=x, cu_ptr="*i64", partial_ptr="*fp32", D1="i32", D2="i32")
+    config = dict(fisher.GHOST_TILES[dtype.itemsize])
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    made = compile_for(fisher._ghost_kernel, signature, dict(UPCAST=False, **config), arch, **options)
+    check(made, arch)
+    assert made.tensor_cores == expected_cores(dtype, arch, config["BLOCK_T"])
 
 
 def test_check_sees_a_spill():
