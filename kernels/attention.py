@@ -36,6 +36,7 @@ except ImportError:
     flash_attn_varlen_func = None
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # there, tl.dot multiplies bf16 bit patterns: upcast first
+PROGRAMS = 264  # a decoding grid this large fills an H200 (132 multiprocessors) twice; smaller ones split the context
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -521,10 +522,11 @@ def _paged_kernel(
         total = total * rescale + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         m = m_new
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    total = tl.where(total > 0, total, 1.0)  # where nothing was seen, m is -inf and so is lse
+    acc = acc / total[:, None]
     if SPLITS > 1:
         place += split.to(tl.int64) * T * H
-        tl.store(lse_ptr + place, tl.where(total > 0, m + tl.log2(total), float("-inf")), mask=live)
+        tl.store(lse_ptr + place, m + tl.log2(total), mask=live)
     out = o_ptr + place[:, None] * D + dims[None, :]
     tl.store(out, acc.to(o_ptr.dtype.element_ty), mask=live[:, None] & (dims[None, :] < D))
 
@@ -560,8 +562,7 @@ def paged_attention_triton(
     group = heads // kv_heads
     config["BLOCK_M"] = max(config["BLOCK_M"], triton.next_power_of_2(group))
     blocks = sequences if cu_seqlens is None else tokens // (config["BLOCK_M"] // group) + sequences
-    # as many programs as fill an H200 twice (132 multiprocessors), as far as there is context to split
-    wanted = min(264 // (blocks * kv_heads), pages * page_size // config["BLOCK_N"], 16)
+    wanted = min(PROGRAMS // (blocks * kv_heads), pages * page_size // config["BLOCK_N"], 16)
     splits = 1 << max(0, wanted.bit_length() - 1)
     if splits == 1:
         partial, lse = torch.empty_like(q), q

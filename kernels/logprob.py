@@ -13,7 +13,7 @@ them. A product of 2 T D V FLOP is done once in the forward and three times in t
 against the naive 3. Each chunk reads W once and adds to ∂W once, about 12 D V bytes; on an H200 (790 TFLOP/s over 4.3 TB/s)
 that equals its arithmetic at C = 370, so C = 2048 keeps it under a fifth. A smaller C saves memory and loses time: at 64
 chunks of 64 tokens W is what is read. On a CPU logits that outgrow the cache cost page faults: there C V is held to
-CPU_LOGITS, but C to no less than 256.
+CPU_LOGITS, but C to no less than CPU_CHUNK.
 
 The products are cuBLAS's; what is fused is the row: a Triton program reads a row of logits once and has lse, logprob and
 entropy, another turns a row of logits into c (onehot - p) / temperature for the two products of the backward.
@@ -30,8 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 2048
-CPU_LOGITS = 1 << 21  # elements: 8 MB of fp32
+CHUNK = 2048  # tokens
+CPU_LOGITS, CPU_CHUNK = 1 << 21, 256  # logits, 8 MB of fp32; tokens
 
 
 def linear_logprob_ref(
@@ -57,7 +57,7 @@ def _upcast(x: Tensor) -> Tensor:
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    size = CHUNK if hidden.is_cuda else max(256, CPU_LOGITS // len(weight))
+    size = CHUNK if hidden.is_cuda else max(CPU_CHUNK, CPU_LOGITS // len(weight))
     for start in range(0, max(len(hidden), 1), size):  # no tokens are one empty chunk
         yield slice(start, start + size)
 
