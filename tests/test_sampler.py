@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from tokenizers import decoders, models
 from thinkrl.checkpoint import load_model
 from thinkrl.distributed import shard, start, stop
 from thinkrl.model import ModelConfig, Transformer
-from thinkrl.sampler import Sampler
+from thinkrl.sampler import Sampler, fast_linear
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import UserError
 
@@ -18,11 +19,11 @@ V = 97
 PROMPTS = [[1, 2, 3], [5] * 17, [7], list(range(33)), list(range(40, 56))]
 
 
-def random_model(layers=2, seed=0, scale=3.0):
+def random_model(layers=2, seed=0, scale=3.0, vocab=V):
     """Weights large enough that the next token depends on the context."""
     config = ModelConfig(
         "Qwen2ForCausalLM",
-        vocab_size=V,
+        vocab_size=vocab,
         width=32,
         layers=layers,
         heads=6,
@@ -290,6 +291,38 @@ def test_continuations_start_from_forked_pages(model):
     trunk.release()
     assert sampler.pool.free_pages == 100
     assert tokens_of(continued) == tokens_of(sampler.generate([[*prompt, 4, 5, 6], [*prompt, 8]], **options))
+
+
+@pytest.mark.parametrize("stop", [[], ["b</", "/th"]])
+def test_a_host_that_looks_rarely_sees_the_same(tokenizer, stop):
+    """As on a GPU: rows that ended go on standing still until the next look."""
+    model = random_model(vocab=len(PIECES))
+    every_step, rarely = (Sampler(model, tokenizer, num_pages=30, max_rows=5) for _ in range(2))
+    rarely.look_every = 8
+    options = dict(n=4, max_tokens=21, stop=stop, stop_ids=[3], return_hidden=True)
+    prompts = [[1, 2], [5] * 17, list(range(11))]
+    expected, groups = every_step.generate(prompts, **options), rarely.generate(prompts, **options)
+    assert tokens_of(groups) == tokens_of(expected)
+    for a, b in zip(sum(groups, []), sum(expected, [])):
+        assert a.finish_reason == b.finish_reason and len(a.hidden) == len(a.tokens)
+        torch.testing.assert_close(a.hidden, b.hidden, atol=1e-4, rtol=0)
+    assert {completion.finish_reason for group in groups for completion in group} == {"stop", "length"}
+    assert rarely.pool.free_pages == 30
+
+
+def test_the_fast_product_is_the_plain_one():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in [(64, 300), (200, 300)])
+    exact = x.double() @ weight.double().T
+    with torch.inference_mode():
+        fast = fast_linear(x, weight)
+    # Either sums 300 products in some order of its own: both are within a few roundings of the largest partial sum.
+    assert (fast - exact).abs().max() < 300**0.5 * 2.0**-23 * exact.abs().max()
+    model = copy.deepcopy(Sampler(random_model()).model)
+    full_forward(model, list(range(20)))
+    tokens, cu_seqlens = torch.arange(20), torch.tensor([0, 20], dtype=torch.int32)
+    model(tokens, cu_seqlens).sum().backward()
+    assert all(block.down.weight.grad.abs().sum() > 0 for block in model.blocks), "the sampler's model can be trained"
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
