@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from kernels.logprob import linear_logprob
-from thinkrl import UserError, require_own_kernels
+from thinkrl import UserError, longshort, require_own_kernels
 from thinkrl.config import Config, as_dict, excuse
+from thinkrl.conversation import load_prompts
 from thinkrl.distributed import World, gather, global_max, global_sum, start, stop
 from thinkrl.episodes import segment
 from thinkrl.evaluate import summarise, summary_table
@@ -45,7 +46,7 @@ def train(config: Config, world: World) -> None:
     """Reinforcement learning: grpo, l2t, longshort."""
     require_a_problem_each(config, world)
     stream = Stream(load_problems(config.data, config.source), config.seed)
-    preset = {"grpo": Grpo}[config.preset](config, world)
+    preset = {"grpo": Grpo, "longshort": LongShort}[config.preset](config, world)
     preset.require_room(stream.take(0, config.problems_per_step) if callable(stream.rows) else stream.rows)
     preset.require_room(held_out_problems(config.eval_data, config.data, config.source))
     run = open_run(config, world)
@@ -73,7 +74,7 @@ def train(config: Config, world: World) -> None:
         if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
             save(run.folder, step + 1, preset.learners, preset.state_dict(), preset.tokenizer, config)
         if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
-            evaluate(preset, run, f"step_{step + 1}", config, world, step + 1)
+            evaluate(preset, run, preset.name(step + 1), config, world, step + 1)
 
     log.close()
     evaluate(preset, run, "after", config, world, config.steps)
@@ -92,6 +93,10 @@ class Grpo:
 
     def learner(self, step: int) -> Learner:
         return self.learners["policy"]
+
+    def name(self, step: int) -> str:
+        """What the policy after `step` steps is called in summary.json."""
+        return f"step_{step}"
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(step, self.config.steps, self.config)
@@ -115,9 +120,7 @@ class Grpo:
         return trajectories
 
     def advantages(self, trajectories: list[Trajectory], step: int, tally: Tally) -> list[Tensor]:
-        reward = torch.tensor([t.reward for t in trajectories], dtype=torch.float64).view(-1, self.config.group_size)
-        advantage = group_advantages(reward, self.config.advantage_std).flatten()
-        return [value.float().expand(t.tokens) for value, t in zip(advantage, trajectories)]
+        return [value.expand(t.tokens) for value, t in zip(grpo_advantages(trajectories, self.config), trajectories)]
 
     def samples(self, trajectories: list[Trajectory], advantages: list[Tensor], step: int) -> list[Sample]:
         return [
@@ -130,6 +133,78 @@ class Grpo:
 
     def load_state_dict(self, state: dict) -> None:
         pass
+
+
+class LongShort:
+    """Two policies write one conversation in turns; each round trains one of them against the other, frozen."""
+
+    def __init__(self, config: Config, world: World):
+        self.config = config
+        paths = {role: model_path(config[role] or config.model) for role in ("long", "short")}
+        tokenizers = {role: Tokenizer(path) for role, path in paths.items()}
+        longshort.require_same_tokenizer(tokenizers["long"], tokenizers["short"])
+        self.tokenizer = tokenizers["long"]
+        self.prompts = load_prompts(config.prompts, paths["long"])
+        self.learners = {role: new_learner(path, config, world, tokenizers[role]) for role, path in paths.items()}
+
+    def at(self, step: int) -> longshort.Round:
+        return longshort.round_at(step, self.config.rounds, self.config.steps_per_round, self.config.length_coef)
+
+    def learner(self, step: int) -> Learner:
+        learner = self.learners[self.at(step).role]
+        if self.at(step).step == 0:
+            learner.refer_to_itself()
+        return learner
+
+    def name(self, step: int) -> str:
+        return longshort.pair_name(self.config.rounds, step // self.config.steps_per_round)
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(self.at(step).step, self.config.steps_per_round, self.config)
+
+    def require_room(self, problems: list[Problem]) -> None:
+        """Nothing to check ahead: a conversation that outgrows the context ends, and the sampler names a problem that does."""
+
+    def converse(self, problems: list[Problem], n: int, voices: dict[str, longshort.Voice], address: tuple) -> list[Trajectory]:
+        c = self.config
+        return longshort.converse(voices, problems, self.prompts, group_size=n, max_turns=c.max_turns, seed=c.seed,
+                                  address=address, suffix=c.suffix, rollout=c.rollout)
+
+    def attempt(self, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...]) -> list[Trajectory]:
+        voices = {role: longshort.Voice(x.sampler, temperature, self.config.max_tokens) for role, x in self.learners.items()}
+        return self.converse(problems, n, voices, address)
+
+    def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Trajectory]:
+        c, now = self.config, self.at(step)
+        own, partner = (c.temperature, c.max_tokens), (c.partner_temperature, c.partner_max_tokens)
+        voices = {role: longshort.Voice(x.sampler, *(own if role == now.role else partner)) for role, x in self.learners.items()}
+        talks = self.converse(problems, c.group_size, voices, (TRAINING, step))
+        rewards = longshort.role_rewards(talks, now.role, c.group_size, format_coef=c.format_coef, length_coef=now.length_coef,
+                                         strict=c.strict_format, symmetric=c.symmetric_length)
+        for talk, reward, turns in zip(talks, rewards, longshort.exchanges(talks)):
+            talk.reward = reward.total
+            talk.extra |= {"format_reward": reward.format, "length_reward": reward.length, "trained": now.role}
+            tally.add_all({"format": (reward.format, 1), "turns": (turns, 1), "round": (now.index + 1, 1)})
+        return talks
+
+    def advantages(self, trajectories: list[Trajectory], step: int, tally: Tally) -> list[Tensor]:
+        role, scalar = self.at(step).role, grpo_advantages(trajectories, self.config)
+        return [value.expand(longshort.own_tokens(talk, role)) for value, talk in zip(scalar, trajectories)]
+
+    def samples(self, trajectories: list[Trajectory], advantages: list[Tensor], step: int) -> list[Sample]:
+        return longshort.own_samples(trajectories, self.at(step).role, advantages)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+def grpo_advantages(trajectories: list[Trajectory], config: Config) -> Tensor:
+    """One fp32 number per trajectory, from its group's raw rewards."""
+    reward = torch.tensor([t.reward for t in trajectories], dtype=torch.float64).view(-1, config.group_size)
+    return group_advantages(reward, config.advantage_std).flatten().float()
 
 
 def require_a_problem_each(config: Config, world: World) -> None:
@@ -225,9 +300,12 @@ def evaluate(preset: Grpo, run: Run, when: str, config: Config, world: World, st
     mine = [problems[i] for i in world.share(len(problems))]
     sampled = preset.attempt(mine, config.eval_samples, config.temperature, (EVALUATION, step))
     greedy = preset.attempt(mine, 1, 0.0, (EVALUATION, step))
-    results = {name: summarise(sum(gather(part), [])) for name, part in (("sampled", sampled), ("greedy", greedy))}
+    results = []
+    for part in (sampled, greedy):
+        everything = sum(gather(part), [])
+        results.append(summarise(everything) | (longshort.summary(everything) if config.preset == "longshort" else {}))
     if world.main:
-        run.update_summary(**{when: results["sampled"] | {"greedy": results["greedy"]}})
+        run.update_summary(**{when: results[0] | {"greedy": results[1]}})
 
 
 def count(tally: Tally, trajectories: list[Trajectory], group_size: int) -> None:

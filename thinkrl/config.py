@@ -212,6 +212,9 @@ def resolve(preset: str, given: dict) -> Config:
         values |= EMBEDDED_VALUES[preset]
     values |= PROFILE_VALUES[given.get("profile", "")]
     config = Config(**(values | given))
+    if preset == "longshort":  # the rounds say how long it takes, and each ends with an evaluation
+        length = len(config.rounds) * config.steps_per_round
+        config = dataclasses.replace(config, steps=length, eval_every=config.eval_every or config.steps_per_round)
     object.__setattr__(config, "preset", preset)
     _check(config)
     return config
