@@ -14,8 +14,10 @@ if __name__ == "__main__":  # before torch is imported: --help and misspelt opti
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kernels.logprob import linear_logprob
@@ -23,19 +25,34 @@ from thinkrl import UserError, longshort, require_own_kernels
 from thinkrl.config import Config, as_dict, excuse
 from thinkrl.conversation import load_prompts
 from thinkrl.distributed import World, gather, global_max, global_sum, start, stop
-from thinkrl.episodes import segment
+from thinkrl.episodes import Episodes, segment
 from thinkrl.evaluate import summarise, summary_table
+from thinkrl.grading import grade
 from thinkrl.grpo import group_advantages, importance_weight, loss_count, policy_loss
-from thinkrl.learner import Learner, learning_rate, model_path, new_learner, restore, save
-from thinkrl.metrics import DEFINITIONS, Log, Stopwatch, Tally
+from thinkrl.l2t import (
+    Gain,
+    Probe,
+    Proxy,
+    episode_rewards,
+    make_probe,
+    normalise_compression,
+    process_reward,
+    released_reward,
+    returns_to_go,
+    token_advantages,
+    token_rewards,
+)
+from thinkrl.learner import Learner, compute_dtype, learning_rate, model_path, new_learner, restore, save
+from thinkrl.metrics import DEFINITIONS, Log, Stopwatch, Tally, correlation
 from thinkrl.model import Transformer
+from thinkrl.prm import load_prm, score_completions
 from thinkrl.problems import Stream, held_out_problems, load_problems
-from thinkrl.rollout import EVALUATION, TRAINING, require_room, rollout
+from thinkrl.rollout import EVALUATION, PROBE, TRAINING, require_room, rollout
 from thinkrl.runs import Run, open_run
 from thinkrl.sft import load_rows, nll_loss
 from thinkrl.sft import samples as sft_samples
 from thinkrl.tokenizer import Tokenizer
-from thinkrl.types import Pack, Problem, Sample, Trajectory, empty_pack, pack
+from thinkrl.types import Pack, Problem, Sample, Trajectory, Turn, empty_pack, pack
 
 
 class Diverged(RuntimeError):
@@ -46,7 +63,7 @@ def train(config: Config, world: World) -> None:
     """Reinforcement learning: grpo, l2t, longshort."""
     require_a_problem_each(config, world)
     stream = Stream(load_problems(config.data, config.source), config.seed)
-    preset = {"grpo": Grpo, "longshort": LongShort}[config.preset](config, world)
+    preset = {"grpo": Grpo, "l2t": L2T, "longshort": LongShort}[config.preset](config, world)
     preset.require_room(stream.take(0, config.problems_per_step) if callable(stream.rows) else stream.rows)
     preset.require_room(held_out_problems(config.eval_data, config.data, config.source))
     run = open_run(config, world)
@@ -64,6 +81,7 @@ def train(config: Config, world: World) -> None:
         advantages = preset.advantages(trajectories, step, tally)  # per trajectory, one value per token of its own turns
         samples = preset.samples(trajectories, advantages, step)
         packs = level(pack(samples, config.micro_batch_tokens), world)
+        learner.sampler.release_pool()  # its memory belongs to the backward now
         loss, grad_norm = update(learner, packs, lr, config, world, tally)
         learner.sampler.load_weights(learner.policy)
 
@@ -101,14 +119,14 @@ class Grpo:
     def learning_rate(self, step: int) -> float:
         return learning_rate(step, self.config.steps, self.config)
 
-    def require_room(self, problems: list[Problem]) -> None:
+    def require_room(self, problems: list[Problem], more: int = 0) -> None:
         c, model = self.config, self.learners["policy"].policy
-        require_room(problems, self.tokenizer, model.config.max_positions, c.max_tokens, c.system, c.suffix)
+        require_room(problems, self.tokenizer, model.config.max_positions, c.max_tokens + more, c.system, c.suffix)
 
-    def attempt(self, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...]) -> list[Trajectory]:
+    def attempt(self, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...], **hooks) -> list[Trajectory]:
         c = self.config
         return rollout(self.learners["policy"].sampler, self.tokenizer, problems, group_size=n, max_tokens=c.max_tokens,
-                       temperature=temperature, seed=c.seed, address=address, system=c.system, suffix=c.suffix)
+                       temperature=temperature, seed=c.seed, address=address, system=c.system, suffix=c.suffix, **hooks)
 
     def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Trajectory]:
         trajectories = self.attempt(problems, self.config.group_size, self.config.temperature, (TRAINING, step))
@@ -133,6 +151,97 @@ class Grpo:
 
     def load_state_dict(self, state: dict) -> None:
         pass
+
+
+class L2T(Grpo):
+    """Grpo's completions, paid per episode: information gained minus parameters moved. All of it is in thinkrl/l2t.py."""
+
+    def __init__(self, config: Config, world: World):
+        super().__init__(config, world)
+        self.cut = partial(segment, tokenizer=self.tokenizer, how=config.episodes)
+        self.cut([])  # a tokenizer that cannot write the tags is refused now
+        self.prm = load_prm(model_path(config.prm), compute_dtype(config, world), world.device) if config.gain == "prm" else None
+        self.proxy = None
+        if config.compression != "none":
+            self.proxy = Proxy(self.learners["policy"].sampler.model, config.proxy, config.rank_share, config.fisher_decay,
+                               config.refresh_every, drift=config.compression == "drift", seed=config.seed)
+
+    def probe(self, problem: Problem) -> Probe:
+        return make_probe(self.tokenizer, problem.answer, self.config.probe_prefix, self.config.probe_suffix)
+
+    def require_room(self, problems: list[Problem]) -> None:
+        probes = [self.probe(p) for p in problems]
+        super().require_room(problems, more=max((len(p.forced) + len(p.gold) for p in probes), default=0))
+
+    def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Trajectory]:
+        c, sampler = self.config, self.learners["policy"].sampler
+        forwards = sampler.forwards.probe
+        gain = Gain(sampler, [self.probe(p) for p in problems], self.cut, c.gain if c.gain in ("mc", "continue") else "forced",
+                    samples=c.gain_samples, max_tokens=c.max_tokens, seed=c.seed, keys=[(PROBE, step, p.id) for p in problems],
+                    grade=lambda i, text: grade(text, problems[i].answer, problems[i].source))
+        probed = c.gain in ("forced", "mc", "continue")
+        trajectories = self.attempt(problems, c.group_size, c.temperature, (TRAINING, step),
+                                    on_finish=gain.on_finish if probed else None, return_hidden=self.proxy is not None)
+        turns = [t.turns[0] for t in trajectories]
+        if probed:
+            episodes, J = map(list, zip(*gain.results())) if trajectories else ([], [])
+        else:
+            episodes = [self.cut(turn.completion) for turn in turns]
+            J = self.score_steps(turns, episodes)
+
+        clock = Stopwatch()
+        raw = [torch.zeros(len(e), dtype=torch.float64) for e in episodes]
+        if self.proxy:
+            self.proxy.begin(step)
+            raw = self.proxy.penalties(c.compression, turns, episodes, reduce=global_sum)
+        tally.add("penalty_seconds", clock.seconds)
+        penalty = normalise_compression(raw, c.kappa, global_sum)
+        for t, e, j, C, C_hat in zip(trajectories, episodes, J, raw, penalty):
+            r_prg = released_reward(j, e.lengths, e.malformed) if c.released_sum else process_reward(j, C_hat, c.beta)
+            t.turns[0].hidden = None
+            t.reward = t.outcome_reward - c.malformed_penalty * e.malformed
+            t.extra |= {"ends": (e.ends + 1).tolist(), "J": j.tolist(), "compression": C.tolist(), "penalty": C_hat.tolist(),
+                        "process_reward": r_prg.tolist(), "malformed": e.malformed}
+            t.extra["episode_ids"] = e.ids.tolist()
+            tally.add_all({"episodes": (len(e), 1), "malformed": (e.malformed, 1), "fitting_gain": (j[-1] - j[0], 1),
+                           "compression": (C.sum(), 1), "penalty": (C_hat.sum(), 1), "process_reward": (r_prg.sum(), 1)})
+        tally.add("probe_tokens", sampler.forwards.probe - forwards, 1 / dist.get_world_size())
+        lengths = torch.cat([e.lengths for e in episodes]) if episodes else torch.zeros(0)
+        tally.add("penalty_length_correlation", correlation(torch.cat([torch.zeros(0), *penalty]), lengths), 1)
+        return trajectories
+
+    def score_steps(self, turns: list[Turn], episodes: list[Episodes]) -> list[Tensor]:
+        """J by the step reward model; zeros for --gain none."""
+        if self.prm is None:
+            return [torch.zeros(len(e) + 1, dtype=torch.float64) for e in episodes]
+        scores = score_completions(self.prm, [t.prompt for t in turns], [t.completion for t in turns], [e.prefixes for e in episodes])
+        return [s.double() for s in scores]
+
+    def advantages(self, trajectories: list[Trajectory], step: int, tally: Tally) -> list[Tensor]:
+        c, out = self.config, []
+        for i in range(0, len(trajectories), c.group_size):
+            group = trajectories[i : i + c.group_size]
+            r_prg = [torch.tensor(t.extra["process_reward"], dtype=torch.float64) for t in group]
+            ids = [torch.tensor(t.extra["episode_ids"]) for t in group]
+            rewards = [
+                token_rewards(episode_rewards(t.reward, r, c.alpha), i, torch.tensor(t.turns[0].logprobs))
+                for t, r, i in zip(group, r_prg, ids)
+            ]
+            out += token_advantages(
+                rewards, c.keep, c.credit, c.statistic, max_ratio=c.max_ratio, std=c.advantage_std,
+                returns=torch.tensor([t.reward + c.alpha * float(r.sum()) for t, r in zip(group, r_prg)], dtype=torch.float64),
+                to_go=[returns_to_go(t.reward, r, c.alpha) for t, r in zip(group, r_prg)],
+                J=[torch.tensor(t.extra["J"], dtype=torch.float64) for t in group], episode_ids=ids,
+            )
+        tally.add("advantage_max", max((float(a.abs().max()) for a in out), default=0.0))
+        return [a.float() for a in out]
+
+    def state_dict(self) -> dict:
+        return {"proxy": self.proxy.state_dict()} if self.proxy else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.proxy and state:
+            self.proxy.load_state_dict(state["proxy"])
 
 
 class LongShort:

@@ -107,7 +107,7 @@ class Config:
     max_ratio: float = option(10.0, "clip of token reward over completion mean in guarded credit")
     episodes: str = option("tags", "tags | paragraphs | fixed:N")
     gain: str = option("forced", "J_k: gold probability of a forced answer | M sampled forced answers | "
-                       "M continuations to the end | step reward model", ("forced", "mc", "continue", "prm"))
+                       "M continuations to the end | step reward model | 0", ("forced", "mc", "continue", "prm", "none"))
     gain_samples: int = option(4, "M of --gain mc and continue")
     probe_prefix: str = option("\n</think>\n\nThe final answer is \\boxed{", "answer-forcing text put before the gold answer")
     probe_suffix: str = option("}", "terminator after the gold answer, part of the probability")
@@ -121,6 +121,7 @@ class Config:
     refresh_every: int = option(50, "optimizer steps between SVD refreshes")
     kappa: float = option(0.05, "what the mean completion pays in total normalised compression")
     fisher_decay: float = option(0.95, "running average of the diagonal Fisher, per step")
+    released_sum: bool = option(False, "as the released code sums: an episode's gain once per token, the first one's not at all")
     malformed_penalty: float = option(0.0, "subtracted from the outcome when episode tags are malformed")
 
     _longshort = group("longshort")
@@ -166,8 +167,9 @@ EMBEDDED_VALUES: dict[str, dict] = {
 PROFILE_VALUES: dict[str, dict] = {
     "": {},
     "paper": dict(statistic="token_trunc_mean", credit="paper", compression="rank1"),
-    "code": dict(gain="prm", compression="none", statistic="return_sum", credit="uniform", malformed_penalty=0.01),
-    "grpo": dict(alpha=0.0, statistic="return_sum", credit="uniform", gain="forced", compression="none"),
+    "code": dict(alpha=1.0, beta=0.0, gain="prm", compression="none", statistic="return_sum", credit="uniform",
+                 released_sum=True, malformed_penalty=0.01),
+    "grpo": dict(alpha=0.0, statistic="return_sum", credit="uniform", gain="none", compression="none"),
 }
 
 

@@ -70,6 +70,15 @@ class Tally:
         return sums, {name: total / count if count else 0.0 for name, (total, count) in zip(names, totals)}
 
 
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's, over all ranks' pairs [N]; 0 where one of them does not vary. Collective."""
+    x, y = x.double().cpu(), y.double().cpu()
+    n, sx, sy, sxx, syy, sxy = global_sum(torch.stack([torch.tensor(float(len(x)), dtype=torch.float64), x.sum(), y.sum(),
+                                                       (x * x).sum(), (y * y).sum(), (x * y).sum()])).tolist()
+    variance = max(0.0, n * sxx - sx * sx) * max(0.0, n * syy - sy * sy)
+    return (n * sxy - sx * sy) / variance**0.5 if variance > 0 else 0.0
+
+
 class Log:
     """Rank 0 writes; the other ranks hold a Log that does nothing."""
 
