@@ -1,0 +1,321 @@
+"""Long chains of thought -> thoughts -> importance -> labels -> the two cold-start files of Long⊗Short:
+
+    torchrun --nproc_per_node=8 chunk.py --data FILE.jsonl --model DIR --out DIR [--key value …]
+
+A row is {"problem", "solution", "answer", "response"}; "question" stands for "problem" and "thought" for "response". A JSON list in
+the layout of OpenMath-ThoughtChunk is read too, with the blocks it brings. `--data arith` takes the built-in chains.
+
+In the folder --out:
+
+    parts/rank_R.jsonl   finished items, appended one by one: what a killed run is continued from, at any number of ranks
+    annotated.json       every usable item: thoughts, accuracies behind each, importance, labels, segments
+    long.json short.json alpaca rows for `train.py sft`
+    rejects.jsonl        every other item, and why
+    summary.json         counts
+"""
+
+from dataclasses import asdict, dataclass, replace
+
+from thinkrl import UserError
+from thinkrl.config import command_line, option, options_help, read_options
+
+
+@dataclass(frozen=True)
+class Options:
+    _what = "what to chunk"
+    data: str = option("arith", "FILE.jsonl | FILE.json | 'arith', the built-in chains")
+    limit: int = option(0, "at most this many rows; 0: all (arith: 400)")
+    source: str = option("", "grading rule for rows that name none: arith | gsm8k | math")
+    suffix: str = option("", "text appended to every question")
+    out: str = option("runs/chunk", "folder to write; an unfinished one is continued")
+    plot: bool = option(False, "also draw importance along the chain (extra [report])")
+    _how = "thoughts and rollouts"
+    model: str = option("tiny", "model that rollouts continue: the base policy, a Hugging Face folder, or 'tiny'")
+    chunker: str = option("", "who cuts thoughts; empty: llm, or tags for the embedded model", ("", "llm", "paragraphs", "tags"))
+    completer: str = option("", "who writes short thoughts; empty: llm, or block (their own text) for the embedded model",
+                            ("", "llm", "block"))
+    rollouts: int = option(8, "continuations behind every prefix (N)")
+    temperature: float = option(0.7, "of the rollouts")
+    max_tokens: int = option(0, "of one rollout; 0: 200 for the embedded model, else 4096")
+    decay: float = option(0.25, "δ: what a thought loses that does not raise the accuracy (Eq. 1)")
+    prompts: str = option("", "JSON file with the two role prompts; empty: the model folder's, else the built-in ones")
+    _instruct = "instruct model"
+    instruct_model: str = option("", "model that chunks and completes; empty: the one of the rollouts")
+    instruct_max_tokens: int = option(7120, "of one of its answers")
+    instruct_temperature: float = option(0.1, "of its answers, up to 5 per request")
+    _run = "run"
+    seed: int = option(42, "seed of every sampled token")
+    items_per_batch: int = option(8, "items in progress on a rank: a kill loses at most their unfinished work")
+    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "bfloat16 on CUDA, float32 on CPU", ("auto", "float32", "bfloat16"))
+
+
+FREE_TO_CHANGE = {"limit", "plot", "out", "items_per_batch", "device", "dtype"}
+
+
+def parse_options(argv: list[str]) -> Options:
+    if "--help" in argv or "-h" in argv:
+        usage = "usage: torchrun --nproc_per_node=N chunk.py --data FILE --model DIR [--key value …]"
+        print("\n".join([usage, *options_help(Options)]))
+        raise SystemExit(0)
+    options = Options(**read_options(argv, Options))
+    for key in ("rollouts", "items_per_batch", "instruct_max_tokens"):
+        if getattr(options, key) < 1:
+            raise UserError(f"--{key} is {getattr(options, key)}, it must be at least 1")
+    if not 0 < options.decay < 1:
+        raise UserError(f"--decay {options.decay} is outside (0, 1)")
+    tiny = options.model == "tiny"
+    return replace(options, chunker=options.chunker or ("tags" if tiny else "llm"),
+                   completer=options.completer or ("block" if tiny else "llm"),
+                   max_tokens=options.max_tokens or (200 if tiny else 4096),
+                   limit=options.limit or (400 if options.data == "arith" else 0))
+
+
+if __name__ == "__main__":  # before torch is imported
+    OPTIONS = command_line("chunk.py", parse_options)
+
+import json
+import os
+import random
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from thinkrl import arith, require_own_kernels, thoughts
+from thinkrl.checkpoint import load_model
+from thinkrl.config import excuse
+from thinkrl.conversation import Prompts, load_prompts
+from thinkrl.distributed import World, agree, from_main, start, stop
+from thinkrl.learner import compute_dtype, model_path
+from thinkrl.problems import load_problems, messages, read_rows, text_field
+from thinkrl.runs import write_json
+from thinkrl.sampler import Sampler
+from thinkrl.thoughts import Rejected, Thought
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import Problem
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row: a problem, whose id is its place, and a long chain for it."""
+
+    problem: Problem
+    response: str
+    blocks: dict | None = None  # how it was chunked, if the row says so
+
+
+@dataclass(frozen=True)
+class Tools:
+    sampler: Sampler  # of the model that rollouts continue
+    instruct: Sampler  # of the model that chunks and completes
+
+
+def chunk(options: Options, world: World) -> None:
+    items = load_items(options)
+    if options.plot:
+        thoughts.require_pyplot()
+    folder, finished = open_folder(options, world)
+    waiting = [item for item in items if item.problem.id not in finished]
+    mine = [waiting[i] for i in world.share(len(waiting))]
+    tools = load_tools(options, world) if waiting else None
+    error = ""
+    try:
+        with open_part(folder, world) as part, tqdm(total=len(mine), desc="chunk", unit="item", disable=not world.main) as bar:
+            for at in range(0, len(mine), options.items_per_batch):
+                for line in annotate(mine[at : at + options.items_per_batch], tools, options):
+                    part.write(json.dumps(line) + "\n")
+                    part.flush()
+                    bar.update()
+    except UserError as mistake:
+        error = str(mistake)
+    agree(error)  # also: every rank has written its last line
+    if world.main:
+        merge(folder, len(items), load_prompts(options.prompts, model_path(options.model)), options.plot)
+
+
+def load_items(options: Options) -> list[Item]:
+    """Every row, read and checked before anything is sampled. Raises UserError with file, row and field."""
+    if options.data == "arith":
+        problems = [arith.training_problem(options.seed, i) for i in range(options.limit)]
+        return [Item(p, arith.chain(p, random.Random(f"chunk/{options.seed}/{p.id}"))) for p in problems]
+    items = []
+    for problem, (where, row) in zip(load_problems(options.data, options.source), read_rows(options.data)):
+        response = text_field(row, where, "thought", "response")
+        if not response:
+            raise UserError(f"{where}: field 'response' (or 'thought') is missing or empty: the long chain is expected there")
+        items.append(Item(problem, response, row.get("block") or None))
+    return items[: options.limit or None]
+
+
+def load_tools(options: Options, world: World) -> Tools:
+    def sampler(model: str) -> Sampler:
+        path = model_path(model)
+        return Sampler(load_model(path, compute_dtype(options, world), world.device), Tokenizer(path))
+
+    base = sampler(options.model)
+    other = options.instruct_model not in ("", options.model) and "llm" in (options.chunker, options.completer)
+    return Tools(base, sampler(options.instruct_model) if other else base)
+
+
+def annotate(items: Sequence[Item], tools: Tools, options: Options) -> list[dict]:
+    """One line of the part file per item: {"id", "item": …}, or {"id", "rejected": why, …}."""
+    base, tokenizer = tools.sampler, tools.sampler.tokenizer
+    by_id = {item.problem.id: item for item in items}
+    reasons: dict[int, str] = {}
+
+    def keep(results: dict) -> dict:
+        reasons.update({i: str(result) for i, result in results.items() if isinstance(result, Rejected)})
+        return {i: result for i, result in results.items() if i not in reasons}
+
+    def problems(ids: dict) -> list[Problem]:
+        return [by_id[i].problem for i in ids]
+
+    def with_room(i: int, chain: list[Thought]) -> list[Thought]:
+        context = base.model.config.max_positions
+        thoughts.require_room(by_id[i].problem, chain, tokenizer, context, options.max_tokens, options.suffix)
+        return chain
+
+    chains = keep(cut(by_id, tools, options))
+    chains = keep({i: attempt(with_room, i, chain) for i, chain in chains.items()})
+    measured = thoughts.rollouts(base, tokenizer, problems(chains), list(chains.values()), options.rollouts, options.max_tokens,
+                                 options.temperature, options.seed, options.suffix)
+    prefixes = dict(zip(chains, measured))
+    accuracies = {i: [prefix.accuracy for prefix in prefixes[i]] for i in chains}
+    lengths = {i: thoughts.token_lengths(chain, tokenizer) for i, chain in chains.items()}
+    scores = {i: thoughts.importance(lengths[i], accuracies[i], options.decay) for i in chains}
+    labels = {i: thoughts.label(scores[i]) for i in chains}
+    asked = {i: messages(by_id[i].problem, suffix=options.suffix)[-1]["content"] for i in chains}
+    if options.completer == "llm":
+        written = thoughts.complete_by_model(
+            tools.instruct, tools.instruct.tokenizer, problems(chains), list(asked.values()), list(chains.values()),
+            list(labels.values()), options.instruct_max_tokens, options.instruct_temperature, options.seed)
+        texts = keep(dict(zip(chains, written)))
+    else:
+        texts = {i: thoughts.complete_by_block(by_id[i].problem, chain, labels[i], thoughts.split_response(by_id[i].response)[1])
+                 for i, chain in chains.items()}
+    talks = keep({i: attempt(thoughts.segments, texts[i], labels[i], by_id[i].problem) for i in texts})
+
+    lines = []
+    for i, item in by_id.items():
+        row = {"question": item.problem.question, "answer": item.problem.answer, "source": item.problem.source,
+               "thought": item.response}
+        if i in chains:
+            row |= {"thoughts": [thought.text for thought in chains[i]], "types": [thought.kind for thought in chains[i]],
+                    "lengths": lengths[i], "accuracies": accuracies[i], "new_tokens": [p.new_tokens for p in prefixes[i]],
+                    "importance": scores[i], "labels": labels[i]}
+        if i in talks:
+            lines.append({"id": i, "item": row | {"asked": asked[i], "segments": talks[i]}})
+        else:
+            lines.append({"id": i, "rejected": reasons[i], **row})
+    return lines
+
+
+def cut(by_id: dict[int, Item], tools: Tools, options: Options) -> dict[int, list[Thought] | Rejected]:
+    """The thoughts of each chain. A row that brings usable blocks is not chunked again."""
+    if options.chunker != "llm":
+        split = {"paragraphs": thoughts.paragraphs, "tags": thoughts.tags}[options.chunker]
+        return {i: attempt(split, item.response) for i, item in by_id.items()}
+    chains = {i: attempt(thoughts.given_blocks, item.blocks, item.response) for i, item in by_id.items()}
+    ask = [i for i, chain in chains.items() if isinstance(chain, Rejected)]
+    if ask:
+        answers = thoughts.chunk_by_model(
+            tools.instruct, tools.instruct.tokenizer, [by_id[i].problem for i in ask], [by_id[i].response for i in ask],
+            options.instruct_max_tokens, options.instruct_temperature, options.seed)
+        chains |= dict(zip(ask, answers))
+    return chains
+
+
+def attempt(function: Callable, *arguments):
+    """The function's result, or the reason why the item is rejected."""
+    try:
+        return function(*arguments)
+    except Rejected as reason:
+        return reason
+
+
+def open_folder(options: Options, world: World) -> tuple[Path, set[int]]:
+    """The folder and the ids of finished items. Raises UserError on all ranks if it belongs to other options or data."""
+    folder, finished, error = Path(options.out), set(), ""
+    if world.main:
+        settings = {key: value for key, value in asdict(options).items() if key not in FREE_TO_CHANGE}
+        if options.data != "arith":
+            settings["data_crc32"] = zlib.crc32(Path(options.data).read_bytes())
+        try:
+            (folder / "parts").mkdir(parents=True, exist_ok=True)
+            saved = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else settings
+            differing = [f"{key} {saved.get(key)!r}, now {value!r}" for key, value in settings.items() if saved.get(key) != value]
+            if differing:
+                error = f"--out {folder} was begun with {'; '.join(differing)}: give the same, or choose another --out"
+            else:
+                write_json(folder / "config.json", settings)
+                finished = {line["id"] for line in read_parts(folder)}
+        except OSError as mistake:
+            error = f"cannot write the folder {folder} ({mistake.strerror}): choose another --out"
+    agree(error)
+    return folder, from_main(finished)  # one reading for all ranks, before any of them writes
+
+
+def open_part(folder: Path, world: World):
+    """This rank's part, to append to. A last line that a kill tore is cut off."""
+    path = folder / "parts" / f"rank_{world.rank}.jsonl"
+    written = path.read_bytes() if path.exists() else b""
+    part = path.open("a", encoding="utf-8")
+    os.truncate(path, written.rfind(b"\n") + 1)
+    return part
+
+
+def read_parts(folder: Path) -> Iterator[dict]:
+    """Finished items of all ranks; a torn last line is not one."""
+    for path in sorted((folder / "parts").glob("rank_*.jsonl")):
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+
+def merge(folder: Path, count: int, prompts: Prompts, draw: bool) -> None:
+    """From the parts to the files that a user wants. Raises UserError, after writing them, if no item is usable."""
+    lines = sorted((line for line in read_parts(folder) if line["id"] < count), key=lambda line: line["id"])
+    items = [{"id": line["id"], **line["item"]} for line in lines if "item" in line]
+    rejects = [line for line in lines if "rejected" in line]
+    assert [line["id"] for line in lines] == list(range(count)), f"{len(lines)} lines for {count} items"
+    long, short = [], []
+    for item in items:
+        own = thoughts.cold_start(item["asked"], item["segments"], prompts)
+        long += own[0]
+        short += own[1]
+    summary = {
+        "rows": count, "kept": len(items), "long_rows": len(long), "short_rows": len(short),
+        "rejected": dict(Counter(re.sub(r"\d+", "N", line["rejected"]) for line in rejects).most_common()),
+        "thoughts": sum(len(item["thoughts"]) for item in items) / max(1, len(items)),
+        "segments": sum(len(item["segments"]) for item in items) / max(1, len(items)),
+    }
+    for name, content in {"annotated": items, "long": long, "short": short, "summary": summary}.items():
+        write_json(folder / f"{name}.json", content)
+    temporary = folder / "rejects.jsonl.tmp"
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in rejects))
+    temporary.replace(folder / "rejects.jsonl")
+    if draw and items:
+        thoughts.plot(items, folder / "importance.png")
+    print(json.dumps(summary, indent=2) + f"\ncold start: {folder}/long.json, {folder}/short.json")
+    if not items:
+        raise UserError(f"none of {count} rows can be used: {folder}/rejects.jsonl says why")
+
+
+def main(options: Options) -> None:
+    try:
+        require_own_kernels()
+        world = start(options.device)
+        chunk(options, world)
+    except UserError as mistake:
+        excuse("chunk.py", mistake)
+    finally:
+        stop()
+
+
+if __name__ == "__main__":
+    main(OPTIONS)

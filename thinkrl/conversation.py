@@ -1,0 +1,199 @@
+r"""Two roles, one conversation: their prompts, their tags, and the one builder of ids for SFT, RL and evaluation.
+
+    long    writes  <think>…</think>            a thought
+    short   writes  <answer>…</rethink>         some steps, and the wish for another thought
+            or      <answer>…</answer>          the remaining steps and the final answer; the conversation ends
+
+A turn's prompt is one user message through the checkpoint's chat template:
+
+    Γ_role \n question · segment · segment · …            "·" is the joiner, an empty line unless prompts.json says otherwise
+
+Token ids in, token ids out. The template is rendered once with a marker where the history goes; what stands before it, each
+segment, each joiner and what stands after it are encoded apart and concatenated. So a segment has the same ids wherever it
+is met: encoded once from text in SFT, the sampled ids themselves in RL and evaluation.
+
+Departures from the released code: Γ stands in the user message everywhere (there: in the system message for RL, in the user's for
+SFT and for the partner); a turn may contain "<", only the five tags are forbidden inside it (the official pattern, which
+rejects "x < 3", is `strict`). There is no `<rethink>`: the tag only closes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol
+
+from thinkrl import UserError
+
+ROLES = ("long", "short")
+THINK, THOUGHT = "<think>", "</think>"
+ANSWER, ANSWERED, RETHINK = "<answer>", "</answer>", "</rethink>"
+TAGS = (THINK, THOUGHT, ANSWER, ANSWERED, RETHINK)
+STOPS = {"long": (THOUGHT,), "short": (ANSWERED, RETHINK)}  # what ends a turn, stop ids aside
+JOINER = "\n\n"
+
+_OFFICIAL = {  # of the released rewards; `$` lets a final line break pass
+    "long": re.compile(r"(?s)^<think>([^<]*)</think>$"),
+    "short": re.compile(r"(?s)^<answer>([^<]*)(?:</rethink>|</answer>)$"),
+}
+_HISTORY = "\ue000history\ue001"  # private-use characters: no template and no question contains them
+
+
+class Codec(Protocol):
+    """What is asked of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str: ...
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Γ of both roles, and what stands between the parts of a conversation."""
+
+    long: str
+    short: str
+    joiner: str = JOINER
+
+    def __getitem__(self, role: str) -> str:
+        return {"long": self.long, "short": self.short}[role]
+
+
+_SCENE = (
+    "Two assistants work on the question below and take turns. The thinker works out the hard steps; the finisher builds on "
+    "them and does what is left.\n"
+    "The thinker writes one piece of reasoning between <think> and </think>.\n"
+    "The finisher writes the steps that follow from it, beginning with <answer>. When they reach the final answer, the finisher "
+    "states it in the form that the question asks for, in \\boxed{} if it asks for none, and closes with </answer>. When the "
+    "reasoning so far is not enough or contains a mistake, the finisher says so and closes with </rethink>, and the thinker "
+    "takes another turn.\n"
+    "A conversation may therefore look like this: <think> reasoning </think> <answer> some steps, and what is missing </rethink> "
+    "<think> more reasoning </think> <answer> remaining steps and the final answer </answer>\n"
+)
+BUILT_IN = Prompts(
+    long=_SCENE + "You are the thinker. Write the next piece of reasoning and nothing else: begin with <think>, and end with "
+    "</think>.\n",
+    short=_SCENE + "You are the finisher. Write your part and nothing else: begin with <answer>, and end with </answer> if you "
+    "gave the final answer, or with </rethink> if another thought is needed.\n",
+)
+
+
+def load_prompts(path: str | Path = "", folder: str | Path = "") -> Prompts:
+    """The prompts of the file `path`; if that is empty, of prompts.json in the model's `folder`; without one, the built-in ones.
+
+    The file is a JSON object: {"long": Γ_long, "short": Γ_short} and, optionally, "joiner". Raises UserError for any other.
+    """
+    file = Path(path) if path else Path(folder) / "prompts.json"
+    if not file.is_file():
+        if path:
+            raise UserError(f"--prompts {file}: no such file")
+        return BUILT_IN
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    known = [f.name for f in fields(Prompts)]
+    if not isinstance(content, dict) or not set(ROLES) <= content.keys() <= set(known):
+        raise UserError(f"{file}: an object with the texts 'long', 'short' and, if wanted, 'joiner' is expected")
+    for name, text in content.items():
+        if not isinstance(text, str) or (name in ROLES and not text.strip()):
+            raise UserError(f"{file}: field {name!r} must be a text{'' if name == 'joiner' else ' that is not empty'}")
+    return Prompts(**content)
+
+
+def tagged(role: str, text: str, last: bool = True) -> str:
+    """A segment: the text in its role's tags. Among the short ones only the last closes with `</answer>`."""
+    if role == "long":
+        return f"{THINK}{text}{THOUGHT}"
+    return f"{ANSWER}{text}{ANSWERED if last else RETHINK}"
+
+
+def without_tags(text: str) -> str:
+    """The text without any of the five tags, stripped."""
+    return re.sub("|".join(map(re.escape, TAGS)), "", text).strip()
+
+
+def assemble(segments: Sequence[str], joiner: str = JOINER) -> str:
+    """The history as text."""
+    return joiner.join(segments)
+
+
+def user_text(role: str, question: str, history: Sequence[str], prompts: Prompts = BUILT_IN) -> str:
+    """The user message of a turn, as text: what `build` encodes piece by piece."""
+    return f"{prompts[role]}\n{assemble([question, *history], prompts.joiner)}"
+
+
+def build(
+    role: str, question: str, history: Sequence[str | Sequence[int]], tokenizer: Codec, prompts: Prompts = BUILT_IN
+) -> list[int]:
+    """Ids of a turn's prompt.
+
+    history: the segments so far, each as its ids (which are taken as they are) or as text (which is encoded once).
+    Raises UserError if the chat template does not hand the user message through as one piece.
+    """
+    message = user_text(role, question, [], prompts) + _HISTORY
+    rendered = tokenizer.render_chat([{"role": "user", "content": message}]).split(_HISTORY)
+    if len(rendered) != 2:
+        raise UserError(f"the chat template writes the user message {len(rendered) - 1} times; a conversation needs it once")
+    before, after = (tokenizer.encode(text) for text in rendered)
+    joiner = tokenizer.encode(prompts.joiner)
+    ids = before
+    for segment in history:
+        ids = [*ids, *joiner, *(tokenizer.encode(segment) if isinstance(segment, str) else segment)]
+    return [*ids, *after]
+
+
+def example(role: str, question: str, history: Sequence[str], segment: str, prompts: Prompts = BUILT_IN) -> dict:
+    """One row of a cold-start file: alpaca's three fields, and the parts from which `build` makes the ids.
+
+    A program that knows alpaca only joins instruction and input by a line break, and so gets `user_text` to the letter.
+    """
+    return {
+        "instruction": prompts[role],
+        "input": assemble([question, *history], prompts.joiner),
+        "output": segment,
+        "conversation": {"role": role, "question": question, "history": list(history), "joiner": prompts.joiner},
+    }
+
+
+def example_prompt(row: dict, where: str, tokenizer: Codec) -> list[int]:
+    """Prompt ids of a cold-start row that has the field "conversation". Raises UserError, naming `where`, if it is not one."""
+    parts = row["conversation"]
+    try:
+        texts = [row["instruction"], parts["question"], parts["joiner"], *parts["history"]]
+        complete = parts["role"] in ROLES and all(isinstance(text, str) for text in texts)
+    except (KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise UserError(f"{where}: field 'conversation' needs role, question, history and joiner, and the row an instruction")
+    prompts = Prompts(row["instruction"], row["instruction"], parts["joiner"])
+    return build(parts["role"], parts["question"], parts["history"], tokenizer, prompts)
+
+
+def well_formed(text: str, role: str, strict: bool = False) -> bool:
+    """Whether a turn is exactly one non-empty segment of its role.
+
+    strict: by the official pattern, which allows no "<" inside and a line break behind the closing tag.
+    """
+    if strict:
+        match = _OFFICIAL[role].search(text)
+        return match is not None and bool(match[1].strip())
+    opening = THINK if role == "long" else ANSWER
+    closing = next((tag for tag in STOPS[role] if text.endswith(tag)), None)
+    if closing is None or not text.startswith(opening):
+        return False
+    inner = text[len(opening) : -len(closing)]
+    return bool(inner.strip()) and not any(tag in inner for tag in TAGS)
+
+
+def gradable(segment: str, source: str) -> str:
+    """What of a short segment is graded. Under the rule `arith`, whose answers carry no mark of their own, its last line:
+    `<answer>20*3=60\\n64</answer>` answers 64, and the lines before it are steps.
+    """
+    if source != "arith" or not segment.rstrip().endswith(ANSWERED):
+        return segment
+    lines = without_tags(segment).splitlines()
+    return tagged("short", lines[-1] if lines else "")

@@ -1,0 +1,416 @@
+r"""A long chain of thought -> thoughts -> importance -> labels -> the two cold-start sets.                        LS §3, §4.1
+
+    chunk       y = y_1 … y_n, by an instruct model (`llm`), at blank lines (`paragraphs`) or at episode tags (`tags`)
+    rollouts    N continuations of (question, y_1 … y_i) for every i, graded: accuracy P_i = right / N
+    importance  M(y_i) = log2(1 + T1 T2 P_i) - δ_i                                                              LS Eq. 1
+                T1 = (d_y - d_{1..i}) / d_y     a short context is worth more
+                T2 = (d_y - d_{y_i}) / d_y      a short thought is worth more
+                δ_i = decay if P_i <= P_{i-1}, else 0;  δ_1 = 0
+    label       y_1 is long; y_i is long if M(y_i) > max(M(y_1), …, M(y_{i-1})), else short
+    segments    neighbours of one label are one segment; the short ones are completed, by a model (`llm`) or by the thoughts'
+                own text (`block`), and closed with </rethink>, the last one with </answer>
+
+Readings. δ is subtracted, also on equal accuracy, and not from the first thought: only so does Eq. 1 give the numbers printed
+in the paper's Figure 4. Lengths are tokens. Since T1(n) = 0 and δ_1 = 0, the last thought of two or more is always short, so a
+conversation begins long and ends short. Unlike the released chunker, every step must be covered: it drops the tail.
+
+Model text is read by `read_json`: repaired JSON, never `eval`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from pathlib import Path
+
+from thinkrl import UserError
+from thinkrl.conversation import BUILT_IN, Prompts, example, gradable, tagged, without_tags
+from thinkrl.grading import grade
+from thinkrl.rollout import prompt_ids
+from thinkrl.sampler import Sampler
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import Problem
+
+CHUNKERS = ("llm", "paragraphs", "tags")
+COMPLETERS = ("llm", "block")
+TRIES = 5  # answers of an instruct model that do not parse, before an item is given up
+STEP = "\n\n"
+ROLLOUT, CHUNKING, COMPLETING = 2, 3, 4  # first parts of an address; 0 and 1 are training's and evaluation's
+
+
+class Rejected(Exception):
+    """Why an item cannot be used: one clause, for rejects.jsonl."""
+
+
+@dataclass(frozen=True)
+class Thought:
+    text: str  # without tags
+    prefix: str  # what it adds to the assistant's turn that rollouts continue
+    kind: str = ""  # block type, as the chunker named it
+
+
+def importance(lengths: Sequence[float], accuracies: Sequence[float], decay: float = 0.25) -> list[float]:
+    """M(y_i) of n thoughts, from their lengths in tokens and the accuracies of rollouts behind each. LS Eq. 1.
+
+    Raises ValueError for lists of unequal length, an accuracy outside [0, 1], or thoughts without any token.
+    """
+    if len(lengths) != len(accuracies):
+        raise ValueError(f"{len(lengths)} lengths for {len(accuracies)} accuracies")
+    total = sum(lengths)
+    if lengths and (min(lengths) < 0 or total <= 0) or not all(0 <= p <= 1 for p in accuracies):
+        raise ValueError("importance needs lengths >= 0 with a positive sum, and accuracies in [0, 1]")
+    scores = []
+    for i, (length, until, accuracy) in enumerate(zip(lengths, accumulate(lengths), accuracies)):
+        penalty = decay if i > 0 and accuracy <= accuracies[i - 1] else 0.0
+        scores.append(math.log2(1 + (total - until) / total * (total - length) / total * accuracy) - penalty)  # LS Eq. 1
+    return scores
+
+
+def label(scores: Sequence[float]) -> list[str]:
+    """ "long" for the first score and for every new maximum, strictly, else "short". LS §4.1"""
+    best = [-math.inf, *accumulate(scores, max)]
+    return ["long" if score > before else "short" for score, before in zip(scores, best)]
+
+
+def runs(labels: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Neighbours of one label, merged: (label, indices of its thoughts), strictly alternating."""
+    return [(name, [i for i, _ in group]) for name, group in groupby(enumerate(labels), key=lambda pair: pair[1])]
+
+
+def split_response(response: str) -> tuple[str, str]:
+    """(reasoning, what stands behind `</think>`), both without tags of ours at their ends."""
+    reasoning, _, final = response.partition("</think>")
+    return reasoning.replace("<think>", "", 1), without_tags(final)
+
+
+def paragraphs(response: str) -> list[Thought]:
+    """One thought per paragraph of the reasoning."""
+    texts = map(without_tags, split_response(response)[0].split(STEP))
+    return [Thought(text, text + STEP) for text in texts if text]
+
+
+_EPISODE = re.compile(r"<episode_(\d+)>(.*?)</episode_\1>", re.DOTALL)
+
+
+def tags(response: str) -> list[Thought]:
+    """One thought per `<episode_k>…</episode_k>` of the reasoning; prefixes are the response to the letter, tags included.
+
+    Raises Rejected if there is no episode, or text behind the last one.
+    """
+    reasoning = response.partition("</think>")[0]
+    found = [m for m in _EPISODE.finditer(reasoning) if m[2].strip()]
+    if not found:
+        raise Rejected("no episode tags")
+    if reasoning[found[-1].end() :].strip():
+        raise Rejected("thinking behind the last episode tag")
+    starts = [0, *(m.end() for m in found)]
+    return [Thought(without_tags(m[2]), reasoning[start : m.end()]) for m, start in zip(found, starts)]
+
+
+_CHUNK_REQUEST = """\
+Below are a mathematics problem and a student's way to its solution, cut into numbered steps. Describe how the student thought, \
+as a sequence of blocks: a block is a run of neighbouring steps that pursue one purpose, such as understanding the problem, \
+setting up equations, a calculation, or checking a result.
+
+Problem:
+{problem}
+
+Steps:
+{steps}
+
+Name each block's purpose in a few general words. The first block starts at step 1, each further block starts at the step after \
+the end of the one before, and the last block ends at step {count}. Answer with this JSON and nothing else:
+{{"block 1": {{"start": 1, "end": 2, "block type": "understanding the problem"}}, "block 2": {{...}}, ...}}"""
+
+
+def chunk_request(problem: str, steps: Sequence[str]) -> str:
+    """What the instruct model is asked, with the steps numbered from 1."""
+    numbered = "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps, start=1))
+    return _CHUNK_REQUEST.format(problem=problem, steps=numbered, count=len(steps))
+
+
+def read_blocks(answer: object, steps: Sequence[str], extend: bool = False) -> list[Thought]:
+    """The thoughts of an answer {"block 1": {"start", "end", "block type"}, …} or a list of such blocks.
+
+    Blocks must follow each other from step 1 to the last. extend: where they stop early, the last one takes the rest, and
+    steps beyond the last are ignored (published chunkings count the text behind the thinking, and then lose the tail).
+    Raises Rejected.
+    """
+    blocks = list(answer.values()) if isinstance(answer, dict) else answer
+    if not isinstance(blocks, list) or not blocks:
+        raise Rejected("the answer holds no blocks")
+    try:
+        spans = [(int(b["start"]), int(b["end"]), str(b.get("block type", ""))) for b in blocks]
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise Rejected("a block has no numbers 'start' and 'end'") from None
+    if extend:
+        spans = [(start, min(end, len(steps)), kind) for start, end, kind in spans if start <= len(steps)]
+        spans[-1:] = [(start, len(steps), kind) for start, _, kind in spans[-1:]]
+    expected = 1
+    for start, end, _ in spans:
+        if start != expected or end < start:
+            raise Rejected(f"a block covers steps {start} to {end} where step {expected} is next")
+        expected = end + 1
+    if expected != len(steps) + 1:
+        raise Rejected(f"the blocks cover steps 1 to {expected - 1} of {len(steps)}")
+    thoughts = [(without_tags(STEP.join(steps[start - 1 : end])), kind) for start, end, kind in spans]
+    return [Thought(text, text + STEP, kind) for text, kind in thoughts if text]
+
+
+def given_blocks(blocks: dict | None, response: str) -> list[Thought]:
+    """The thoughts of a row that was chunked before, in the layout of OpenMath-ThoughtChunk. Raises Rejected."""
+    return read_blocks(blocks, split_response(response)[0].split(STEP), extend=True)
+
+
+def chunk_by_model(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem], responses: Sequence[str],
+                   max_tokens: int, temperature: float, seed: int) -> list[list[Thought] | Rejected]:
+    """The thoughts of each response, by an instruct model; Rejected where none of `TRIES` answers can be used."""
+    steps = [split_response(response)[0].split(STEP) for response in responses]
+    requests = [chunk_request(problem.question, s) for problem, s in zip(problems, steps)]
+
+    def read(i: int, text: str) -> list[Thought]:
+        return read_blocks(read_json(text), steps[i])
+
+    return _ask(sampler, tokenizer, requests, read, problems, CHUNKING, max_tokens, temperature, seed)
+
+
+def _ask(sampler: Sampler, tokenizer: Tokenizer, requests: Sequence[str], read: Callable[[int, str], list],
+         problems: Sequence[Problem], purpose: int, max_tokens: int, temperature: float, seed: int) -> list:
+    """Ask for each request, again where `read` rejects the answer. One list of results, or the last Rejected, per request."""
+    context = sampler.model.config.max_positions
+    prompts = [tokenizer.encode_chat([{"role": "user", "content": request}]) for request in requests]
+    results: list = [Rejected(f"the request has {len(prompt)} tokens, too many for a context of {context}") for prompt in prompts]
+    left = [i for i, prompt in enumerate(prompts) if len(prompt) + max_tokens <= context]
+    for attempt in range(TRIES if left else 0):
+        keys = [(purpose, problems[i].id, attempt, 0) for i in left]
+        groups = sampler.generate([prompts[i] for i in left], max_tokens=max_tokens, temperature=temperature,
+                                  stop_ids=tokenizer.stop_ids, seed=seed, keys=keys)
+        for i, [written] in zip(left, groups):
+            try:
+                results[i] = read(i, tokenizer.decode(written.tokens))
+            except Rejected as reason:
+                results[i] = Rejected(f"{reason} (the last of {attempt + 1} answers)")
+        left = [i for i in left if isinstance(results[i], Rejected)]
+        if not left:
+            break
+    return results
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What N rollouts behind y_1 … y_i came to."""
+
+    right: int
+    rollouts: int
+    new_tokens: float  # mean length of the continuations
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.rollouts
+
+
+def rollouts(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem], chains: Sequence[Sequence[Thought]], n: int,
+             max_tokens: int, temperature: float, seed: int, suffix: str = "") -> list[list[Prefix]]:
+    """n graded continuations behind every prefix of every chain. LS §3.1
+
+    A chain goes through the model once: prefix i + 1 lists the pages of prefix i and its own, and the n samples of a
+    prefix share them. Raises UserError if the pages do not suffice. The chains must fit the context: see `require_room`.
+    """
+    if not chains:
+        return []
+    held, prefixes, keys, texts = [], [], [], []
+    try:
+        for problem, thoughts in zip(problems, chains):
+            prompt = prompt_ids(problem, tokenizer, suffix=suffix)
+            pieces = [tokenizer.encode(thought.prefix) for thought in thoughts]
+            whole = sampler.prefill(prompt + sum(pieces, []))
+            held.append(whole)
+            for i, cut in enumerate(accumulate(map(len, pieces), initial=len(prompt))):
+                if i > 0:
+                    held.append(whole.fork(cut))
+                    prefixes.append(held[-1])
+                    texts.append("".join(thought.prefix for thought in thoughts[:i]))
+                    keys += [(ROLLOUT, problem.id, i, sample) for sample in range(n)]
+        groups = sampler.generate([[]] * len(prefixes), n=n, max_tokens=max_tokens, temperature=temperature,
+                                  stop_ids=tokenizer.stop_ids, seed=seed, keys=keys, prefix=prefixes)
+    finally:
+        for pages in held:
+            pages.release()
+    behind = iter(zip(texts, groups))
+    results = []
+    for problem, thoughts in zip(problems, chains):
+        results.append([])
+        for _ in thoughts:
+            text, group = next(behind)
+            right = sum(grade(text + tokenizer.decode(c.tokens), problem.answer, problem.source) for c in group)
+            results[-1].append(Prefix(right, n, sum(len(c.tokens) for c in group) / n))
+    return results
+
+
+def token_lengths(thoughts: Sequence[Thought], tokenizer: Tokenizer) -> list[int]:
+    return [len(tokenizer.encode(thought.text)) for thought in thoughts]
+
+
+def require_room(problem: Problem, thoughts: Sequence[Thought], tokenizer: Tokenizer, context: int, max_tokens: int,
+                 suffix: str = "") -> None:
+    """Raise Rejected for a chain that leaves no room for a continuation, or that is no chain."""
+    if len(thoughts) < 2:
+        raise Rejected("a chain of one thought" if thoughts else "no thought")
+    length = len(prompt_ids(problem, tokenizer, suffix=suffix)) + sum(len(tokenizer.encode(t.prefix)) for t in thoughts)
+    if length + max_tokens > context:
+        raise Rejected(f"prompt and chain have {length} tokens: no room for {max_tokens} more in a context of {context}")
+
+
+def complete_by_block(problem: Problem, thoughts: Sequence[Thought], labels: Sequence[str], final: str) -> list[str]:
+    """The segments' texts, each its thoughts' own; the last one also gives the chain's final text if it has no answer yet."""
+    texts = [STEP.join(thoughts[i].text for i in indices) for _, indices in runs(labels)]
+    if not _grades(texts[-1], problem):
+        texts[-1] = f"{texts[-1]}\n{final}"
+    return texts
+
+
+_COMPLETION_REQUEST = """\
+Below are a mathematics problem and a solution with gaps. The solution is a JSON object of numbered parts: some are written out, \
+of the others only the purpose is named. Write the missing parts, briefly, so that the whole reads as one solution{form}.
+
+Problem:
+{problem}
+
+Solution with gaps:
+{solution}
+
+Write these parts, in this order, and no others: {missing}. Each of them is one entry, however many steps it takes. \
+Answer with this JSON and nothing else:
+{{"completed": [{{"part": "{first}", "content": "..."}}, ...]}}"""
+
+
+def completion_request(question: str, thoughts: Sequence[Thought], labels: Sequence[str]) -> str:
+    """What the instruct model is asked: long segments verbatim, of the short ones only the block types."""
+    parts, missing = {}, []
+    for number, (role, indices) in enumerate(runs(labels), start=1):
+        if role == "long":
+            parts[f"part {number}"] = STEP.join(thoughts[i].text for i in indices)
+        else:
+            kinds = [thoughts[i].kind for i in indices]
+            parts[f"part {number}"] = "; ".join(kind or "next steps" for kind, _ in groupby(kinds))
+            missing.append(f"part {number} ({parts[f'part {number}']})")
+    solution = "\n".join(f'"{name}": {json.dumps(text, ensure_ascii=False)}' for name, text in parts.items())
+    return _COMPLETION_REQUEST.format(problem=question, solution=f"{{{solution}}}", missing=", ".join(missing),
+                                      first=missing[0].partition(" (")[0],
+                                      form="; the last part ends with the final answer, in the form that the problem asks for")
+
+
+def read_completion(answer: object, count: int) -> list[str]:
+    """The `count` contents of an answer: an object with one list, or the list. Matched by place, since models rename parts.
+
+    Raises Rejected.
+    """
+    if isinstance(answer, dict):
+        lists = [value for value in answer.values() if isinstance(value, list)]
+        answer = lists[0] if len(lists) == 1 else list(answer.values())
+    if not isinstance(answer, list) or len(answer) != count:
+        raise Rejected(f"the answer does not hold a list of {count} parts")
+    contents = [part.get("content") if isinstance(part, dict) else part for part in answer]
+    texts = [without_tags(text) if isinstance(text, str) else "" for text in contents]
+    if not all(texts):
+        raise Rejected("a completed part has no text")
+    return texts
+
+
+def complete_by_model(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem], questions: Sequence[str],
+                      chains: Sequence[Sequence[Thought]], labels: Sequence[Sequence[str]], max_tokens: int,
+                      temperature: float, seed: int) -> list[list[str] | Rejected]:
+    """The segments' texts of each chain, the short ones written by an instruct model. LS §4.1"""
+    requests = [completion_request(*item) for item in zip(questions, chains, labels)]
+
+    def read(i: int, text: str) -> list[str]:
+        parts = runs(labels[i])
+        written = iter(read_completion(read_json(text), sum(role == "short" for role, _ in parts)))
+        return [STEP.join(chains[i][j].text for j in indices) if role == "long" else next(written) for role, indices in parts]
+
+    return _ask(sampler, tokenizer, requests, read, problems, COMPLETING, max_tokens, temperature, seed)
+
+
+def segments(texts: Sequence[str], labels: Sequence[str], problem: Problem) -> list[str]:
+    """The conversation: each text in its role's tags. Raises Rejected unless the last segment is short and grades correct."""
+    roles = [role for role, _ in runs(labels)]
+    if roles[-1] != "short" or not _grades(texts[-1], problem):
+        raise Rejected("the last short segment does not give the gold answer")
+    return [tagged(role, text, last=i == len(texts) - 1) for i, (role, text) in enumerate(zip(roles, texts))]
+
+
+def cold_start(question: str, conversation: Sequence[str], prompts: Prompts = BUILT_IN) -> tuple[list[dict], list[dict]]:
+    """(D_long, D_short) of one conversation: every segment is learnt once, behind the segments before it. LS §4.1"""
+    rows: tuple[list[dict], list[dict]] = ([], [])
+    for i, segment in enumerate(conversation):
+        role = "long" if i % 2 == 0 else "short"
+        rows[role == "short"].append(example(role, question, conversation[:i], segment, prompts))
+    return rows
+
+
+def _grades(text: str, problem: Problem) -> bool:
+    return grade(gradable(tagged("short", text), problem.source), problem.answer, problem.source)
+
+
+_NEWLINE_OR_LATEX = r"n(?!eq?\b|abla|u\b|ot|mid|i\b)"  # "\n" ends a line, "\neq" does not
+_ESCAPE = re.compile(rf'\\(\\|["/]|u[0-9a-fA-F]{{4}}|t(?![a-zA-Z])|{_NEWLINE_OR_LATEX})?')
+_SINGLE_QUOTED = re.compile(r"(?<=[{\[,:\s])'((?:[^'\\]|\\.|'(?!\s*[,:}\]]))*)'(?=\s*[,:}\]])", re.DOTALL)
+_STARTS = 20  # brackets from which reading is tried
+
+
+def read_json(text: str) -> dict | list:
+    r"""The first JSON object or list that is not empty in a model's answer. Raises Rejected if there is none.
+
+    Forgives what models do: words and fences around it, trailing commas, line breaks in strings, LaTeX with single backslashes
+    ("\frac" is a fraction here, not a form feed), and single quotes.
+    """
+    text = _ESCAPE.sub(lambda m: m[0] if m[1] else r"\\", text.replace(r"\'", "'"))
+    text = re.sub(r",(?=\s*[}\]])", "", text)
+    requoted = _SINGLE_QUOTED.sub(lambda m: '"' + m[1].replace('"', r"\"") + '"', text)
+    for candidate in (text, requoted):
+        for start in [m.start() for m in re.finditer(r"[{\[]", candidate)][:_STARTS]:
+            try:
+                value, _ = json.JSONDecoder(strict=False).raw_decode(candidate, start)
+            except (ValueError, RecursionError):
+                continue
+            if value:
+                return value
+    raise Rejected("the answer holds no JSON that can be read")
+
+
+def plot(items: Sequence[dict], path: Path) -> None:
+    """Mean importance and accuracy against the thought's place in the chain, with how many chains are that long."""
+    pyplot = require_pyplot()
+    longest = max(len(item["importance"]) for item in items)
+    places = range(1, longest + 1)
+
+    def mean(name: str) -> list[float]:
+        columns = [[item[name][i - 1] for item in items if len(item[name]) >= i] for i in places]
+        return [sum(column) / len(column) for column in columns]
+
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(6, 5), sharex=True, height_ratios=(3, 1))
+    top.plot(places, mean("importance"), marker="o", label="importance M (Eq. 1)")
+    top.plot(places, mean("accuracies"), marker="s", label="accuracy of rollouts")
+    top.axhline(0, color="grey", linewidth=0.5)
+    top.legend()
+    bottom.bar(places, [sum(len(item["importance"]) >= i for item in items) for i in places])
+    bottom.set(xlabel="thought i of the chain", ylabel="chains")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def require_pyplot():
+    """matplotlib's pyplot, drawing into files. Raises UserError, naming the extra, if it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'thinkrl[report]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
