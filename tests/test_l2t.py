@@ -1,18 +1,38 @@
+import copy
+import itertools
 import math
 
 import pytest
 import torch
 
+from thinkrl import l2t
+from thinkrl.episodes import Episodes, segment
 from thinkrl.grpo import group_advantages
 from thinkrl.l2t import (
+    DAMPING,
+    Gain,
+    Probe,
+    Proxy,
+    Row,
+    answer_probability,
+    block_factors,
+    compression,
     episode_rewards,
+    make_probe,
+    normalise_compression,
+    predicted_correctness_ref,
     process_reward,
     returns_to_go,
+    svd_basis,
+    svd_factors,
     to_go_advantages,
     token_advantages,
     token_rewards,
     truncated_mean,
 )
+from thinkrl.model import ModelConfig, Transformer
+from thinkrl.sampler import Sampler
+from thinkrl.types import Turn, UserError
 
 # Three rollouts of one problem: surprise of each token, last token of each episode, outcome, J_0..J_K, C_k
 GROUP = [
@@ -210,3 +230,409 @@ def test_misuse_is_explained():
         token_advantages([torch.ones(2)], statistic="mean")
     with pytest.raises(ValueError, match="to_go, J and episode_ids"):
         token_advantages([torch.ones(2)], mode="to_go")
+
+
+# The model of the tests below: small, but with weights large enough that no distribution is flat.
+CONFIG = ModelConfig("Qwen3ForCausalLM", vocab_size=13, width=8, layers=3, heads=2, kv_heads=1, head_dim=4, mlp_width=12,
+                     max_positions=2048)
+
+
+def tiny_model(seed=0, dtype=torch.float64, scale=15.0, tied=False):
+    config = CONFIG if not tied else ModelConfig(**{**vars(CONFIG), "tied": True})
+    model = Transformer.random(config, seed).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p *= scale
+    return model
+
+
+def cut_at(*ends):
+    """Episodes that end where told, probed there too."""
+    ends = torch.tensor(ends)
+    return Episodes(torch.searchsorted(ends, torch.arange(int(ends[-1]) + 1)), ends, ends)
+
+
+def written(seed=0):
+    """Two completions and their episodes: of 2, 1 and 3 tokens, and of 4 and 1."""
+    tokens = torch.randint(0, 13, (20,), generator=torch.Generator().manual_seed(seed)).tolist()
+    turns = [Turn("policy", tokens[:3], tokens[3:9], [], "stop"), Turn("policy", tokens[9:11], tokens[11:16], [], "length")]
+    return turns, [cut_at(1, 2, 5), cut_at(3, 4)]
+
+
+def autograd_gradients(model, parameters):
+    """Every episode's gradient of log π(z_k | s_k), by one whole backward per episode: a list over episodes of lists."""
+    gradients = []
+    for turn, episodes in zip(*written()):
+        tokens = torch.tensor(turn.prompt + turn.completion)
+        hidden = model(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32))
+        logprob = model.logits(hidden).log_softmax(-1)[:-1].gather(1, tokens[1:, None])[len(turn.prompt) - 1 :, 0]
+        for start, end in itertools.pairwise([0, *(episodes.ends + 1).tolist()]):
+            gradients.append(torch.autograd.grad(logprob[start:end].sum(), parameters, retain_graph=True))
+    return gradients
+
+
+def from_factors(factors, cu):
+    return [[g[a:b].T @ x[a:b] for x, g in factors] for a, b in itertools.pairwise(cu.tolist())]
+
+
+def relative_error(got, expected):
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(got, expected))
+
+
+def with_hidden(model, turns):
+    row = Row.of(turns, written()[1])
+    hidden = model(row.tokens, row.cu_seqlens)[row.own - 1].detach().split([len(t.completion) for t in turns])
+    for turn, h in zip(turns, hidden):
+        turn.hidden = h
+    return turns
+
+
+def test_row_points_at_the_completions():
+    turns, episodes = written()
+    row = Row.of(turns, episodes)
+    assert row.cu_seqlens.tolist() == [0, 9, 16]
+    assert row.own.tolist() == [3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15]
+    assert row.tokens[row.own].tolist() == turns[0].completion + turns[1].completion
+    assert row.cu_episodes.tolist() == [0, 2, 3, 6, 10, 11]
+    assert row.hidden is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_lm_head_and_svd_core_are_the_exact_gradient(tied):
+    model = tiny_model(tied=tied)
+    weight = model.head_weight
+    turns, episodes = written()
+    row = Row.of(with_hidden(model, turns), episodes)
+    if tied:  # only the use as a head counts: the embedding's own gradient is cut off
+        embedding = copy.deepcopy(model.embed)
+        model.embed.forward = lambda tokens: embedding(tokens).detach()
+    exact = [g for (g,) in autograd_gradients(model, [weight])]
+
+    head = Proxy(model, "lm_head")
+    got = [g for (g,) in from_factors(head.factors(row), row.cu_episodes)]
+    assert relative_error(got, exact) < 1e-12
+
+    for rank in (8, 3):
+        U, S, Vh = torch.linalg.svd(weight.detach(), full_matrices=False)
+        V, singular = svd_basis(weight, rank)
+        torch.testing.assert_close(singular, S[:rank])
+        signs = (V * Vh[:rank].T).sum(0).sign()
+        torch.testing.assert_close(V, Vh[:rank].T * signs)
+        core = from_factors(svd_factors(row.hidden, weight.detach(), row.tokens[row.own], V, singular), row.cu_episodes)
+        expected = [(U[:, :rank] * signs).T @ g @ V for g in exact]
+        assert relative_error([c for (c,) in core], expected) < 1e-10
+
+
+def test_rank_is_that_of_the_weight():
+    V, S = svd_basis(torch.outer(torch.arange(1.0, 6.0), torch.tensor([3.0, 4.0, 0.0])), 3)
+    assert V.shape == (3, 1) and S.shape == (1,)
+    torch.testing.assert_close(V[:, 0].abs(), torch.tensor([0.6, 0.8, 0.0]))
+    torch.testing.assert_close(S[0], torch.tensor(55.0).sqrt() * 5)
+
+
+def test_last_block_is_exact_and_an_earlier_one_is_not():
+    model = tiny_model()
+    row = Row.of(*written())
+    for layer, right in ((2, True), (1, False), (0, False)):
+        block = model.blocks[layer]
+        weights = [block.qkv.weight, block.o.weight, block.gate_up.weight, block.down.weight]
+        exact = [[g[0][:8], *g[1:]] for g in autograd_gradients(model, weights)]  # of qkv's rows, q's
+        got = from_factors(block_factors(model, row, layer), row.cu_episodes)
+        errors = [relative_error(a, b) for a, b in zip(got, exact)]
+        assert (max(errors) < 1e-10) if right else (min(errors) > 0.1 and max(errors) > 0.5), layer
+
+
+def test_random_layers_are_exact():
+    model = tiny_model()
+    proxy = Proxy(model, "layers")
+    row = Row.of(*written())
+    (factors,) = proxy.factors(row)
+    assert len(proxy.parameters) == 4  # a block out of three
+    exact = torch.stack([torch.cat([g.flatten() for g in gs]) for gs in autograd_gradients(model, proxy.parameters)])
+    torch.testing.assert_close(factors[0], exact)
+    cu = torch.arange(6)
+    weight = torch.rand_like(exact[:1])
+    torch.testing.assert_close(compression("diag", [factors], cu, [weight], 1), 0.5 * ((weight + DAMPING) * exact**2).sum(1))
+
+
+def test_compression_by_hand():
+    """One parameter, gradients 2 and -1, N F = 6 over N = 3 tokens."""
+    factors = [(torch.tensor([[1.0], [1.0], [1.0]]), torch.tensor([[0.5], [1.5], [-1.0]]))]
+    cu, fisher = torch.tensor([0, 2, 3]), [torch.tensor([[6.0]])]
+    near(compression("diag", factors, cu, fisher, 3), [0.5 * 6 * 4, 0.5 * 6 * 1], 1e-4)
+    near(compression("rank1", factors, cu, fisher, 3), [16.0, 1.0])
+    near(compression("natural", factors, cu, fisher, 3), [(4 / 2) ** 2, (1 / 2) ** 2], 1e-4)
+    near(compression("drift", factors, cu, fisher, 3, [torch.tensor([[0.1]])]), [0.04, 0.01])
+    with pytest.raises(ValueError, match="diag, rank1, natural or drift"):
+        compression("full", factors, cu, fisher, 3)
+
+
+def test_rank_one_is_equation_4_as_printed():
+    """Built as the paper writes it: move, outer product of the gradient, move."""
+    model = tiny_model()
+    turns, episodes = written()
+    (C0, C1) = Proxy(model, "lm_head").penalties("rank1", turns, episodes)
+    for c, (g,) in zip([*C0, *C1], autograd_gradients(model, [model.head_weight])):
+        move = g.flatten()
+        torch.testing.assert_close(c, move @ torch.outer(g.flatten(), g.flatten()) @ move)
+
+
+def test_cutting_more_does_not_change_the_expected_penalty():
+    """All 3^4 completions of a policy of three words, weighted by their probability: no sampling noise.
+
+    The scores of sampled tokens are uncorrelated, so squares of sums and sums of squares agree in expectation.
+    """
+    torch.manual_seed(0)
+    W, mixing = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    nF = [torch.rand(3, 4, dtype=torch.float64)]
+    cuts = {"one": [0, 4], "two": [0, 1, 4], "four": [0, 1, 2, 3, 4]}
+    summed, averaged = dict.fromkeys(cuts, 0.0), dict.fromkeys(cuts, 0.0)
+    for words in itertools.product(range(3), repeat=4):
+        hidden = torch.cumsum(torch.stack([torch.ones(4).double(), *(mixing[w] for w in words[:3])]), 0).tanh()
+        targets = torch.tensor(words)
+        probability = (hidden @ W.T).log_softmax(-1)[torch.arange(4), targets].sum().exp()
+        (factors,) = l2t.head_factors(hidden, W, targets)
+        for name, cu in cuts.items():
+            cu = torch.tensor(cu)
+            summed[name] += probability * compression("diag", [factors], cu, nF, 1).sum()
+            averaged[name] += probability * (compression("diag", [factors], cu, nF, 1) / cu.diff() ** 2).sum()
+    assert math.isclose(summed["one"], summed["two"], rel_tol=1e-12)
+    assert math.isclose(summed["one"], summed["four"], rel_tol=1e-12)
+    assert averaged["four"] > 3 * averaged["one"]  # what mean gradients would have paid for long episodes
+
+
+@pytest.mark.parametrize("kind", ["svd", "lm_head", "last_block", "layers"])
+def test_penalties_do_not_depend_on_how_rows_are_filled(kind):
+    model = tiny_model()
+    turns, episodes = written()
+
+    def run(budget, turns, episodes):
+        proxy = Proxy(model, kind, rank_share=0.5)
+        proxy.begin(0)
+        return proxy, proxy.penalties("diag", turns, episodes, budget)
+
+    proxy, together = run(100, turns, episodes)
+    assert [len(c) for c in together] == [3, 2] and all((c > 0).all() for c in together)
+    assert proxy.count == 11
+    for other in (run(1, turns, episodes)[1], run(100, turns[::-1], episodes[::-1])[1][::-1]):
+        for a, b in zip(together, other):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+
+
+def test_hidden_states_of_the_sampler_replace_a_forward():
+    model = tiny_model()
+    turns, episodes = written()
+    fresh, kept = (Proxy(model, "svd", rank_share=1.0) for _ in range(2))
+    fresh.begin(0), kept.begin(0)
+    expected = fresh.penalties("diag", turns, episodes)
+    with_hidden(model, turns)
+    model.forward = None
+    for a, b in zip(kept.penalties("diag", turns, episodes), expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_fisher_is_a_running_mean_of_earlier_steps():
+    model = tiny_model()
+    turns, episodes = written()
+    proxy = Proxy(model, "lm_head", decay=0.5)
+    first = proxy.penalties("diag", turns, episodes)
+    squares = sum(g.T.square() @ x.square() for x, g in [proxy.factors(Row.of(turns, episodes))[0]])
+    torch.testing.assert_close(proxy.fisher[0], squares)
+    again = proxy.penalties("diag", turns, episodes)
+    assert torch.equal(first[0], again[0])  # the second step's Fisher is the first's tokens still
+    torch.testing.assert_close(proxy.fisher[0], 1.5 * squares)
+    assert proxy.count == 0.5 * 11 + 11
+    # with F fixed, shuffled responses get the same bits
+    state = copy.deepcopy(proxy.state_dict())
+    one = proxy.penalties("diag", turns, episodes)
+    proxy.load_state_dict(state)
+    other = proxy.penalties("diag", turns[::-1], episodes[::-1])
+    assert torch.equal(one[0], other[1]) and torch.equal(one[1], other[0])
+
+
+def test_fisher_is_summed_over_ranks():
+    model = tiny_model()
+    turns, episodes = written()
+    alone, both = Proxy(model, "lm_head"), Proxy(model, "lm_head")
+    alone.penalties("diag", turns, episodes)
+    both.penalties("diag", turns, episodes, reduce=lambda t: 2 * t)
+    torch.testing.assert_close(both.fisher[0], 2 * alone.fisher[0])
+    assert both.count == 2 * alone.count
+    idle = Proxy(model, "lm_head")
+    assert idle.penalties("diag", [], [], reduce=lambda t: t + 1) == [] and idle.count == 1
+
+
+def test_the_basis_is_refreshed_and_resumed():
+    model = tiny_model()
+    turns, episodes = written()
+    proxy = Proxy(model, "svd", rank_share=0.5, refresh_every=2, drift=True)
+    proxy.begin(0)
+    proxy.penalties("diag", turns, episodes)
+    with torch.no_grad():
+        model.head.weight.mul_(2.0)
+    resumed = Proxy(tiny_model(), "svd", rank_share=0.5, refresh_every=2, drift=True)
+    resumed.model = model
+    resumed.load_state_dict(copy.deepcopy(proxy.state_dict()))
+    S = proxy.S.clone()
+    for p in (proxy, resumed):
+        p.begin(1)
+        torch.testing.assert_close(p.S, S)
+    for kind in ("diag", "drift"):
+        for a, b in zip(*(p.penalties(kind, turns, episodes) for p in (proxy, resumed))):
+            assert torch.equal(a, b)
+    proxy.begin(2)
+    torch.testing.assert_close(proxy.S, 2 * S)
+    assert proxy.fisher == [] and proxy.count == 0
+
+
+def test_drift_is_the_directional_derivative_along_the_way_from_the_start():
+    turns, episodes = written()
+    for kind in ("svd", "lm_head", "last_block", "layers"):
+        model = tiny_model()
+        proxy = Proxy(model, kind, rank_share=1.0, drift=True)
+        proxy.begin(0)
+        assert all((c == 0).all() for c in proxy.penalties("drift", turns, episodes))
+        parameters = {"last_block": [w for w in model.blocks[-1].parameters() if w.ndim == 2], "layers": proxy.parameters}
+        parameters = parameters.get(kind, [model.head.weight])
+        ways = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).double() * 0.1 for i, p in enumerate(parameters)]
+        if kind == "last_block":
+            ways[0][8:] = 0  # k and v are not in the proxy
+        with torch.no_grad():
+            for p, way in zip(parameters, ways):
+                p += way
+        proxy.begin(0) if kind == "svd" else None
+        C = torch.cat(proxy.penalties("drift", turns, episodes))
+        exact = [sum((g * w).sum() for g, w in zip(gs, ways)) ** 2 for gs in autograd_gradients(model, parameters)]
+        if kind == "svd":  # the part of the way that lies in W's own row and column space
+            U, _, Vh = torch.linalg.svd(model.head.weight.detach(), full_matrices=False)
+            way = U @ (U.T @ ways[0] @ Vh.T) @ Vh
+            exact = [(g * way).sum() ** 2 for (g,) in autograd_gradients(model, parameters)]
+        torch.testing.assert_close(C, torch.stack(exact))
+
+
+def test_the_mean_completion_pays_kappa():
+    C = [torch.tensor([1.0, 2.0]), torch.tensor([5.0])]
+    near(torch.cat(normalise_compression(C, 0.05)), [0.0125, 0.025, 0.0625])
+    # another rank's completions cost twice as much: totals 8 and 16 over 4 completions, mean 6
+    near(torch.cat(normalise_compression(C, 0.06, lambda t: t + torch.tensor([16.0, 2.0]))), [0.01, 0.02, 0.05])
+    assert torch.cat(normalise_compression([torch.zeros(2), torch.zeros(1)], 0.05)).tolist() == [0, 0, 0]
+    assert normalise_compression([], 0.05) == []
+
+
+class Digits:
+    """Ids are the digits 0-9 and three marks."""
+
+    words = (*"0123456789", "<a>", "</a>", "<eos>")
+    stop_ids = [12]
+    pieces = list(words)
+
+    def encode(self, text):
+        ids = []
+        while text:
+            word = next(w for w in self.words if text.startswith(w))
+            ids.append(self.words.index(word))
+            text = text[len(word) :]
+        return ids
+
+    def decode(self, ids):
+        return "".join(self.words[i] for i in ids)
+
+    continuation = decode
+
+
+def test_a_probe_scores_the_answer_and_its_terminator():
+    probe = make_probe(Digits(), "42", "<a>", "</a>")
+    assert probe == Probe([10], [4, 2, 11], "</a>")
+    logprob = torch.tensor([-9.0, math.log(0.5), math.log(0.4), math.log(0.25)])
+    assert answer_probability(logprob, probe) == pytest.approx(0.05)
+    with pytest.raises(UserError, match="tokenizes to nothing"):
+        make_probe(Digits(), "", "<a>", "</a>")
+
+
+def every(n):
+    return lambda tokens: cut_at(*range(n - 1, len(tokens) - 1, n), len(tokens) - 1)
+
+
+@pytest.mark.parametrize("max_tokens_per_forward", [8192, 40])
+def test_probes_on_forked_pages_equal_full_forwards(max_tokens_per_forward):
+    model = tiny_model(dtype=torch.float32, scale=8.0)
+    sampler = Sampler(model, Digits(), num_pages=80, page_size=4, max_tokens_per_forward=max_tokens_per_forward)
+    prompts = [[1, 2, 3, 4, 5], [7]]
+    probes = [make_probe(Digits(), answer, "<a>", "</a>") for answer in ("42", "7")]
+    gain = Gain(sampler, probes, every(6))
+    groups = sampler.generate(prompts, n=3, max_tokens=30, stop_ids=[], on_finish=gain.on_finish)
+    results = gain.results()
+    assert sampler.pool.free_pages == 80
+    written = [(i, completion) for i, group in enumerate(groups) for completion in group]
+    assert len(results) == len(written) == 6
+    assert max(len(e) for e, _ in results) == 5
+    for (i, completion), (episodes, J) in zip(written, results):
+        expected = predicted_correctness_ref(model, prompts[i], completion.tokens, episodes, probes[i])
+        assert J.shape == expected.shape == (len(episodes) + 1,)
+        torch.testing.assert_close(J, expected, atol=1e-5, rtol=0)
+        assert (J > 0).all() and (J < 1).all() and J.std() > 0
+
+
+def test_probes_cost_a_fifth_of_full_forwards():
+    """K = 10, prompt 100, completion 1000, probe 25, tokens counted by the sampler; the reference's by its model."""
+    model = tiny_model(dtype=torch.float32, scale=4.0)
+    sampler = Sampler(model, num_pages=80)
+    prompt, probe = [i % 13 for i in range(100)], Probe([1] * 15, [2] * 10)
+    gain = Gain(sampler, [probe], every(100))
+    ((completion,),) = sampler.generate([prompt], max_tokens=1000, stop_ids=[], on_finish=gain.on_finish)
+    ((episodes, J),) = gain.results()
+    assert len(episodes) == 10 and len(completion.tokens) == 1000
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    torch.testing.assert_close(J, predicted_correctness_ref(model, prompt, completion.tokens, episodes, probe), atol=1e-5, rtol=0)
+    forwards = sampler.forwards
+    trunk = forwards.prefill + forwards.decode
+    print(f"\ntoken-forwards: {sum(seen)} full, {forwards.probe} for probes, {forwards.probe + trunk} with the trunk")
+    assert sum(seen) == 6875 and forwards.probe == 275
+    assert sum(seen) >= 5 * (forwards.probe + trunk)
+
+
+@pytest.mark.parametrize("kind", ["mc", "continue"])
+def test_sampled_gains_estimate_the_probability_of_being_right(kind):
+    """Right is an answer that starts with an even digit, or a completion whose last digit is even: about as often as not."""
+    model = tiny_model(dtype=torch.float32, scale=2.0)
+    sampler = Sampler(model, Digits(), num_pages=4000, page_size=4)
+    graded = []
+
+    def grade(prompt, text):
+        digits = [c for c in text if c.isdigit()]
+        graded.append((prompt, text, bool(digits) and int(digits[0 if kind == "mc" else -1]) % 2 == 0))
+        return graded[-1][-1]
+
+    def estimate():
+        probes = [make_probe(Digits(), "42", "<a>", "</a>")] * 2
+        gain = Gain(sampler, probes, lambda tokens: segment(tokens, Digits(), "fixed:4"), kind, samples=40, max_tokens=10,
+                    grade=grade, keys=[(5, 0), (5, 1)])  # fmt: skip
+        groups = sampler.generate([[1, 2, 3], [4]], n=2, max_tokens=10, on_finish=gain.on_finish)
+        return groups, gain.results()
+
+    groups, results = estimate()
+    assert sampler.pool.free_pages == 4000
+    assert len(graded) == 40 * sum(len(J) for _, J in results)
+    assert sum(40 * float(J.sum()) for _, J in results) == pytest.approx(sum(right for *_, right in graded))
+    completions = [completion for group in groups for completion in group]
+    for i, (completion, (episodes, J)) in enumerate(zip(completions, results)):
+        for n, j in zip(episodes.prefixes[1:], J[1:]):
+            start = "<a>" if kind == "mc" else Digits().decode(completion.tokens[:n])
+            rights = [right for prompt, text, right in graded if prompt == i // 2 and text.startswith(start)]
+            assert len(rights) >= 40
+            if kind == "continue":
+                assert len(rights) > 40 or j == pytest.approx(sum(rights) / 40)
+    J = torch.cat([J for _, J in results])
+    assert 0.2 < J.mean() < 0.8 and J.std() > 0
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(results, estimate()[1]))  # the same address, the same draws
+
+
+def test_misused_nouns_are_explained():
+    with pytest.raises(ValueError, match="forced, mc or continue"):
+        Gain(None, [], None, "prm")
+    with pytest.raises(ValueError, match="svd, lm_head, last_block or layers"):
+        Proxy(tiny_model(), "core")
+    with pytest.raises(UserError, match=r"outside \(0, 1\]"):
+        Proxy(tiny_model(), "svd", rank_share=0.0)
