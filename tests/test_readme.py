@@ -1,0 +1,20 @@
+"""The README's tables say what the code says."""
+
+from pathlib import Path
+
+from thinkrl.metrics import DEFINITIONS
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_every_metric_is_explained_as_defined():
+    for key, meaning in DEFINITIONS.items():
+        escaped = meaning.replace("|", "\\|")
+        assert f"| `{key}` | {escaped} |" in README, key
+
+
+def test_files_that_are_named_exist():
+    import re
+    root = Path(__file__).parent.parent
+    for name in re.findall(r"`((?:thinkrl|kernels|tests)/[a-z_/]+\.py)`", README):
+        assert (root / name).exists(), name
