@@ -47,6 +47,7 @@ from thinkrl.metrics import DEFINITIONS, Log, Stopwatch, Tally, correlation
 from thinkrl.model import Transformer
 from thinkrl.prm import load_prm, score_completions
 from thinkrl.problems import Stream, held_out_problems, load_problems
+from thinkrl.report import write_report
 from thinkrl.rollout import EVALUATION, PROBE, TRAINING, require_room, rollout
 from thinkrl.runs import Run, open_run
 from thinkrl.sft import load_rows, nll_loss
@@ -97,7 +98,7 @@ def train(config: Config, world: World) -> None:
     log.close()
     evaluate(preset, run, "after", config, world, config.steps)
     if world.main:
-        print(summary_table(run.summary), f"\nrun: {run.folder}")
+        print(summary_table(run.summary), f"\nreport: {write_report(run.folder)}\nrun: {run.folder}")
 
 
 class Grpo:
@@ -214,8 +215,8 @@ class L2T(Grpo):
         """J by the step reward model; zeros for --gain none."""
         if self.prm is None:
             return [torch.zeros(len(e) + 1, dtype=torch.float64) for e in episodes]
-        scores = score_completions(self.prm, [t.prompt for t in turns], [t.completion for t in turns], [e.prefixes for e in episodes])
-        return [s.double() for s in scores]
+        prompts, completions = [t.prompt for t in turns], [t.completion for t in turns]
+        return [s.double() for s in score_completions(self.prm, prompts, completions, [e.prefixes for e in episodes])]
 
     def advantages(self, trajectories: list[Trajectory], step: int, tally: Tally) -> list[Tensor]:
         c, out = self.config, []
@@ -476,6 +477,7 @@ def supervised(config: Config, world: World) -> None:
     log.close()
     if world.main:
         run.update_summary(after={"loss": loss})
+        write_report(run.folder)
         print(f"loss {loss:.4f}\nmodel: {run.folder}/checkpoints/step_{config.steps}/hf\nrun: {run.folder}")
 
 
