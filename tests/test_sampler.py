@@ -107,7 +107,7 @@ def test_first_tokens_follow_the_models_distribution(model):
 
 
 def test_a_prompt_is_prefilled_once_and_its_full_pages_are_shared(model):
-    """64 prompt tokens: 63 are prefilled into 4 pages, 3 of them full. 8 samples of 4 tokens add two pages each at most."""
+    """64 prompt tokens: 63 are prefilled into 4 pages, 3 of them full. 8 samples of 4 tokens add at most two each."""
     sampler = Sampler(model, num_pages=3 + 1 + 8 * 2)
     prompt = [t % V for t in range(64)]
     [group] = sampler.generate([prompt], n=8, max_tokens=4)
@@ -325,6 +325,27 @@ def test_the_fast_product_is_the_plain_one():
     assert all(block.down.weight.grad.abs().sum() > 0 for block in model.blocks), "the sampler's model can be trained"
 
 
+def test_a_callback_may_sample_from_the_forks_it_made(model):
+    """A call inside a call, in a pool so small that the outer one must give way."""
+    sampler = Sampler(model, num_pages=11, max_rows=3)
+    inner, options = {}, dict(max_tokens=40, stop_ids=[3, 4, 5])
+
+    def on_finish(completion, pages):
+        fork = pages.fork(len(PROMPTS[completion.prompt]) + 1)
+        inner[completion.prompt] = sampler.generate([[]], n=2, max_tokens=20, prefix=[fork], keys=[(7, 0), (7, 1)])
+        fork.release()
+
+    groups = sampler.generate(PROMPTS, **options, on_finish=on_finish)
+    roomy = Sampler(model, num_pages=200)
+    assert tokens_of(groups) == tokens_of(roomy.generate(PROMPTS, **options))
+    for p, [[a, b]] in inner.items():
+        prefix = PROMPTS[p] + groups[p][0].tokens[:1]
+        expected = roomy.generate([prefix], n=2, max_tokens=20, keys=[(7, 0), (7, 1)])
+        assert [[a.tokens, b.tokens]] == tokens_of(expected)
+    assert len(inner) == len(PROMPTS) and sampler.pool.free_pages == 11
+    assert sampler.forwards.prefill > sum(map(len, PROMPTS)), "nothing gave way: the test shows less than it says"
+
+
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
@@ -336,7 +357,7 @@ def test_the_fast_product_is_the_plain_one():
     fork=st.booleans(),
 )
 def test_no_workload_leaks_pages(model, lengths, n, max_tokens, spare, max_rows, fail_at, fork):
-    """From the smallest pool that can work at all; with callbacks that keep forks, and that fail while they hold some."""
+    """From the smallest pool that can work at all; callbacks keep forks, and fail while they hold some."""
     num_pages = -(-(max(lengths) + max_tokens - 1) // 16) + spare
     sampler = Sampler(model, num_pages=num_pages, max_rows=max_rows)
     finished, held = [], []
@@ -424,6 +445,14 @@ def test_a_probe_beyond_the_context_is_refused_and_its_fork_released(model):
     with pytest.raises(UserError, match="probe: 250 tokens and 7 more exceed the model's context of 256"):
         sampler.score([pages], [[1] * 7])
     assert sampler.pool.free_pages == 20
+
+
+def test_the_pool_sizes_itself_and_can_be_given_back(model):
+    sampler = Sampler(model, max_rows=4)
+    first = tokens_of(sampler.generate(PROMPTS, max_tokens=10))
+    assert sampler.pool.num_pages == sampler.pool.free_pages == 4 * 256 // 16, "four rows of the model's whole context"
+    sampler.release_pool()
+    assert tokens_of(sampler.generate(PROMPTS, max_tokens=10)) == first
 
 
 def test_nothing_asked_for_gives_nothing(model):

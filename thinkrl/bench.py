@@ -1,12 +1,14 @@
-"""The sampler beside transformers' generate, in one run on one machine: `python -m thinkrl.bench [--cases …] [--repeat N]`.
+"""The sampler beside transformers' generate, in one run on one machine.
+
+    python -m thinkrl.bench [--cases …] [--repeat N]
 
 8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096, temperature 1, no filters.
 Two workloads: every completion runs to 128 tokens; or 64 of the 4096 ids stop, so that lengths spread over 1 to 128 and
 a static batch waits for its longest. Only tokens of completions count. The two engines take turns, and the best of the
-repeats is reported, because a neighbour on the machine can only slow a run down.
+repeats is reported, because a neighbour on the machine can only slow a run down. transformers computes in fp32 always.
 
-"matmuls" is how fast decoding would be if a step were nothing but its matrix products on 64 rows, by F.linear; "ours" the
-same with the product the sampler uses. transformers computes in fp32 in every case.
+"matmuls" is how fast decoding would be if a step were nothing but its matrix products on 64 rows, done by F.linear;
+"ours" is the same with the product that the sampler uses.
 """
 
 from __future__ import annotations

@@ -1,30 +1,34 @@
 """KV pages: allocate, share, copy on write, free.
 
-The cache of every layer is cut into pages of 16 positions. A sequence owns a page table, the list of pages that hold its
-positions in order, so its context needs no contiguous memory; two sequences with a common beginning list the same pages.
+The cache of every layer is cut into pages of 16 positions. A sequence owns a page table, the list of pages that hold
+its positions in order, so its context needs no contiguous memory, and two sequences with a common beginning list the
+same pages.
 
     prompt of 37 tokens, n = 3 samples         pages of 16
-        prompt    a b c                        c holds positions 32..36
-        sample 0  a b d     a, b shared by all; whoever first writes into c while others still list it gets a copy (d)
+        prompt    a b c                        c holds positions 32..35
+        sample 0  a b d                        a, b shared; who writes into c while others list it gets a copy
         sample 1  a b e
-        sample 2  a b c     the last one holding c writes in place
+        sample 2  a b c                        the last one holding c writes in place
 
-One rule makes prefill, decode, preemption, probes and continuations the same operation. A sequence knows all its `tokens`,
-and K/V is `filled` for some of them, never for the last one: the model must still be fed `tokens[filled:]`, and what comes
-out behind the last of them predicts the next token. A new prompt has filled = 0; a preempted sequence falls back to 0; a
-decoding sequence is one token behind; a fork at `cut` shares the K/V of its first cut - 1 tokens and feeds token cut - 1
-again, because the hidden state that predicts what follows the cut is not in the cache.
+One rule makes prefill, decode, preemption, probes and continuations the same operation. A sequence knows all its
+`tokens`, and K/V is `filled` for some of them, never for the last one: the model must still be fed `tokens[filled:]`,
+and what comes out behind the last of them predicts the next token. A new prompt has filled = 0; a preempted sequence
+falls back to 0; a decoding sequence is one token behind; a fork at `cut` shares the K/V of its first cut - 1 tokens and
+feeds token cut - 1 again, because the hidden state that predicts what follows the cut is not in the cache.
 """
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from thinkrl.types import UserError
 
 
 class OutOfPages(RuntimeError):
-    """No page is free now. The sampler answers by preempting a sequence; a user sees this only when holding every page."""
+    """No page is free now. The sampler answers it by preempting a sequence."""
 
 
 class PagePool:
@@ -42,7 +46,11 @@ class PagePool:
     ):
         # Zeros, not empty: a masked position has probability 0, and 0 times a NaN left in memory would be NaN.
         shape = (2, num_layers, num_pages, page_size, num_kv_heads, head_dim)
-        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        if torch.device(device).type == "cpu":  # numpy's zeros take no memory until they are written to, torch's do
+            zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+            self.storage = torch.from_numpy(zeros).view(dtype).view(shape)
+        else:
+            self.storage = torch.zeros(shape, dtype=dtype, device=device)
         self.keys, self.values = self.storage[0].unbind(), self.storage[1].unbind()
         self.page_size = page_size
         self.num_pages = num_pages
@@ -64,8 +72,8 @@ class PagePool:
         """UserError when a sequence of `length` positions could not even run alone."""
         if self.pages_for(length) > self.num_pages:
             raise UserError(
-                f"a sequence of {length} tokens needs {self.pages_for(length)} KV pages of {self.page_size}, but the pool has "
-                f"only {self.num_pages}: raise num_pages or lower max_tokens"
+                f"a sequence of {length} tokens needs {self.pages_for(length)} KV pages of {self.page_size}, "
+                f"but the pool has only {self.num_pages}: raise num_pages or lower max_tokens"
             )
 
     def new(self, tokens: list[int]) -> Pages:
@@ -111,7 +119,7 @@ class Pages:
         return self.tokens[self.filled :]
 
     def fork(self, cut: int | None = None) -> Pages:
-        """The first `cut` tokens (default: all) as a sequence of its own, sharing the pages of what both have in common.
+        """The first `cut` tokens (default: all) as a sequence of its own, on the same pages.
 
         Nothing is copied until one of them writes. The fork holds its pages until its own `release()`.
         """

@@ -8,8 +8,8 @@ The protocol of one call, `generate(prompts, n)`:
     step      one token for every row: one forward, one draw, all bookkeeping in tensors
     retire    rows that met a stop id, a stop string or their limit leave; the last rows move into the holes
 
-A decode step contains no Python loop over sequences and reads nothing back from the device. On CUDA the host looks at the
-rows only every LOOK_EVERY steps; a row that has ended in between stands still, repeating its last and harmless write.
+A decode step contains no Python loop over sequences and reads nothing back from the device. On CUDA the host looks at
+the rows only every LOOK_EVERY steps; a row that ended in between stands still, repeating its last and harmless write.
 
 Randomness has an address. The key of a completion (seed, step, problem, sample, …) and the position of a token in the
 completion hash to the number that draws the token, so a trajectory does not depend on its neighbours in the batch, on
@@ -87,7 +87,7 @@ class Sampler:
         self.look_every = LOOK_EVERY if self.device.type == "cuda" else 1
         self.forwards = TokenForwards()
         self._pool: PagePool | None = None
-        self._call: _Call | None = None  # a generate in progress, which can give pages back
+        self._calls: list[_Call] = []  # in progress, one inside a callback of the other: these can give pages back
         self._matchers: dict[tuple[str, ...], StopStrings] = {}
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -105,12 +105,11 @@ class Sampler:
             count = self.num_pages
             if count is None:
                 page_bytes = 2 * config.layers * self.page_size * config.kv_heads * config.head_dim * dtype.itemsize
-                free = (
-                    torch.cuda.mem_get_info(self.device)[0] * 0.8
-                    if self.device.type == "cuda"
-                    else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.25
-                )
-                count = min(self.max_rows * -(-config.max_positions // self.page_size), int(free) // page_bytes)
+                if self.device.type == "cuda":
+                    room = int(0.8 * torch.cuda.mem_get_info(self.device)[0])
+                else:
+                    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+                count = min(self.max_rows * -(-config.max_positions // self.page_size), room // page_bytes)
             self._pool = PagePool(
                 config.layers, count, config.kv_heads, config.head_dim, self.page_size, dtype, self.device
             )
@@ -127,8 +126,8 @@ class Sampler:
     def load_weights(self, policy: nn.Module) -> None:
         """Copy the policy's parameters into the sampler's own, in place. Collective when they are sharded.
 
-        One parameter is gathered at a time, so the copy never needs a second model. K/V computed with the old weights is
-        worthless from here on, so nothing may hold pages.
+        One parameter is gathered at a time, so the copy never needs a second model. K/V of the old weights is worthless
+        from here on, so nothing may hold pages.
         """
         assert self._pool is None or not self._pool.handles, "sequences of the old weights still hold pages"
         own = dict(self.model.named_parameters())
@@ -159,11 +158,12 @@ class Sampler:
         """n completions of every prompt, in the order asked for.
 
         temperature    0 is greedy
-        stop           strings; the completion ends with the token whose text completes one (needs the tokenizer)
+        stop           strings; the completion ends with the token whose text completes one; needs the tokenizer
         stop_ids       None: the tokenizer's own; the sampled stop id is part of the completion
-        keys           one tuple of ints per completion, prompt by prompt: the address of its randomness. None: (prompt, sample)
-        on_finish      called with each completion before its pages are freed. It may fork them, score forks, and keep forks
-                       beyond the call (a kept fork holds pages until released)
+        keys           one tuple of ints per completion, prompt by prompt: the address of its randomness; None gives
+                       (prompt, sample)
+        on_finish      called with each completion before its pages are freed. It may fork them, score forks, sample
+                       from forks, and keep forks beyond the call (a kept fork holds its pages until released)
         prefix         one sequence per prompt, from `prefill` or a fork: prompts[i], which may then be empty, continues
                        prefix[i] on its pages. The prefix stays the caller's, to be released by the caller
         return_hidden  keep the hidden state behind every log-prob, len(tokens) × D numbers per completion
@@ -177,23 +177,24 @@ class Sampler:
             prefix = [None] * len(prompts)
         groups = [
             _Group(i, [*(source.tokens if source else ()), *prompt], source, n)
-            for i, (prompt, source) in enumerate(zip(prompts, prefix))
+            for i, (prompt, source) in enumerate(zip(prompts, prefix, strict=True))
         ]
         self._check(groups, n, max_tokens, temperature, stop_ids, keys)
         addresses = torch.tensor(keys if keys is not None else [(g.index, s) for g in groups for s in range(n)])
         row_keys = hash_key(seed, *addresses.unbind(-1)).tolist() if prompts else []
         waiting = deque(_Row(group, s, row_keys[group.index * n + s]) for group in groups for s in range(n))
         before = set(self.pool.handles)
-        self._call = _Call(self, waiting, max_tokens, temperature, stop, stop_ids, on_finish, return_hidden)
+        call = _Call(self, waiting, max_tokens, temperature, stop, stop_ids, on_finish, return_hidden)
         results: list[list[Completion]] = [[None] * n for _ in prompts]
+        self._calls.append(call)
         try:
-            for completion in self._call.run():
+            for completion in call.run():
                 results[completion.prompt][completion.sample] = completion
         except BaseException:
             self.pool.release_all_but(before)
             raise
         finally:
-            self._call = None
+            self._calls.remove(call)
         return results
 
     @torch.inference_mode()
@@ -214,8 +215,8 @@ class Sampler:
     def score(self, forks: Sequence[Pages], suffixes: Sequence[list[int]]) -> list[Tensor]:
         """Log-probs (temperature 1) of each suffix behind its fork, teacher-forced: a list of [len(suffix)] fp32.
 
-        All suffixes go through the model in one packed forward, as far as max_tokens_per_forward and the free pages allow.
-        The forks are released.
+        All suffixes go through the model in one packed forward, as far as max_tokens_per_forward and the free pages
+        allow. The forks are released.
         """
         results: list[Tensor] = []
         try:
@@ -290,7 +291,7 @@ class Sampler:
         self.pool.require(len(tokens) + more - 1)
 
     def _reserve(self, pages: Pages, length: int) -> bool:
-        """`pages.reserve(length)`, at the cost of what a call in progress can recompute. True if the table changed.
+        """`pages.reserve(length)`, at the cost of what calls in progress can recompute. True if the table changed.
 
         The sequence that has to give way may be this one, which is then released and waits for its turn.
         """
@@ -298,11 +299,10 @@ class Sampler:
             try:
                 return pages.reserve(length)
             except OutOfPages:
-                if self._call is None or not self._call.give_way(pages):
-                    held = self.pool.num_pages - self.pool.free_pages
+                if not any(call.give_way(pages) for call in reversed(self._calls)):
                     raise UserError(
-                        f"no KV page is free for a sequence of {length} tokens: {held} of {self.pool.num_pages} are held by it "
-                        "and by forks; release forks earlier or raise num_pages"
+                        f"a sequence of {length} tokens finds no free KV page: it and forks hold all "
+                        f"{self.pool.num_pages}; release forks earlier or raise num_pages"
                     ) from None
         return False
 
@@ -406,10 +406,16 @@ class _Row:
 class _Call:
     """One call of generate: the waiting completions, the live rows, and the tensors a decode step works on.
 
-    Place i of the batch is live for i < len(self.rows). The columns of `state` are what a step reads and advances.
+    Row i of the batch, i < len(self.rows), is column i of `state`, the integers that a step reads and advances:
+
+        token     the last one of the sequence, to be fed
+        length    of the sequence before it, which is its position, and where its K/V goes
+        position  of the next token in the completion: the last word of its random number's address
+        cursor    where the next token goes in the output buffers; `end` is where the row reaches its limit
+        key       hash of the other words of the address
     """
 
-    TOKEN, LENGTH, POSITION, CURSOR, END, KEY = range(6)
+    CURSOR = 3
 
     def __init__(
         self,
@@ -527,11 +533,9 @@ class _Call:
             if row.pages is None:  # an older row took its pages a moment ago
                 continue
             row.pages.filled = len(row.pages.tokens) - 1 + self.clock - row.admitted
-            last = len(row.group.tokens) + self.max_tokens - 1
-            if (
-                self.sampler._reserve(row.pages, min(row.pages.filled + self.pool.page_size, last))
-                or row.admitted == self.clock
-            ):
+            last = len(row.group.tokens) + self.max_tokens - 1  # the last token of a completion needs no K/V
+            moved = self.sampler._reserve(row.pages, min(row.pages.filled + self.pool.page_size, last))
+            if moved or row.admitted == self.clock:
                 changed.add(row)
         places = [i for i, row in enumerate(self.rows) if row in changed]
         if places:
@@ -573,7 +577,8 @@ class _Call:
         attend = _storing(self.pool, slots, _paged(self.pool, table, (length + 1).int()))
         model = self.sampler.model
         hidden = model(token, positions=length, attend=attend)
-        new, logprob, _ = sample_token(fast_linear(hidden, model.head_weight), hash_key(key, position), self.temperature)
+        logits = fast_linear(hidden, model.head_weight)
+        new, logprob, _ = sample_token(logits, hash_key(key, position), self.temperature)
 
         self.tokens.index_copy_(0, cursor, new)
         self.logprobs.index_copy_(0, cursor, logprob)
