@@ -36,7 +36,7 @@ from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-CHUNK = 1 << 20  # elements of padded factors or of gradients that the torch path holds at once
+CHUNK = 1 << 18  # elements of padded factors or of gradients that the torch path holds at once: 1 MB stays in a cache
 
 
 def episode_quadratic_ref(
@@ -294,3 +294,44 @@ def _check(x: Tensor, g: Tensor, weight: Tensor | None = None, power: int = 2) -
         raise ValueError(f"weight must be [D2, D1] = {(g.shape[1], x.shape[1])}, not {(*weight.shape,)}")
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, not {power}")
+
+
+def _benchmark() -> None:
+    from kernels.bench import DEVICE, DTYPE, compare
+
+    @torch.compile(dynamic=True)
+    def compiled_episode(x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+        return (weight * (g.T @ x) ** 2).sum()
+
+    def compiled_loop(x: Tensor, g: Tensor, cu_episodes: Tensor, weight: Tensor) -> Tensor:
+        return torch.stack([compiled_episode(x[a:b], g[a:b], weight) for a, b in pairwise(cu_episodes.tolist())])
+
+    def vmap(x: Tensor, g: Tensor, cu_episodes: Tensor, weight: Tensor) -> Tensor:
+        n = int(cu_episodes[1])  # it needs equal lengths, and holds all K gradients
+        gradients = torch.vmap(lambda x_k, g_k: g_k.T @ x_k)(x.view(-1, n, x.shape[1]), g.view(-1, n, g.shape[1]))
+        return (weight * gradients**2).sum((1, 2))
+
+    gpu = DEVICE == "cuda"
+    sizes = [(4096, 256, 18944, 3584), (4096, 64, 18944, 3584), (4096, 64, 1024, 1024), (4096, 256, 152_064, 3584)]
+    for T, n, D2, D1 in sizes if gpu else [(4096, 32, 512, 128), (4096, 12, 48, 48), (4096, 100, 64, 64)]:
+        T -= T % n
+        x, g = torch.randn(T, D1, device=DEVICE, dtype=DTYPE), torch.randn(T, D2, device=DEVICE, dtype=DTYPE)
+        weight, cu_episodes = torch.rand(D2, D1, device=DEVICE), torch.arange(0, T + 1, n, device=DEVICE)
+        ops = dict(eager_loop=episode_quadratic_ref, compiled_loop=compiled_loop, vmap=vmap, ours=episode_quadratic)
+        runs = {name: lambda op=op: op(x, g, cu_episodes, weight) for name, op in ops.items()}  # noqa: B023
+        traffic = x.nbytes + g.nbytes + weight.nbytes
+        compare(f"quadratic forms, {T} tokens in episodes of {n}, {D2} × {D1}", 2 * T * D1 * D2, traffic, **runs)
+        if gpu:
+            for name, run in runs.items():
+                held = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                run()
+                print(f"  {name:<24} {(torch.cuda.max_memory_allocated() - held) / 2**20:10.1f} MiB at its peak")
+        runs = dict(eager_loop=lambda: ghost_norm_ref(x, g, cu_episodes), ours=lambda: ghost_norm(x, g, cu_episodes))  # noqa: B023
+        compare(f"ghost norms, {T} tokens in episodes of {n}, {D2} × {D1}", T * n * (D1 + D2), x.nbytes + g.nbytes, **runs)
+        runs = dict(diagonal_fisher=lambda: diagonal_fisher(x, g))  # noqa: B023
+        compare(f"diagonal Fisher, {T} tokens, {D2} × {D1}", 2 * T * D1 * D2, traffic, **runs)
+
+
+if __name__ == "__main__":
+    _benchmark()
