@@ -102,9 +102,9 @@ def test_tags_keep_the_response_to_the_letter():
     assert [t.text for t in cut] == ["20*3=60", "so 60"]
     assert "".join(t.prefix for t in cut) == response.partition("</think>")[0]
     assert cut[0].prefix == "<think><episode_1>20*3=60</episode_1>"
-    for bad in ("<think></think><answer>60</answer>", "<think><episode_1>a</episode_2></think>", "<think><episode_1>a</episode_1>b</think>"):
+    for bad in ("<answer>60</answer>", "<episode_1>a</episode_2></think>", "<episode_1>a</episode_1>b</think>"):
         with pytest.raises(Rejected):
-            thoughts.tags(bad)
+            thoughts.tags("<think>" + bad)
 
 
 STEPS = ["a", "b", "c", "d"]
@@ -150,11 +150,12 @@ def test_reads_what_json_writes(value):
     ("{'block 1': {'start': '1', 'end': '2', 'block type': 'the student\\'s plan'}}",
      {"block 1": {"start": "1", "end": "2", "block type": "the student's plan"}}),
     ('{"a": [1, 2,], }', {"a": [1, 2]}),
-    (r'[{"content": "so \frac{1}{2} \times 3 \neq \boxed{7}\nThen \\pi"}]', [{"content": "so \\frac{1}{2} \\times 3 \\neq \\boxed{7}\nThen \\pi"}]),
+    (r'[{"content": "so \frac{1}{2} \times 3 \neq \boxed{7}\nThen \\pi"}]',
+     [{"content": "so \\frac{1}{2} \\times 3 \\neq \\boxed{7}\nThen \\pi"}]),
     ('{"a": "two\nlines"}', {"a": "two\nlines"}),
     ('As in [] and {x}: {"a": 1} and more {', {"a": 1}),
     ("{'a': 'it is John's \"x\"'}", {"a": 'it is John\'s "x"'}),
-])  # fmt: skip
+])
 def test_forgives(text, value):
     assert read_json(text) == value
 
@@ -200,7 +201,8 @@ PROBLEMS = [Problem(7, "q7", "3", "math"), Problem(8, "q8", "3", "math")]
 def test_the_chunker_is_asked_again_until_it_parses():
     model = Scripted([GOOD, "sorry"], ["{}"], [GOOD])
     cut = thoughts.chunk_by_model(model, Letters(), PROBLEMS, ["a\n\nb", "c\n\nd"], 100, 0.1, seed=0)
-    assert [[(t.text, t.kind) for t in chain] for chain in cut] == [[("a", "plan"), ("b", "compute")], [("c", "plan"), ("d", "compute")]]
+    assert [[(t.text, t.kind) for t in chain] for chain in cut] == [
+        [("a", "plan"), ("b", "compute")], [("c", "plan"), ("d", "compute")]]
     assert "Step 1: a\nStep 2: b" in model.asked[0][0] and "q7" in model.asked[0][0]
     assert [len(asked) for asked in model.asked] == [2, 1, 1], "only what did not parse is asked again"
     assert len(set(model.keys)) == 4, "a second try must not repeat the first one's randomness"
@@ -219,7 +221,7 @@ LABELS = ["long", "short", "long", "short", "short"]
 
 
 def test_completion_is_matched_by_place():
-    answer = '{"completed": [{"part": "Setting things up", "content": "<answer>u2</answer>"}, {"part": "x", "content": "so \\boxed{3}"}]}'
+    answer = '{"completed": [{"part": "Setting up", "content": "<answer>u2</answer>"}, {"part": "x", "content": "so \\boxed{3}"}]}'
     model = Scripted([answer])
     [texts] = thoughts.complete_by_model(model, Letters(), PROBLEMS[:1], ["q7 boxed"], [CHAIN_OF_5], [LABELS], 100, 0.1, seed=0)
     assert texts == ["t1", "u2", "t3", "so \\boxed{3}"]
@@ -275,7 +277,8 @@ def tiny():
     return Sampler(load_model(TINY), tokenizer, num_pages=200)
 
 
-RESPONSE = "<think><episode_1>20*3=60</episode_1><episode_2>4*3=12</episode_2><episode_3>60+12=72</episode_3></think><answer>72</answer>"
+RESPONSE = ("<think><episode_1>20*3=60</episode_1><episode_2>4*3=12</episode_2><episode_3>60+12=72</episode_3></think>"
+            "<answer>72</answer>")
 
 
 def test_a_chain_goes_through_the_model_once(tiny):
@@ -312,6 +315,6 @@ def test_chains_that_cannot_be_rolled_out(tiny):
 
 
 def test_plot(tmp_path):
-    thoughts.plot([{"importance": [0.4, -0.25], "accuracies": [0.5, 0.5]}, {"importance": [0.1, 0.2, 0.0], "accuracies": [0, 0.5, 1]}],
-                  tmp_path / "importance.png")
+    items = [{"importance": [0.4, -0.25], "accuracies": [0.5, 0.5]}, {"importance": [0.1, 0.2, 0.0], "accuracies": [0, 0.5, 1]}]
+    thoughts.plot(items, tmp_path / "importance.png")
     assert (tmp_path / "importance.png").stat().st_size > 1000

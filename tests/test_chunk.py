@@ -1,0 +1,180 @@
+"""chunk.py as a user meets it: killed and continued, on one rank and two; layouts; mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_distributed import torchrun
+
+import chunk
+from thinkrl import UserError, sft
+from thinkrl.conversation import example_prompt, user_text
+from thinkrl.distributed import World, start, stop
+from thinkrl.learner import TINY
+from thinkrl.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--rollouts", "2", "--max_tokens", "30", "--items_per_batch", "1", "--device", "cpu")
+FILES = ("annotated.json", "long.json", "short.json", "rejects.jsonl", "summary.json")
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    return ["--out", str(folder), "--limit", "6", *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    threads = torch.get_num_threads()
+    yield start("cpu")
+    stop()
+    torch.set_num_threads(threads)
+
+
+def run(world: World, *argv: str) -> None:
+    chunk.chunk(chunk.parse_options(list(argv)), world)
+
+
+def lines(folder: Path) -> list[str]:
+    parts = sorted((folder / "parts").glob("rank_*.jsonl"))
+    return [line for part in parts for line in part.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_kill_and_resume_neither_repeats_nor_loses_an_item(tmp_path, world):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(world, *options(whole))
+    process = subprocess.Popen([sys.executable, "chunk.py", *options(cut)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 120
+    while not (cut / "parts").exists() or not lines(cut):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = lines(cut)
+    assert 1 <= len(before) < 6, "it was killed too late to test anything"
+    with (cut / "parts" / "rank_0.jsonl").open("a") as part:
+        part.write('{"id": 5, "item": {"quest')  # what a kill in the middle of a write leaves
+    done = torchrun(2, "chunk.py", *options(cut))
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = lines(cut)
+    assert after[: len(before)] == before, "finished items are not touched"
+    assert sorted(json.loads(line)["id"] for line in after) == list(range(6))
+    assert len(list((cut / "parts").iterdir())) == 2, "the second rank took its share"
+    for name in FILES:
+        assert (whole / name).read_text() == (cut / name).read_text(), name
+    run(world, *options(cut))
+    assert lines(cut) == after, "a finished folder is only merged again"
+
+
+def test_outputs(tmp_path, world):
+    run(world, *options(tmp_path, "--plot"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    annotated, long, short = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("annotated", "long", "short"))
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert summary["rows"] == 6 == summary["kept"] + len(rejects) and summary["kept"] == len(annotated) > 0
+    assert sum(summary["rejected"].values()) == len(rejects) and summary["rejected"]["a chain of one thought"] >= 1
+    assert len(long) == sum((len(item["segments"]) + 1) // 2 for item in annotated) == summary["long_rows"]
+    assert len(long) + len(short) == sum(len(item["segments"]) for item in annotated)
+    for item in annotated:
+        n = len(item["thoughts"])
+        assert n >= 2 and all(len(item[key]) == n for key in ("lengths", "accuracies", "importance", "labels", "types"))
+        assert item["segments"][-1].endswith(f"{item['answer']}</answer>")
+    tokenizer = Tokenizer(TINY)
+    for row in long + short:
+        parts = row["conversation"]
+        assert row["instruction"] == f"<|{parts['role']}|>", "the embedded model's own prompts.json"
+        assert len(example_prompt(row, "", tokenizer)) > 0 and row["input"] in user_text(parts["role"], row["input"], [])
+    assert len(sft.load_rows(tmp_path / "long.json")) == len(long)
+    assert (tmp_path / "importance.png").exists()
+
+
+THINKING = "<think>20*3=60\n\n4*3=12\n\n60+12=72</think><answer>72</answer>"
+
+
+def write(path: Path, rows: list[dict], as_list: bool = False) -> str:
+    path.write_text(json.dumps(rows) if as_list else "".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_published_layout_with_its_blocks(tmp_path, world):
+    """The blocks a row brings are used: the model, which cannot chunk, is never asked."""
+    spans = {"block 1": (1, 1, "first part"), "block 2": (2, 2, "second")}
+    block = {name: {"start": start, "end": end, "block type": kind} for name, (start, end, kind) in spans.items()}
+    data = write(tmp_path / "chunked.json", [{"question": "24*3?", "answer": "72", "thought": THINKING, "block": block}], True)
+    run(world, "--data", data, "--source", "arith", "--out", str(tmp_path / "out"), "--chunker", "llm", *SMALL)
+    [item] = json.loads((tmp_path / "out" / "annotated.json").read_text())
+    assert item["thoughts"] == ["20*3=60", "4*3=12\n\n60+12=72"] and item["types"] == ["first part", "second"]
+    assert item["segments"] == ["<think>20*3=60</think>", "<answer>4*3=12\n\n60+12=72\n72</answer>"]
+
+
+def test_rejects_and_the_rest(tmp_path, world):
+    rows = [{"problem": "24*3?", "answer": "72", "response": THINKING},
+            {"problem": "24*3?", "answer": "72", "response": "<think>20*3=60</think><answer>72</answer>"},
+            {"problem": "24*3?", "answer": "72", "response": THINKING.replace("72", "73")},
+            {"problem": "24*3?", "answer": "72", "response": "\n\n".join(["20*3=60"] * 150)}]
+    data = write(tmp_path / "rows.jsonl", rows)
+    run(world, "--data", data, "--source", "arith", "--out", str(tmp_path / "out"), "--chunker", "paragraphs", *SMALL)
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(r["id"], r["rejected"][:20]) for r in rejects] == [
+        (1, "a chain of one thoug"), (2, "the last short segme"), (3, "prompt and chain hav")]
+    assert rejects[0]["thought"] == rows[1]["response"]
+
+
+def test_a_chunker_that_never_parses(tmp_path, world):
+    """The embedded model knows no JSON: the item is kept aside, and the sentence says where."""
+    data = write(tmp_path / "rows.jsonl", [{"problem": "24*3?", "answer": "72", "response": "<think>60\n\n12</think>"}])
+    with pytest.raises(UserError, match="none of 1 rows can be used: .*rejects.jsonl says why"):
+        run(world, "--data", data, "--source", "arith", "--out", str(tmp_path / "out"), "--chunker", "llm",
+            "--instruct_max_tokens", "5", *SMALL)
+    [reject] = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert reject["rejected"].startswith(("the answer holds no JSON", "the request has")) and reject["question"] == "24*3?"
+
+
+@pytest.mark.parametrize("row, sentence", [
+    ({"problem": "2*3?", "answer": "6"}, r"rows.jsonl:2: field 'response' \(or 'thought'\) is missing or empty"),
+    ({"problem": "2*3?", "answer": "6", "response": ""}, "field 'response'"),
+    ({"answer": "6", "response": "x"}, "field 'problem'"),
+    ({"problem": "2*3?", "response": "x"}, "field 'answer'"),
+])
+def test_a_bad_row_stops_before_anything_is_written(tmp_path, world, row, sentence):
+    data = write(tmp_path / "rows.jsonl", [{"problem": "24*3?", "answer": "72", "response": THINKING}, row])
+    with pytest.raises(UserError, match=sentence):
+        run(world, "--data", data, "--source", "arith", "--out", str(tmp_path / "out"), *SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_options_or_data_do_not_mix(tmp_path, world):
+    rows = [{"problem": "24*3?", "answer": "72", "response": THINKING}]
+    arguments = ["--data", write(tmp_path / "rows.jsonl", rows), "--source", "arith", "--chunker", "paragraphs", "--out",
+                 str(tmp_path / "out"), *SMALL]
+    run(world, *arguments)
+    with pytest.raises(UserError, match="was begun with temperature 0.7, now 0.5: give the same"):
+        run(world, *arguments, "--temperature", "0.5")
+    write(tmp_path / "rows.jsonl", rows * 2)
+    with pytest.raises(UserError, match="was begun with data_crc32"):
+        run(world, *arguments)
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    (["--rollout", "4"], "unknown option '--rollout' \\(did you mean 'rollouts'"),
+    (["--rollouts", "0"], "--rollouts is 0"),
+    (["--decay", "1"], "outside"),
+    (["--chunker", "paragraph"], "did you mean 'paragraphs'"),
+])
+def test_options(argv, sentence):
+    with pytest.raises(UserError, match=sentence):
+        chunk.parse_options(argv)
+
+
+def test_the_exit_status_of_a_mistake(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        chunk.main(chunk.parse_options(["--data", "nowhere.jsonl"]))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said == "chunk.py: nowhere.jsonl: no such data file\n"
