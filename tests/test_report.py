@@ -185,8 +185,8 @@ def test_before_and_after_by_level(tmp_path):
     assert rows[:3] == ["sampledaccuracy, %tokens", "all50.075.0+25.040.030.0−25.0 %", "easy50.025.0−25.080.060.0−25.0 %"]
     assert rows[4] == "all100.0100.0+0.010.010.0+0.0 %"
     assert page.texts("dd") == ["75.0 %", "30.0", "100.0 %", "10.0"]
-    verdicts = [a["class"] for a, _ in page.all("span") if a.get("class") in ("good", "bad")]
-    assert verdicts[4:8] == ["good", "good", "bad", "good"], "accuracy should rise, tokens should fall"
+    verdicts = [a["class"] for a, _ in page.all("span") if a.get("class") in ("good", "bad", "same")]
+    assert verdicts[4:9] == ["good", "good", "bad", "good", "same"], "accuracy should rise, tokens should fall"
 
 
 def test_options_that_differ_and_no_others(tmp_path):

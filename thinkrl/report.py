@@ -111,10 +111,10 @@ def _change(before: float | None, after: float | None, key: str) -> str:
     """Accuracy in points, anything else relative to its start."""
     if before is None or after is None or not (key in SHARES or before):
         return ""
-    good = (after >= before) == (key in SHARES)  # more accuracy, fewer tokens
+    verdict = "same" if after == before else "good" if (after > before) == (key in SHARES) else "bad"  # more accuracy, fewer tokens
     difference = after - before if key in SHARES else after / before - 1
     text = f"{100 * difference:+.1f}{'' if key in SHARES else ' %'}".replace("-", "−")
-    return f'<span class="{"good" if good else "bad"}">{text}</span>'
+    return f'<span class="{verdict}">{text}</span>'
 
 
 def _duration(seconds: float) -> str:
@@ -436,7 +436,7 @@ section { margin-top: clamp(2.5rem, 6vw, 4rem); padding-top: 1.25rem; border-top
 .tiles div { background: var(--card); padding: .9rem 1.1rem 1rem }
 .tiles dt { color: var(--soft); font-size: .82rem } .tiles dd { font-size: 1.75rem; font-weight: 620; line-height: 1.25;
   letter-spacing: -.02em; font-variant-numeric: tabular-nums } .tiles small { font-size: .82rem }
-.good { color: var(--good) } .bad { color: var(--bad) }
+.good { color: var(--good) } .same { color: var(--soft) } .bad { color: var(--bad) }
 .scroll { overflow-x: auto }
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem 3rem }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
