@@ -31,10 +31,10 @@ def options(folder: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    threads = torch.get_num_threads()
-    yield start("cpu")
+    alone = start("cpu")
+    torch.set_num_threads(1)  # as conftest says
+    yield alone
     stop()
-    torch.set_num_threads(threads)
 
 
 def run(world: World, *argv: str) -> None:
@@ -128,7 +128,7 @@ def test_rejects_and_the_rest(tmp_path, world):
 
 
 def test_a_chunker_that_never_parses(tmp_path, world):
-    """The embedded model knows no JSON: the item is kept aside, and the sentence says where."""
+    """The embedded model knows no JSON: the item is put aside, and the sentence says where."""
     data = write(tmp_path / "rows.jsonl", [{"problem": "24*3?", "answer": "72", "response": "<think>60\n\n12</think>"}])
     with pytest.raises(UserError, match="none of 1 rows can be used: .*rejects.jsonl says why"):
         run(world, "--data", data, "--source", "arith", "--out", str(tmp_path / "out"), "--chunker", "llm",
