@@ -210,11 +210,12 @@ def _equal_lengths(
 
     A length is rounded by itself, never to its neighbours', and 16 rows give every episode's factors the same alignment
     in memory: so the arithmetic of an episode is the same in any company. A batch's factors, and `elements(n)` numbers
-    for each of its episodes, fit CHUNK (or the batch is a single episode).
+    for each of its episodes, fit CHUNK (or the batch is a single episode). The next batch is written over this one: on a
+    CPU the page faults of fresh memory would cost as much as the arithmetic.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x = torch.cat([x.to(dtype), x.new_zeros(1, x.shape[1], dtype=dtype)])  # row T is the padding
-    g = torch.cat([g.to(dtype), g.new_zeros(1, g.shape[1], dtype=dtype)])
+    x, g = x.to(dtype), g.to(dtype)
+    x_room, g_room = x.new_empty(0), g.new_empty(0)
     start, length = cu_episodes[:-1].to(x.device, torch.int64), cu_episodes.diff().to(x.device, torch.int64)
     rounded = (length + 15) // 16 * 16
     for n in rounded.unique().tolist():
@@ -223,8 +224,11 @@ def _equal_lengths(
         offset = torch.arange(n, device=x.device)
         batch = CHUNK // max(n * (x.shape[1] + g.shape[1]), elements(n))
         for k in (rounded == n).nonzero()[:, 0].split(max(batch, 1)):
-            row = torch.where(offset < length[k, None], start[k, None] + offset, len(x) - 1)
-            yield k, x[row], g[row]
+            rows = (start[k, None] + offset).clamp_(max=len(x) - 1).flatten()
+            padding = (offset >= length[k, None])[..., None]
+            x_k = torch.index_select(x, 0, rows, out=x_room.resize_(len(rows), x.shape[1])).view(len(k), n, -1)
+            g_k = torch.index_select(g, 0, rows, out=g_room.resize_(len(rows), g.shape[1])).view(len(k), n, -1)
+            yield k, x_k.masked_fill_(padding, 0.0), g_k.masked_fill_(padding, 0.0)
 
 
 def episode_quadratic_torch(
@@ -233,12 +237,17 @@ def episode_quadratic_torch(
     """As `episode_quadratic`, in batched products of equal lengths, at most CHUNK elements of gradients at once."""
     _check(x, g, weight, power)
     values = torch.zeros(len(cu_episodes) - 1, dtype=torch.float64, device=x.device)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = None if weight is None else weight.to(dtype)
+    gradient, value = (torch.empty(0, dtype=dtype, device=x.device) for _ in range(2))
     for k, x_k, g_k in _equal_lengths(x, g, cu_episodes, lambda n: x.shape[1] * g.shape[1]):
-        gradient = g_k.mT @ x_k  # [B, D2, D1]
-        value = gradient if weight is None else gradient * weight.to(gradient.dtype)
+        torch.bmm(g_k.mT, x_k, out=gradient.resize_(len(k), g.shape[1], x.shape[1]))
+        if weight is not None:
+            torch.mul(gradient, weight, out=value.resize_(gradient.shape))
+        weighted = gradient if weight is None else value
         if power == 2:
-            value = value.mul_(gradient)
-        values[k] = value.sum(-1).double().sum(-1)
+            weighted = torch.mul(weighted, gradient, out=value.resize_(gradient.shape))
+        values[k] = weighted.sum(-1).double().sum(-1)
     return values
 
 
