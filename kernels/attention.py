@@ -3,17 +3,20 @@
     o_i = Σ_{j<=i} p_ij v_j        p_i = softmax_j(q_i · k_j / √Dh)        i and j in the same sequence
 
 `packed_attention`: S sequences lie end to end in one row of T tokens, sequence s being tokens cu_seqlens[s] to
-cu_seqlens[s+1]. `paged_attention`: keys and values lie in pages of a pool, and token j of sequence s is slot j mod page_size of
-page page_table[s, j // page_size]; the queries are the last tokens of each sequence. In both, H query heads share
-Hkv key heads: query head h reads key head h // (H / Hkv), at any ratio.
+cu_seqlens[s+1]. `paged_attention`: keys and values lie in pages of a pool, token j of sequence s in slot j mod
+page_size of page page_table[s, j // page_size]; the queries are the last tokens of each sequence. In both, query head
+h reads key head h // (H / Hkv), at any ratio.
 
-Letters: T tokens (queries), S sequences, H query heads, Hkv key heads, Dh head width, P pages per sequence, L longest context.
+Letters: T tokens (of the row; queries), S sequences, H query heads, Hkv key heads, Dh head width, P pages of a
+sequence, L the longest context.
 
-Costs of packed attention for one sequence of n tokens and one head. Naive: 2 n² Dh FLOP (half of it masked away) for each of two
-products, and p written and read at 4 n² bytes, three times over. Fused: the unmasked half of the FLOP, 2.5 times that in the
-backward, and q, k, v, o read or written once: 8 n Dh bytes in bf16. Decoding reads 4 Hkv Dh bytes of bf16 keys and values per
-token of context and does 4 H Dh FLOP with them, H / Hkv FLOP a byte, so the bytes are the whole cost; SDPA would
-first write the pages out as a padded block, at three times those bytes.
+Costs of one head of one sequence of n tokens. Naive: two products of 2 n² Dh FLOP, half of them masked away, and 4 n²
+bytes of scores written and read three times over. Fused: the unmasked half, 2.5 times that again in the backward, and
+q, k, v and o read or written once, 8 n Dh bytes in bf16. Decoding reads 4 Hkv Dh bytes of bf16 keys and values per
+token of context and does 4 H Dh FLOP with them, H / Hkv FLOP a byte: the bytes are the whole cost. Gathering the
+pages into a padded block first moves them three times.
+
+Sums repeat to the last bit: no atomics, and tile sizes from a fixed table.
 
     python -m kernels.attention     the benchmark
 """
@@ -70,10 +73,10 @@ def paged_attention_ref(
 def _blocks(cu_seqlens: tuple[int, ...]) -> tuple[list[tuple[int, int]], Tensor, Tensor, Tensor]:
     """Sequences of like length side by side: shapes (S_b, L_b) of the blocks, and maps between their slots and the row.
 
-    Returns shapes, token [slots] in each slot, slot [T] of each token, and the slots that only pad. A block ends where a
-    sequence is shorter than 3/4 of the block's longest, so padding stays under a quarter. Slots past the end of a sequence
-    repeat its last token: causality keeps them from every query that counts. Every layer asks for the same answer,
-    hence the cache.
+    Returns shapes, token [slots] in each slot, slot [T] of each token, and the slots that only pad. A block ends where
+    a sequence is shorter than 3/4 of the block's longest, so padding stays under a quarter. Slots past the end of a
+    sequence repeat its last token: causality keeps them from every query that counts. Every layer asks for the same
+    answer, hence the cache.
     """
     shapes: list[tuple[int, int]] = []
     tokens, padding, slots = [], [], torch.empty(cu_seqlens[-1], dtype=torch.int64)
@@ -133,8 +136,8 @@ def paged_attention_torch(
 ) -> Tensor:
     """`paged_attention` in PyTorch ops, all sequences at once.
 
-    Decoding is memory traffic and little else. Keys are gathered head by head into [S, Hkv, L, Dh], as fast as page by page and
-    ready for bmm. Values are not gathered: `embedding_bag` sums weighted rows straight out of the pages.
+    Decoding is memory traffic and little else. Keys are gathered head by head into [S, Hkv, L, Dh], as fast as page by
+    page and ready for bmm. Values are not gathered: `embedding_bag` sums weighted rows straight out of the pages.
     """
     page_size, kv_heads, width = k_pages.shape[1:]
     length = int(lengths.max())
@@ -153,9 +156,10 @@ def paged_attention_torch(
     counts = cu_seqlens.diff()
     query = torch.arange(int(counts.max()), dtype=torch.int32, device=q.device)
     real = query < counts[:, None]  # [S, N]
-    last = (lengths - counts)[:, None] + query  # position of each query: the last key it sees
+    last = (lengths - counts)[:, None] + query  # each query's position: the last key it sees
     future = torch.arange(length, dtype=torch.int32, device=q.device) > last[..., None]
-    padded = q.index_select(0, (cu_seqlens[:-1, None] + query).clamp_(max=len(q) - 1).flatten()).unflatten(0, real.shape)
+    at = (cu_seqlens[:-1, None] + query).clamp_(max=len(q) - 1)
+    padded = q.index_select(0, at.flatten()).unflatten(0, at.shape)
     visible = ~(future | dead[:, None])[:, None]  # [S, 1, N, L]
     output = F.scaled_dot_product_attention(
         padded.transpose(1, 2), keys, values, attn_mask=visible, enable_gqa=q.shape[1] != kv_heads
@@ -389,7 +393,7 @@ def tiles(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and launch options: a fixed table, not a search, so that a sum is always taken in the same order."""
     block_m, block_n, num_warps, num_stages = TILES[kernel][dtype == torch.float32]
     if INTERPRET:
-        block_m, block_n = (max(16, block // 4) for block in (block_m, block_n))  # a numpy call per tile: keep them few
+        block_m, block_n = max(16, block_m // 4), max(16, block_n // 4)  # so that small tests have several tiles
     block_d = max(16, triton.next_power_of_2(width))
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=num_warps, num_stages=num_stages)
 
@@ -433,7 +437,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def packed_attention_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`packed_attention` in Triton, forward and backward: scores live in registers only, and results repeat to the bit."""
+    """`packed_attention` in Triton, forward and backward: scores never leave the chip."""
     return _PackedAttention.apply(q, k, v, cu_seqlens)
 
 
@@ -580,14 +584,28 @@ def paged_attention_triton(
     return o
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    alike = k.shape == v.shape and q.shape[-1] == k.shape[-1] and q.dtype == k.dtype == v.dtype
+    if not alike or q.shape[-2] % k.shape[-2]:
+        given = ", ".join(f"{(*x.shape,)} {x.dtype}" for x in (q, k, v))
+        raise ValueError(f"q, k, v must share head width and dtype, and q have a multiple of their heads, not {given}")
+
+
+def _fits_kernels(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= 128
+
+
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention within each sequence of a packed row. Differentiable.
 
     q [T, H, Dh]; k, v [T, Hkv, Dh], H a multiple of Hkv; cu_seqlens int32 [S+1], from 0 to T, no sequence empty
     returns [T, H, Dh] in q's dtype; softmax and sums in fp32
+    raises ValueError when the shapes or dtypes do not fit
     """
-    on_gpu = packed_attention_flash if flash_attn_varlen_func and q.dtype != torch.float32 else packed_attention_triton
-    return (on_gpu if q.is_cuda else packed_attention_torch)(q, k, v, cu_seqlens)
+    _check(q, k, v)
+    flash = flash_attn_varlen_func is not None and q.dtype != torch.float32
+    on_gpu = packed_attention_flash if flash else packed_attention_triton
+    return (on_gpu if _fits_kernels(q) else packed_attention_torch)(q, k, v, cu_seqlens)
 
 
 def paged_attention(
@@ -602,6 +620,48 @@ def paged_attention(
     cu_seqlens  None: one query per sequence (T = S). Otherwise int32 [S+1]: sequence s has queries cu_seqlens[s] to
                 cu_seqlens[s+1], its last ones, each seeing the context up to itself
     returns     [T, H, Dh] in q's dtype; softmax and sums in fp32
+    raises      ValueError when the shapes or dtypes do not fit
     """
-    attention = paged_attention_triton if q.is_cuda else paged_attention_torch
+    _check(q, k_pages, v_pages)
+    attention = paged_attention_triton if _fits_kernels(q) else paged_attention_torch
     return attention(q, k_pages, v_pages, page_table, lengths, cu_seqlens)
+
+
+def _benchmark() -> None:
+    from kernels.bench import DEVICE, DTYPE, compare, with_backward
+
+    gpu = DEVICE == "cuda"
+    generator = torch.Generator().manual_seed(0)
+    sequences, longest, heads, kv_heads, width = (32, 2048, 28, 4, 128) if gpu else (64, 100, 4, 2, 32)
+    lengths = torch.randint(longest // 5, longest + 1, (sequences,), generator=generator)
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
+    tokens = int(lengths.sum())
+    shape = dict(dtype=DTYPE, device=DEVICE, requires_grad=True)
+    inputs = [torch.randn(tokens, h, width, **shape) for h in (heads, kv_heads, kv_heads)]
+    flop = 14 * float((lengths.double() ** 2).sum() / 2) * heads * width  # 2 products forward, 5 backward
+    traffic = sum(4 * x.numel() * x.element_size() for x in (inputs[0], inputs[0], *inputs[1:]))
+    ops = dict(ref=packed_attention_ref, torch=packed_attention_torch)
+    if gpu:  # on a CPU, compiling a loop over sequences of every length takes minutes
+        ops |= dict(compiled_ref=torch.compile(packed_attention_ref), triton=packed_attention_triton)
+        if flash_attn_varlen_func:
+            ops["flash_attn"] = packed_attention_flash
+    runs = {name: with_backward(op, *inputs, cu_seqlens) for name, op in ops.items()}
+    compare(f"packed attention, forward and backward, {tokens} tokens of {sequences} sequences", flop, traffic, **runs)
+
+    page_size, pages = 16, -(-longest // 16)
+    table = torch.randperm(sequences * pages, generator=generator).view(sequences, pages).int().to(DEVICE)
+    shape = dict(dtype=DTYPE, device=DEVICE)
+    q = torch.randn(sequences, heads, width, **shape)
+    k_pages, v_pages = (torch.randn(sequences * pages, page_size, kv_heads, width, **shape) for _ in range(2))
+    context = (q, k_pages, v_pages, table, lengths.int().to(DEVICE))
+    ops = dict(ref=paged_attention_ref, torch=paged_attention_torch)
+    if gpu:
+        ops |= dict(compiled_ref=torch.compile(paged_attention_ref), triton=paged_attention_triton)
+    runs = {name: lambda op=op: op(*context) for name, op in ops.items()}
+    traffic = 2 * tokens * kv_heads * width * k_pages.element_size()
+    flop = 4 * tokens * heads * width
+    compare(f"decoding, {sequences} sequences, {tokens} tokens of context", flop, traffic, **runs)
+
+
+if __name__ == "__main__":
+    _benchmark()

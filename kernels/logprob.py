@@ -7,16 +7,16 @@
 
 Letters: T tokens, D width, V vocabulary, C tokens of one chunk.
 
-Costs. Naive: the logits and their log-softmax are kept for the backward, 2 to 4 times 4 T V bytes (4096 × 152k: 2.5 GB each).
-Here: one chunk of logits at a time, in the forward and again in the backward, and one number per token (lse) between
-them. A product of 2 T D V FLOP is done once in the forward and three times in the backward (logits again, ∂h, ∂W), 4 in all
-against the naive 3. Each chunk reads W once and adds to ∂W once, about 12 D V bytes; on an H200 (790 TFLOP/s over 4.3 TB/s)
-that equals its arithmetic at C = 370, so C = 2048 keeps it under a fifth. A smaller C saves memory and loses time: at 64
-chunks of 64 tokens W is what is read. On a CPU logits that outgrow the cache cost page faults: there C V is held to
-CPU_LOGITS, but C to no less than CPU_CHUNK.
+Costs. Naive: the logits and their log-softmax are kept for the backward, 2 to 4 times 4 T V bytes (T = 4096, V = 152k:
+2.5 GB each). Here: one chunk of logits at a time, in the forward and again in the backward, and one number per token
+(lse) between them. A product of 2 T D V FLOP is done once in the forward and three times in the backward (logits
+again, ∂h, ∂W): 4 against the naive 3. Each chunk reads W and adds to ∂W, about 12 D V bytes, which on an H200 (790
+TFLOP/s over 4.3 TB/s) take as long as its arithmetic at C = 370; C = 2048 keeps them under a fifth. At C = 64, W would
+be all that is ever read. On a CPU, logits that outgrow the cache cost page faults: there C V is held to CPU_LOGITS,
+but C to no less than CPU_CHUNK.
 
-The products are cuBLAS's; what is fused is the row: a Triton program reads a row of logits once and has lse, logprob and
-entropy, another turns a row of logits into c (onehot - p) / temperature for the two products of the backward.
+The products are cuBLAS's; what is fused is the row: a Triton program reads a row of logits once and has lse, logprob
+and entropy, another turns a row of logits into c (onehot - p) / temperature for the two products of the backward.
 
     python -m kernels.logprob       the benchmark
 """
@@ -238,10 +238,11 @@ def linear_logprob(
     """Log-prob of each target, and the entropy of each distribution, under softmax(hidden weightᵀ / temperature).
 
     hidden   [T, D], the states that predict the targets; weight [V, D] of the same dtype; targets [T] int64
-    returns  logprob [T], entropy [T] in nats, both fp32 (fp64 for fp64 inputs). Gradients reach hidden and weight through
-             logprob; entropy carries none: it is a number to log, not a bonus to train on
+    returns  logprob [T], entropy [T] in nats, both fp32 (fp64 for fp64 inputs). Gradients reach hidden and weight
+             through logprob; entropy carries none: it is a number to log, not a bonus to train on
     """
-    return (linear_logprob_triton if hidden.is_cuda else linear_logprob_torch)(hidden, weight, targets, temperature)
+    run = linear_logprob_triton if hidden.is_cuda and hidden.dtype != torch.float64 else linear_logprob_torch
+    return run(hidden, weight, targets, temperature)
 
 
 def linear_score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,4 +252,32 @@ def linear_score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
     returns  logprob [T], score [T, D] = weight[target] - softmax(hidden weightᵀ) weight; both fp32 (fp64 for fp64
              inputs), without gradients
     """
-    return (linear_score_triton if hidden.is_cuda else linear_score_torch)(hidden, weight, targets)
+    run = linear_score_triton if hidden.is_cuda and hidden.dtype != torch.float64 else linear_score_torch
+    return run(hidden, weight, targets)
+
+
+def _benchmark() -> None:
+    from kernels.bench import DEVICE, DTYPE, compare, with_backward
+
+    gpu = DEVICE == "cuda"
+    for tokens, width, vocab in ((4096, 3584, 152_064), (8192, 896, 151_936)) if gpu else ((1024, 128, 4096),):
+        shape = dict(dtype=DTYPE, device=DEVICE, requires_grad=True)
+        hidden, weight = torch.randn(tokens, width, **shape), torch.randn(vocab, width, **shape)
+        targets = torch.randint(vocab, (tokens,), device=DEVICE)
+        sizes = f"{tokens} tokens, width {width}, vocabulary {vocab}"
+        product, traffic = 2 * tokens * width * vocab, weight.nbytes + 2 * hidden.nbytes
+        ops = dict(ref=linear_logprob_ref, compiled_ref=torch.compile(linear_logprob_ref), torch=linear_logprob_torch)
+        scores = dict(ref=linear_score_ref, torch=linear_score_torch)
+        if gpu:
+            ops["triton"], scores["triton"] = linear_logprob_triton, linear_score_triton
+        runs = {name: with_backward(op, hidden, weight, targets) for name, op in ops.items()}
+        compare(f"log-prob, forward and backward, {sizes}", 3 * product, 3 * traffic, **runs)
+        detached = (hidden.detach(), weight.detach(), targets)
+        runs = {name: lambda op=op, detached=detached: op(*detached) for name, op in ops.items()}
+        compare(f"log-prob alone, {sizes}", product, traffic, **runs)
+        runs = {name: lambda op=op, detached=detached: op(*detached) for name, op in scores.items()}
+        compare(f"score, {sizes}", 2 * product, traffic, **runs)
+
+
+if __name__ == "__main__":
+    _benchmark()

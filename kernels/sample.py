@@ -5,18 +5,19 @@
 
 A row's u is a counter hash of its 64-bit key, and nothing else is random: the same key and the same logits give the
 same token in any batch, on any rank, on any device (up to floating-point ties). `hash_key` makes keys from the address
-of a draw: hash_key(seed, step, problem, sample, position). temperature = 0 takes the largest logit (the first, if several
-are equal) and reports its log-prob at temperature 1.
+of a draw: hash_key(seed, step, problem, sample, position). temperature = 0 takes the largest logit (the first, if
+several are equal) and reports its log-prob at temperature 1.
 
 Letters: B rows, V vocabulary.
 
-Costs, per row of V bf16 logits. Eager: an fp32 copy, softmax, log-softmax and cumulative sum, about 10 passes of 4 V bytes.
-Fused: 2 V bytes read once. The pass keeps the maximum and the mass of each block of the vocabulary; the block in which
-the cumulative mass crosses u is then read again, and only that block is scanned. At B = 256, V = 152,064 that is 78 MB, 18 µs
-at 4.3 TB/s. On CPU the same two levels replace a serial scan over V by one over V / 64 blocks.
+Costs, per row of V bf16 logits. Eager: an fp32 copy, softmax, log-softmax and cumulative sum, some 10 passes of 4 V
+bytes. Fused: 2 V bytes, read once. The pass keeps the maximum and the mass of each block of the vocabulary; the block
+in which the cumulative mass crosses u is then read again, and only that block is scanned. At B = 256, V = 152,064 that
+is 78 MB, 18 µs at 4.3 TB/s. On a CPU the same two levels replace a serial scan over V by one over V / 64 blocks.
 
-Inverse CDF rather than Gumbel-argmax: one hash per row instead of one per logit, which on a CPU costs 25 times as much.
-Masses are summed in fp64, so tokens of probability below 1e-7, which fp32 sums absorb, keep their share.
+Inverse CDF rather than Gumbel-argmax: one hash per row instead of one per logit, which a CPU feels (measured: 25
+times the time, with torch's own exponentials). Masses are summed in fp64, so tokens of probability below 1e-7, which
+fp32 sums absorb, keep their share.
 
     python -m kernels.sample        the benchmark
 """
@@ -29,17 +30,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# splitmix64 (Steele, Lea and Flood 2014): an additive counter, then a mix in which every input bit reaches every output bit.
+# splitmix64 (Steele, Lea and Flood 2014): a counter, then a mix in which every input bit reaches every output bit
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit numbers, whose sums and products wrap in torch
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def hash_key(*words: int | Tensor) -> Tensor:
-    """A 64-bit key from the words of an address, in order: int64, of the words' broadcast shape.
+    """A 64-bit key from the words of an address, in order: int64, of the words' common shape.
 
-    Words are ints or int64 tensors: hash_key(seed, step, problem, torch.arange(8)) is eight keys. Keys chain, so a row's
-    key may be made once and extended at each step: hash_key(hash_key(seed, problem), position) has an address of its own.
+    Words are ints or int64 tensors: hash_key(seed, step, problem, torch.arange(8)) is eight keys. A key is a word too: a
+    row's key is made once, and hash_key(key, position) at each step.
     """
     key = torch.zeros((), dtype=torch.int64)
     for word in words:
@@ -73,28 +74,33 @@ def sample_token_ref(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> 
 
 
 def sample_token_torch(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """`sample_token` in PyTorch ops: blocks of 64 tokens first, then the tokens of one block."""
+    """`sample_token` in PyTorch ops: a large vocabulary by blocks of 64 tokens first, then the tokens of one block."""
     z = logits.float()
     if temperature not in (0, 1):
         z = z / temperature
     probability = z.softmax(-1)
     if temperature == 0:
         token = z.argmax(-1, keepdim=True)
+    elif z.shape[-1] <= 512:
+        token, _ = _invert(probability, uniform(keys)[:, None])
     else:
         blocks = F.pad(probability, (0, -z.shape[-1] % 64)).unflatten(-1, (-1, 64))  # [B, V/64, 64]
-        mass = blocks.sum(-1)
-        cdf = mass.cumsum(-1, dtype=torch.float64)
-        target = uniform(keys)[:, None] * cdf[:, -1:]
-        # NaN logits must come out as a NaN log-prob, not as an index error: hence the clamps of indices
-        block = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[-1] - 1)
-        mass = mass.gather(-1, block)
-        # a share of the block, below 1: were rounding to overshoot its end, a token of probability 0 would be taken
-        share = ((target - cdf.gather(-1, block) + mass) / mass).clamp_(0.0, 1.0 - 2.0**-40)
-        cdf = blocks.gather(1, block[..., None].expand(-1, 1, 64))[:, 0].cumsum(-1, dtype=torch.float64)
-        token = block * 64 + torch.searchsorted(cdf, share * cdf[:, -1:], right=True)
-        token = token.clamp_(max=z.shape[-1] - 1)
+        block, share = _invert(blocks.sum(-1), uniform(keys)[:, None])
+        inside, _ = _invert(blocks.gather(1, block[..., None].expand(-1, 1, 64))[:, 0], share)
+        token = (block * 64 + inside).clamp_(max=z.shape[-1] - 1)
     logprob = probability.gather(-1, token).log_()
     return token[:, 0], logprob[:, 0], (z.gather(-1, token) - logprob)[:, 0]
+
+
+def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The index [B, 1] at which the cumulative mass [B, N] passes u [B, 1] of the whole, and how far into it u lies."""
+    cdf = mass.cumsum(-1, dtype=torch.float64)
+    target = u * cdf[:, -1:]
+    # NaN logits must come out as a NaN log-prob, not as an index error: hence the clamp
+    index = torch.searchsorted(cdf, target, right=True).clamp_(max=mass.shape[-1] - 1)
+    here = mass.gather(-1, index)
+    # strictly below 1: if rounding overshot the end, the next level would take a token of probability 0
+    return index, ((target - cdf.gather(-1, index) + here) / here).clamp_(0.0, 1.0 - 2.0**-40)
 
 
 @triton.jit
@@ -142,7 +148,7 @@ def _sample_kernel(
         block = tl.minimum(tl.sum((cdf <= target).to(tl.int32), 0), BLOCKS - 1)
         here = index == block
         mass = tl.sum(tl.where(here, masses64, 0.0), 0)
-        # a share of the block, below 1: were rounding to overshoot its end, a token of probability 0 would be taken
+        # strictly below 1: if rounding overshot the end, a token of probability 0 would be taken
         share = (target - tl.sum(tl.where(here, cdf, 0.0), 0) + mass) / mass
         share = tl.minimum(tl.maximum(share, 0.0), 1.0 - 1.0 / 1099511627776.0)
         at = block * BLOCK + offset
@@ -179,6 +185,26 @@ def sample_token(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> tupl
     temperature  0 is greedy
     returns      token [B] int64, logprob [B] fp32 (of that token, at the temperature it was drawn with; greedy: at 1),
                  logsumexp [B] fp32 of logits / temperature
+    raises       ValueError when keys and rows do not match
     """
-    sample = sample_token_triton if logits.is_cuda else sample_token_torch
+    if keys.shape != logits.shape[:1]:
+        raise ValueError(f"one key per row of logits, not {(*keys.shape,)} keys for {(*logits.shape,)} logits")
+    sample = sample_token_triton if logits.is_cuda and logits.dtype != torch.float64 else sample_token_torch
     return sample(logits, keys, temperature)
+
+
+def _benchmark() -> None:
+    from kernels.bench import DEVICE, DTYPE, compare
+
+    for rows, vocab in ((256, 152_064), (64, 152_064)) if DEVICE == "cuda" else ((64, 4096), (64, 32)):
+        logits = torch.randn(rows, vocab, dtype=DTYPE, device=DEVICE)
+        keys = hash_key(torch.arange(rows, device=DEVICE))
+        ops = dict(ref=sample_token_ref, compiled_ref=torch.compile(sample_token_ref), torch=sample_token_torch)
+        if DEVICE == "cuda":
+            ops["triton"] = sample_token_triton
+        runs = {name: lambda op=op, logits=logits, keys=keys: op(logits, keys, 0.8) for name, op in ops.items()}
+        compare(f"draw from {rows} x {vocab} logits", 4 * logits.numel(), logits.nbytes, **runs)
+
+
+if __name__ == "__main__":
+    _benchmark()

@@ -42,7 +42,7 @@ def compile_for(
 ) -> Compiled:
     """Compiles `kernel` for sm_`arch`; needs neither driver nor GPU, but a process without TRITON_INTERPRET.
 
-    signature   argument name -> "*bf16", "*fp32", "*i32", "i32", "fp32", … for every argument that is no constexpr
+    signature   argument name -> "*bf16", "*fp32", "*i32", "i32", "fp32", …, of all but constexprs
     constexprs  argument name -> value
     Pointers and, as at a launch with friendly sizes, i32 arguments are declared multiples of 16: without that, loads are
     not vectorised and asynchronous copies not used.
@@ -56,7 +56,7 @@ def compile_for(
         fn=kernel,
         signature=types,
         constexprs={(index[name],): value for name, value in constexprs.items()},
-        attrs={(index[name],): [["tt.divisibility", 16]] for name, t in signature.items() if t == "i32" or t[0] == "*"},
+        attrs={(index[name],): [["tt.divisibility", 16]] for name, t in signature.items() if t[0] == "*" or t == "i32"},
     )
     options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -72,4 +72,5 @@ def compile_for(
 def check(made: Compiled, arch: int) -> None:
     """What every kernel must satisfy: nothing spilled to memory, and shared memory that the chip has."""
     assert made.stack == 0, f"{made.stack} bytes of stack per thread at {made.registers} registers"
-    assert made.shared <= SHARED_LIMIT[arch], f"{made.shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}"
+    limit = SHARED_LIMIT[arch]
+    assert made.shared <= limit, f"{made.shared} bytes of shared memory, where sm_{arch} has {limit}"

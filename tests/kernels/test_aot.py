@@ -1,5 +1,8 @@
-"""Every kernel, as it is launched, compiled for A100 (sm_80) and H100/H200 (sm_90): nothing spilled, shared memory that the
-chip has, tensor cores where there is a product. Runs without a GPU, in a process of its own (see conftest.py)."""
+"""Every kernel, as it is launched, compiled for A100 (sm_80) and H100/H200 (sm_90).
+
+Nothing spilled, shared memory that the chip has, tensor cores where there is a product. Runs without a GPU, in a
+process of its own (see conftest.py).
+"""
 
 from __future__ import annotations
 
@@ -40,16 +43,18 @@ def test_packed_attention(name, width, dtype, arch):
     kernel = getattr(attention, f"_packed_{name}_kernel")
     made = compile_for(kernel, signature, dict(D=width, **HEADS, **config), arch, **options)
     check(made, arch)
-    assert made.tensor_cores == expected_cores(dtype, arch, rows=config["BLOCK_N" if name == "backward_kv" else "BLOCK_M"])
+    rows = config["BLOCK_N" if name == "backward_kv" else "BLOCK_M"]
+    assert made.tensor_cores == expected_cores(dtype, arch, rows)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("width, dtype", SHAPES)
 @pytest.mark.parametrize("name, splits", [("decode", 1), ("decode", 16), ("extend", 1)])
 def test_paged_attention(name, splits, width, dtype, arch):
-    x, ints = POINTER[dtype], dict(S="i32", T="i32", table_stride="i32")
-    signature = dict(q_ptr=x, k_ptr=x, v_ptr=x, table_ptr="*i32", lengths_ptr="*i32", cu_ptr="*i32", lse_ptr="*fp32", **ints)
-    signature |= dict(o_ptr=x if splits == 1 else "*fp32", scale="fp32")
+    x = POINTER[dtype]
+    signature = dict(q_ptr=x, k_ptr=x, v_ptr=x, table_ptr="*i32", lengths_ptr="*i32", cu_ptr="*i32")
+    signature |= dict(o_ptr=x if splits == 1 else "*fp32", lse_ptr="*fp32")
+    signature |= dict(S="i32", T="i32", table_stride="i32", scale="fp32")
     config, options = tiles(name, width, dtype)
     shape = dict(D=width, PAGE=16, SPLITS=splits, DECODE=name == "decode", **HEADS, **config)
     made = compile_for(attention._paged_kernel, signature, shape, arch, **options)

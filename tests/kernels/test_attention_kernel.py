@@ -21,8 +21,8 @@ from kernels.attention import (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKED = [packed_attention_torch, packed_attention_triton]
 PAGED = [paged_attention_torch, paged_attention_triton]
-# 1, 2, 6 and 7 query heads to a key head
-CASES = [(torch.float32, 2, 2), (torch.float32, 4, 2), (torch.float32, 6, 1), (torch.float32, 7, 1), (torch.bfloat16, 6, 2)]
+FP32, BF16 = torch.float32, torch.bfloat16
+CASES = [(FP32, 2, 2), (FP32, 4, 2), (FP32, 6, 1), (FP32, 7, 1), (BF16, 6, 2)]  # 1, 2, 6, 7 query heads to a key head
 
 
 def cumulative(lengths: list[int]) -> torch.Tensor:
@@ -174,3 +174,11 @@ def test_decode_is_the_last_row_of_packed(attention):
     last = cu_seqlens[1:].long() - 1
     ours = attention(q[last], *pages, table, torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
     torch.testing.assert_close(ours, packed_attention_ref(q, k, v, cu_seqlens)[last], rtol=0, atol=2e-6)
+
+
+def test_shapes_must_fit():
+    q, k, v, cu_seqlens = random_row([3], 5, 2, 8)
+    with pytest.raises(ValueError, match="multiple of their heads"):
+        packed_attention(q, k, v, cu_seqlens)
+    with pytest.raises(ValueError, match="share head width and dtype"):
+        packed_attention(q[:, :4], k, v.double(), cu_seqlens)

@@ -45,7 +45,7 @@ def test_hash_broadcasts_chains_and_depends_on_order():
 
 @pytest.mark.parametrize("words", [(torch.arange(10_000),), (3, torch.arange(100)[:, None], torch.arange(100))])
 def test_uniforms_fill_their_bins(words):
-    """10,000 numbers in 50 bins: chi-square of 49 degrees, 85.4 at one in a thousand; likewise the pairs of neighbours."""
+    """10,000 numbers in 50 bins: chi-square of 49 degrees, 85.4 at one in a thousand. Likewise pairs of neighbours."""
     u = uniform(hash_key(*words)).flatten()
     assert u.min() > 0 and u.max() < 1
     chi_square = ((u.histc(50, 0, 1) - 200) ** 2 / 200).sum()
@@ -79,7 +79,7 @@ def test_greedy_takes_the_first_of_equals_and_reports_temperature_1(sample):
 
 @pytest.mark.parametrize("sample", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows, vocab", [(40, 1), (40, 33), (20, 128), (6, 9001)])
+@pytest.mark.parametrize("rows, vocab", [(40, 1), (40, 33), (20, 500), (6, 9001)])
 def test_fast_matches_specification(rows, vocab, dtype, sample):
     """The same token from the same key, its numbers to fp32 rounding, at sizes on both sides of a block."""
     logits, keys = random_logits(rows, vocab, dtype)
@@ -97,7 +97,7 @@ def test_fast_matches_specification(rows, vocab, dtype, sample):
 
 @pytest.mark.parametrize("sample", FAST)
 def test_a_row_depends_on_nothing_but_its_key_and_logits(sample):
-    logits, keys = random_logits(12, 100)
+    logits, keys = random_logits(12, 600)
     whole = sample(logits, keys, 0.8)
     order = torch.tensor([7, 3, 11], device=DEVICE)
     for full, part in zip(whole, sample(logits[order], keys[order], 0.8)):
@@ -105,18 +105,32 @@ def test_a_row_depends_on_nothing_but_its_key_and_logits(sample):
 
 
 def test_tokens_come_as_often_as_they_should():
-    """20,000 draws over 150 tokens, more than two blocks: chi-square of 149 degrees, 205.6 at one in a thousand."""
+    """20,000 draws over 150 tokens: chi-square of 149 degrees, 205.6 at one in a thousand.
+
+    Once as 150 neighbours, once spread over a vocabulary of 600, most of which can never be drawn.
+    """
     logits, _ = random_logits(1, 150)
-    logits = logits.cpu() / 3
-    token, logprob, _ = sample_token_torch(logits.expand(20_000, -1), hash_key(1, torch.arange(20_000)), 1.0)
+    logits, keys = logits.cpu() / 3, hash_key(1, torch.arange(20_000))
     expected = 20_000 * logits[0].softmax(0)
     assert expected.min() > 5
-    assert ((token.bincount(minlength=150) - expected) ** 2 / expected).sum() < 205.6
-    torch.testing.assert_close(logprob.exp(), (expected / 20_000)[token])
+    spread = torch.full((1, 600), float("-inf"))
+    spread[:, 1::4] = logits
+    for row, place in ((logits, torch.arange(150)), (spread, torch.arange(1, 600, 4))):
+        token, logprob, _ = sample_token_torch(row.expand(20_000, -1), keys, 1.0)
+        counts = token.bincount(minlength=row.shape[-1])[place]
+        assert counts.sum() == 20_000 and ((counts - expected) ** 2 / expected).sum() < 205.6
+        torch.testing.assert_close(logprob, row[0].log_softmax(0)[token])
 
 
 def test_nan_logits_give_a_nan_logprob():
-    logits, keys = random_logits(2, 100)
-    logits[1, 3] = float("nan")
-    token, logprob, _ = sample_token_torch(logits, keys)
-    assert logprob.isnan().tolist() == [False, True] and 0 <= token[1] < 100
+    for vocab in (100, 600):
+        logits, keys = random_logits(2, vocab)
+        logits[1, 3] = float("nan")
+        token, logprob, _ = sample_token_torch(logits, keys)
+        assert logprob.isnan().tolist() == [False, True] and 0 <= token[1] < vocab
+
+
+def test_keys_must_match_rows():
+    logits, keys = random_logits(3, 10)
+    with pytest.raises(ValueError, match="one key per row"):
+        sample_token(logits, keys[:2])

@@ -1,0 +1,73 @@
+"""How the kernels' benchmarks measure: candidates in turn, in one process, against this machine's own ceilings.
+
+Inputs are random (a product of zeros is faster). A candidate that cannot run here says why and is left out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import triton.testing
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def milliseconds(*candidates: Callable[[], object], rounds: int = 10) -> list[float]:
+    """Median time of each. On a CPU the candidates take turns, so that other load on the machine falls on all alike."""
+    if DEVICE == "cuda":
+        return [triton.testing.do_bench(candidate, return_mode="median") for candidate in candidates]
+    times: list[list[float]] = [[] for _ in candidates]
+    for _ in range(rounds + 1):
+        for candidate, record in zip(candidates, times):
+            start = time.perf_counter()
+            candidate()
+            record.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(record[1:]) for record in times]  # the first round warms up
+
+
+@lru_cache
+def ceilings() -> tuple[float, float]:
+    """Measured FLOP/s of a large product in DTYPE, and bytes/s of a large copy."""
+    n, size = (8192, 1 << 29) if DEVICE == "cuda" else (1024, 1 << 24)
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    source, target = (torch.ones(size, device=DEVICE) for _ in range(2))
+    product, copy = milliseconds(lambda: a @ b, lambda: target.copy_(source))
+    return 2 * n**3 / product * 1e3, 8 * size / copy * 1e3
+
+
+def compare(title: str, flop: float, traffic: float, **candidates: Callable[[], object]) -> None:
+    """Prints each candidate's time, its speed against the first, and the share of the roofline it reaches.
+
+    flop, traffic   the arithmetic and the bytes that the operation cannot do without: the roofline is the slower of
+                    the two at the ceilings of this machine
+    """
+    product, copy = ceilings()
+    floor = 1e3 * max(flop / product, traffic / copy)
+    print(f"{title}: {flop:.3g} FLOP, {traffic:.3g} bytes, not under {floor:.3g} ms")
+    runnable = {}
+    for name, candidate in candidates.items():
+        try:
+            candidate()
+            runnable[name] = candidate
+        except Exception as error:  # no C++ compiler for torch.compile, too little memory for a naive candidate
+            print(f"  {name:<24} not run: {type(error).__name__}")
+    times = milliseconds(*runnable.values())
+    for name, t in zip(runnable, times):
+        print(f"  {name:<24} {t:10.3f} ms   {times[0] / t:6.2f}x   {floor / t:6.1%} of the roofline")
+
+
+def with_backward(op: Callable, *inputs: torch.Tensor) -> Callable[[], object]:
+    """Forward and backward of op's first output, to every input that requires a gradient."""
+    leaves = [x for x in inputs if x.requires_grad]
+
+    def run():
+        output = op(*inputs)
+        output = output[0] if isinstance(output, tuple) else output
+        return torch.autograd.grad(output.sum(), leaves)
+
+    return run
