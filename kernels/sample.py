@@ -39,8 +39,8 @@ MIX_2 = 0x94D049BB133111EB - 2**64
 def hash_key(*words: int | Tensor) -> Tensor:
     """A 64-bit key from the words of an address, in order: int64, of the words' common shape.
 
-    Words are ints or int64 tensors: hash_key(seed, step, problem, torch.arange(8)) is eight keys. A key is a word too: a
-    row's key is made once, and hash_key(key, position) at each step.
+    Words are ints or int64 tensors: hash_key(seed, step, problem, torch.arange(8)) is eight keys. A key is a word
+    too: a row's key is made once, and hash_key(key, position) at each step.
     """
     key = torch.zeros((), dtype=torch.int64)
     for word in words:

@@ -42,8 +42,8 @@ def compile_for(
 ) -> Compiled:
     """Compiles `kernel` for sm_`arch`; needs neither driver nor GPU, but a process without TRITON_INTERPRET.
 
-    signature   argument name -> "*bf16", "*fp32", "*i32", "i32", "fp32", …, of all but constexprs
-    constexprs  argument name -> value
+    signature   name -> "*bf16", "*fp32", "*i32", "i32", "fp32", … of every argument that is no constexpr
+    constexprs  name -> value
     Pointers and, as at a launch with friendly sizes, i32 arguments are declared multiples of 16: without that, loads are
     not vectorised and asynchronous copies not used.
     """
