@@ -44,8 +44,8 @@ def compile_for(
 
     signature   name -> "*bf16", "*fp32", "*i32", "i32", "fp32", … of every argument that is no constexpr
     constexprs  name -> value
-    Pointers and, as at a launch with friendly sizes, i32 arguments are declared multiples of 16: without that, loads are
-    not vectorised and asynchronous copies not used.
+    Pointers and, as at a launch with friendly sizes, i32 arguments are declared multiples of 16: without that, loads
+    are not vectorised and asynchronous copies not used.
     """
     assert os.environ.get("TRITON_INTERPRET") != "1", "this process interprets kernels: start it with THINKRL_AOT=1"
     missing = set(kernel.arg_names) - set(signature) - set(constexprs)
