@@ -1,9 +1,9 @@
-"""Write what the embedded model is trained from: `python -m thinkrl.assets.tiny.make --out DIR`.
+"""Write what the embedded model is trained from: `python -m thinkrl.assets.tiny.make --out DIR`. `make tiny` does the rest.
 
     DIR/chains.jsonl      rows {"problem", "response"} by thinkrl.arith
     DIR/start/            a Llama checkpoint folder with random weights: config, tokenizer, model.safetensors
 
-`make tiny` then trains DIR/start on DIR/chains.jsonl with `train.py sft` and copies the result here.
+Then `train.py sft` trains DIR/start on DIR/chains.jsonl, each row once, and model.safetensors is all that changes hands.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def write_folder(path: Path, weights: dict[str, torch.Tensor]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--rows", type=int, default=200_000, help="chains to write")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder to write")
+    parser.add_argument("--rows", type=int, default=128_000, help="chains to write: 1000 steps of 128")
     parser.add_argument("--seed", type=int, default=1, help="of problems, chains and weights")
     args = parser.parse_args()
     write_folder(args.out / "start", random_weights(args.seed))
