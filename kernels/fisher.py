@@ -260,6 +260,7 @@ def ghost_norm_torch(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
     return values
 
 
+@torch.no_grad()
 def episode_quadratic(
     x: Tensor, g: Tensor, cu_episodes: Tensor, weight: Tensor | None = None, power: int = 2
 ) -> Tensor:
@@ -272,6 +273,7 @@ def episode_quadratic(
     return run(x, g, cu_episodes, weight, power)
 
 
+@torch.no_grad()
 def ghost_norm(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
     """‖G_k‖² of every episode k, [K] fp64, from dot products of tokens: equals `episode_quadratic(x, g, cu_episodes)`.
 
@@ -281,6 +283,7 @@ def ghost_norm(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
     return run(x, g, cu_episodes)
 
 
+@torch.no_grad()
 def diagonal_fisher(x: Tensor, g: Tensor) -> Tensor:
     """F_ij = mean over tokens of (g_ti x_tj)², [D2, D1] fp32 (fp64 for fp64 inputs); zeros when there are no tokens.
 

@@ -149,12 +149,14 @@ def test_guarded_credit_does_not_reward_the_negatively_rewarded():
 
 
 def test_guarded_credit_is_bounded():
-    tokens = [torch.tensor([5.0, -4.98]), torch.tensor([0.5, 0.5]), torch.tensor([0.0, -9.0] + [0.3] * 28)]
-    A = token_advantages(tokens, mode="guarded", max_ratio=3.0)
-    uniform = token_advantages(tokens, mode="uniform")
-    assert torch.equal(A[0], uniform[0])  # its mean 0.01 is no divisor beside the group's
-    assert all((a.abs() <= 3 * u.abs() + 1e-12).all() for a, u in zip(A, uniform))
-    assert A[2].abs().max() == 3 * uniform[2].abs().max()
+    tokens = [torch.tensor([5.0, -4.998]), torch.tensor([-0.5, -0.5]), torch.tensor([0.3] * 28 + [-9.0, 0.0])]
+    guarded, uniform = token_advantages(tokens, max_ratio=3.0), token_advantages(tokens, mode="uniform")
+    assert uniform[0][0] > 0 and torch.equal(guarded[0], uniform[0])  # its mean 0.001 is no divisor beside the group's 0.5
+    assert all((a.abs() <= 3 * u.abs() + 1e-12).all() for a, u in zip(guarded, uniform))
+    paper = token_advantages(tokens, mode="paper")
+    assert paper[0].abs().max() > 1000 * uniform[0][0]
+    spread = token_advantages([torch.tensor([0.4] * 9 + [3.6]), torch.tensor([0.1])], max_ratio=3.0, statistic="return_sum")
+    near(spread[0] / 0.707107, [0.4 / 0.72] * 9 + [3.0], 1e-5)  # 3.6 is five times the mean
 
 
 @pytest.mark.parametrize("statistic", ["token_trunc_mean", "return_sum"])
