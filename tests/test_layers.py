@@ -12,7 +12,8 @@ LAYERS = {
     2: ["model", "checkpoint", "tokenizer", "problems", "arith", "grading", "pages", "episodes", "conversation"],
     3: ["sampler", "grpo", "sft", "rollout"],
     4: ["l2t", "thoughts", "longshort", "prm", "evaluate", "report", "learner", "bench"],
-    5: ["train", "sample", "chunk", "compare"],
+    5: ["presets"],
+    6: ["train", "sample", "chunk", "compare"],
 }
 # Within a layer, modules do not see each other, but for these.
 SIDEWAYS = {
@@ -20,7 +21,8 @@ SIDEWAYS = {
     ("checkpoint", "model"), ("problems", "grading"), ("problems", "arith"), ("rollout", "sampler"),
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
-FILES = {path.stem: path for path in [*ROOT.glob("*.py"), *(ROOT / "thinkrl").glob("*.py")] if path.stem not in ("setup", "__init__")}
+SOURCES = [*ROOT.glob("*.py"), *(ROOT / "thinkrl").glob("*.py")]
+FILES = {path.stem: path for path in SOURCES if path.stem not in ("setup", "__init__")}
 
 
 def imported(path: Path) -> set[str]:
@@ -31,7 +33,8 @@ def imported(path: Path) -> set[str]:
             names |= {node.module} if node.module != "thinkrl" else {f"thinkrl.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    ours = {n.removeprefix("thinkrl.").split(".")[0] for n in names if n.split(".")[0] in ("thinkrl", "kernels", "train", "sample", "chunk")}
+    roots = {"thinkrl", "kernels", *LAYERS[6]}
+    ours = {name.removeprefix("thinkrl.").split(".")[0] for name in names if name.split(".")[0] in roots}
     return ours & (set(LAYER) | {"kernels"})
 
 

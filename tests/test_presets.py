@@ -1,10 +1,13 @@
 """Presets inside the step, on the embedded model: what each of them pays, and that its options reach the reward."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import thinkrl.l2t
 import train
+from thinkrl import presets
 from thinkrl.arith import heldout
 from thinkrl.config import parse
 from thinkrl.distributed import World, start
@@ -87,9 +90,9 @@ def test_every_option_changes_what_is_paid(world, default, options):
 
 
 def test_profile_code_sums_gains_by_length(world, monkeypatch):
-    monkeypatch.setattr(train, "load_prm", lambda *_: object())
-    monkeypatch.setattr(train, "model_path", lambda name: TINY)
-    monkeypatch.setattr(train, "score_completions", lambda model, prompts, completions, prefixes: [
+    monkeypatch.setattr(presets, "load_prm", lambda *_: SimpleNamespace(separator=None))
+    monkeypatch.setattr(presets, "model_path", lambda *_: TINY)
+    monkeypatch.setattr(presets, "score_completions", lambda model, prompts, completions, prefixes: [
         torch.linspace(0, 1, len(p)) for p in prefixes])
     _, trajectories, _, _ = step_of(world, "l2t", "--profile", "code", "--prm", "x")
     for t in trajectories:

@@ -248,11 +248,23 @@ def predicted_correctness_ref(
     return torch.stack(J).cpu()
 
 
+@dataclass(frozen=True)
+class _Prefix:
+    """The first tokens of a completion, up to cut k, waiting for its J."""
+
+    prompt: int
+    sample: int
+    k: int
+    tokens: list[int]
+    fork: Pages
+
+
 class Gain:
     """J_0, …, J_K of every completion of a `Sampler.generate` call, from forks of its pages. Its `on_finish` is the hook.
 
     forced     probability of the gold answer behind each prefix, teacher-forced: K+1 short suffixes, no second look at the
-               prompt or the completion. Scored while others still decode, as soon as a forward is full or pages get short
+               prompt or the completion, once for all samples with that prefix (J_0 above all). Scored while others still
+               decode, as soon as a forward is full or pages get short
     mc         share of correct ones among `samples` answers sampled behind the forcing text
     continue   share of correct ones among `samples` continuations to the end, each as long as a completion may be
 
@@ -270,17 +282,19 @@ class Gain:
             raise ValueError(f"kind must be forced, mc or continue, not {kind!r}")
         self.sampler, self.probes, self.segment, self.kind = sampler, probes, segment, kind
         self.samples, self.max_tokens, self.grade, self.seed, self.keys = samples, max_tokens, grade, seed, keys
-        self.episodes: dict[tuple[int, int], Episodes] = {}  # by prompt and sample
-        self.J: dict[tuple[int, int], Tensor] = {}
-        self._waiting: list[tuple[int, int, int, Pages, list[int]]] = []  # prompt, sample, k, fork, completion before the cut
+        self._seen: dict[tuple[int, int], tuple[Episodes, list]] = {}  # (prompt, sample) -> episodes, keys of J_0, …, J_K
+        self._J: dict[tuple[int, ...], float] = {}
+        self._waiting: dict[tuple[int, ...], _Prefix] = {}
 
     def on_finish(self, completion: Completion, pages: Pages) -> None:
-        prompt, sample = completion.prompt, completion.sample
-        episodes = self.episodes[prompt, sample] = self.segment(completion.tokens)
-        self.J[prompt, sample] = torch.zeros(len(episodes) + 1, dtype=torch.float64)
-        prompt_length = len(pages.tokens) - len(completion.tokens)
+        prompt, sample, tokens = completion.prompt, completion.sample, completion.tokens
+        episodes, keys = self.segment(tokens), []
         for k, n in enumerate(episodes.prefixes):
-            self._waiting.append((prompt, sample, k, pages.fork(prompt_length + n), completion.tokens[:n]))
+            keys.append((prompt, *tokens[:n]) if self.kind == "forced" else (prompt, sample, k))
+            if keys[-1] not in self._J and keys[-1] not in self._waiting:
+                fork = pages.fork(len(pages.tokens) - len(tokens) + n)
+                self._waiting[keys[-1]] = _Prefix(prompt, sample, k, tokens[:n], fork)
+        self._seen[prompt, sample] = episodes, keys
         if self.kind == "forced":
             probe, pool = self.probes[prompt], self.sampler.pool
             full = len(self._waiting) * len(probe.forced + probe.gold) >= self.sampler.max_tokens_per_forward
@@ -291,35 +305,37 @@ class Gain:
         """(Episodes, J [K+1] fp64) of all completions seen, prompt by prompt, sample by sample."""
         if self._waiting:
             self._score() if self.kind == "forced" else self._sample()
-        return [(self.episodes[key], self.J[key]) for key in sorted(self.J)]
+        J = {place: torch.tensor([self._J[key] for key in keys], dtype=torch.float64) for place, (_, keys) in self._seen.items()}
+        return [(self._seen[place][0], J[place]) for place in sorted(J)]
 
     def _score(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        probes = [self.probes[prompt] for prompt, *_ in waiting]
-        logprobs = self.sampler.score([fork for *_, fork, _ in waiting], [probe.forced + probe.gold for probe in probes])
-        for (prompt, sample, k, _, _), probe, logprob in zip(waiting, probes, logprobs):
-            self.J[prompt, sample][k] = answer_probability(logprob, probe)
+        waiting, self._waiting = self._waiting, {}
+        probes = [self.probes[prefix.prompt] for prefix in waiting.values()]
+        logprobs = self.sampler.score([prefix.fork for prefix in waiting.values()], [p.forced + p.gold for p in probes])
+        for key, probe, logprob in zip(waiting, probes, logprobs):
+            self._J[key] = float(answer_probability(logprob, probe))
 
     def _sample(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        forks = [fork for *_, fork, _ in waiting]
+        waiting, self._waiting = self._waiting, {}
+        prefixes = list(waiting.values())
         if self.kind == "mc":
-            forced, stop = [self.probes[prompt].forced for prompt, *_ in waiting], [self.probes[0].terminator]
+            forced, stop = [self.probes[p.prompt].forced for p in prefixes], [self.probes[0].terminator]
             longest = 2 * max(len(probe.gold) for probe in self.probes) + 8
         else:
-            forced, stop, longest = [[] for _ in waiting], [], self.max_tokens
-        room = self.sampler.model.config.max_positions - max(len(f.tokens) + len(ids) for f, ids in zip(forks, forced))
-        keys = [(*self.keys[prompt], sample, k, m) for prompt, sample, k, _, _ in waiting for m in range(self.samples)]
+            forced, stop, longest = [[] for _ in prefixes], [], self.max_tokens
+        room = self.sampler.model.config.max_positions - max(len(p.fork.tokens) + len(ids) for p, ids in zip(prefixes, forced))
+        keys = [(*self.keys[p.prompt], p.sample, p.k, m) for p in prefixes for m in range(self.samples)]
         try:
-            answers = self.sampler.generate(forced, self.samples, max_tokens=min(longest, room), prefix=forks,
-                                            stop=[s for s in stop if s], seed=self.seed, keys=keys)
+            answers = self.sampler.generate(forced, self.samples, max_tokens=min(longest, room), stop=[s for s in stop if s],
+                                            seed=self.seed, keys=keys, prefix=[p.fork for p in prefixes])
         finally:
-            for fork in forks:
-                fork.release()
-        for (prompt, sample, k, _, before), ids, group in zip(waiting, forced, answers):
+            for p in prefixes:
+                p.fork.release()
+        for key, p, ids, group in zip(waiting, prefixes, forced, answers):
             # a forced answer is graded with the text that forced it, a continuation with the completion it continues
-            texts = [self.sampler.tokenizer.decode((ids if self.kind == "mc" else before) + answer.tokens) for answer in group]
-            self.J[prompt, sample][k] = sum(self.grade(prompt, text) for text in texts) / len(texts)  # L2T Prop. D.1
+            start = ids if self.kind == "mc" else p.tokens
+            correct = [self.grade(p.prompt, self.sampler.tokenizer.decode(start + answer.tokens)) for answer in group]
+            self._J[key] = sum(correct) / len(correct)  # L2T Prop. D.1
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,11 @@ class Learner:
                     kept.copy_(moving)
 
 
-def model_path(model: str) -> Path:
+def model_path(model: str, option: str = "--model") -> Path:
     """The checkpoint folder; 'tiny' is the embedded model's. Raises UserError if there is none."""
     path = TINY if model == "tiny" else Path(model)
     if not path.is_dir():
-        raise UserError(f"--model {model}: no such folder; give a Hugging Face checkpoint folder, or 'tiny'")
+        raise UserError(f"{option} {model}: no such folder; give a Hugging Face checkpoint folder, or 'tiny'")
     return path
 
 
@@ -56,14 +56,18 @@ def new_learner(path: Path, config: Config, world: World, tokenizer: Tokenizer, 
         return shard(load_model(path, device=world.device), world, dtype, config.replicate, config.activation_checkpointing)
 
     policy = sharded()
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in policy.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
-         {"params": [p for p in policy.parameters() if p.ndim == 1], "weight_decay": 0.0}],
-        lr=config.lr, betas=(config.beta1, config.beta2),
-    )
     pages = {"num_pages": config.kv_pages} if config.kv_pages else {}
     sampler = Sampler(load_model(path, dtype, world.device), tokenizer, **pages) if samples else None
-    return Learner(policy, optimizer, sampler, sharded().requires_grad_(False) if config.kl_coef else None)
+    return Learner(policy, new_optimizer(policy, config), sampler, sharded().requires_grad_(False) if config.kl_coef else None)
+
+
+def new_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW; only matrices decay."""
+    return torch.optim.AdamW(
+        [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
+         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}],
+        lr=config.lr, betas=(config.beta1, config.beta2),
+    )
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
@@ -76,10 +80,12 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def save(folder: Path, step: int, learners: dict[str, Learner], state: dict, tokenizer: Tokenizer, config: Config) -> None:
+def save(folder: Path, step: int, learners: dict[str, Learner], state: dict, tokenizer: Tokenizer | None, config: Config) -> None:
     """checkpoints/step_N with everything a resume needs, and a Hugging Face folder per learner. Collective."""
     save_step(folder, step, _modules(learners), _optimizers(learners), state, keep=config.keep_checkpoints)
     for name, learner in learners.items():
+        if not isinstance(learner.policy, Transformer):  # a step reward model: prm.save_prm
+            continue
         own = "hf" if len(learners) == 1 else f"hf_{name}"
         save_hf(learner.policy, tokenizer, folder / "checkpoints" / f"step_{step}" / own)
 

@@ -41,6 +41,7 @@ DEFINITIONS = {
     "process_reward": "l2t: mean over completions of the summed process reward",
     "penalty_length_correlation": "l2t: correlation over episodes of normalised compression and length in tokens",
     "penalty_seconds": "l2t: time spent on the compression penalty",
+    "label_error": "prm: mean |P(positive) - Monte-Carlo label| over prefixes",
     "round": "longshort: the round, counted from 1",
     "turns": "longshort: mean turns per conversation",
     "format": "longshort: share of trajectories whose own turns are all well formed",

@@ -14,7 +14,7 @@ from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory, Turn
 
-TRAINING, EVALUATION, PROBE = 0, 1, 2  # first part of an address: no two purposes draw the same numbers
+TRAINING, EVALUATION, PROBE, LABELS = range(4)  # first part of an address: no two purposes draw the same numbers
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, system: str = "", suffix: str = "") -> list[int]:
