@@ -574,6 +574,7 @@ def test_probes_on_forked_pages_equal_full_forwards(max_tokens_per_forward):
         assert J.shape == expected.shape == (len(episodes) + 1,)
         torch.testing.assert_close(J, expected, atol=1e-5, rtol=0)
         assert (J > 0).all() and (J < 1).all() and J.std() > 0
+    assert len({float(J[0]) for _, J in results}) == 2  # asked once per prompt
 
 
 def test_probes_cost_a_fifth_of_full_forwards():

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from thinkrl.types import Problem, UserError
 
 LEVELS = ("1 digit", "2 digits", "3 digits")
-SHARES = (0.05, 0.35, 0.60)  # of the training stream, and of heldout() as far as there are that many products
+SHARES = (0.05, 0.45, 0.50)  # of the training stream, and of heldout() as far as there are that many products
 MAX_EPISODES = 20  # the vocabulary has no higher number
-LONGEST_CHAIN = 14  # episodes the teacher writes at most, so that no trace comes near 200 tokens
+LONGEST_CHAIN = 15  # episodes the teacher writes at most, so that no trace comes near 200 tokens
 HELD_OUT = 4  # one product in four is never trained on
 
 
@@ -36,16 +36,16 @@ HELD_OUT = 4  # one product in four is never trained on
 class Teacher:
     """The habits of the chain writer, as probabilities. Tuples over levels or parities say so."""
 
-    decompose: tuple[float, float] = (0.4, 0.6)  # for odd b, for even b: the greedy policy decomposes half of the time
+    decompose: tuple[float, float] = (0.45, 0.70)  # for odd b, for even b: greedy decoding decomposes half of the problems
     misjudge: tuple[float, ...] = (0.0, 0.30, 0.45)  # by level: a glance is wrong, and stays unreliable even greedily
     slip: float = 0.03  # a step is wrong
     notice: float = 0.5  # and is noticed at once: "check … no", then the right step
     empty: float = 0.05  # nothing is thought, the answer is a glance
-    opening: float = 0.30  # recall the question first
-    idle_middle: float = 0.45  # recall, restate or check after a step; again after that (geometric)
-    idle_last: float = 0.25  # the same after the result; small, or greedy decoding never closes its thinking
-    again_glance: float = 0.15  # wait, and then step by step
-    again_steps: float = 0.08
+    opening: float = 0.40  # recall the question first
+    idle_middle: float = 0.60  # recall, restate or check after a step; again after that (geometric)
+    idle_last: float = 0.30  # the same after the result; small, or greedy decoding never closes its thinking
+    again_glance: float = 0.20  # wait, and then step by step
+    again_steps: float = 0.12
     force: float = 0.35  # of the SFT rows: thinking cut after some episode, the answer demanded
     force_empty: float = 0.12  # of those: before the first episode; few, because they teach to answer at a glance
 

@@ -92,8 +92,8 @@ def collect(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]:
         last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-10:]
         row = {"seed": int(seed), "steps": last[-1]["step"], "seconds_per_step": _mean([r["seconds"] for r in last])}
         row |= _measures(summary["after"])
-        row["curve"] = [[0, *_point(summary["before"])], *([int(k[5:]), *_point(v)] for k, v in summary.items() if k[:5] == "step_"),
-                        [last[-1]["step"], *_point(summary["after"])]]
+        between = [[int(name[5:]), *_point(result)] for name, result in summary.items() if name.startswith("step_")]
+        row["curve"] = [[0, *_point(summary["before"])], *between, [last[-1]["step"], *_point(summary["after"])]]
         for key in ("episodes", "malformed"):
             if key in last[-1]:
                 row[key] = _mean([r[key] for r in last])
@@ -122,7 +122,8 @@ def _mean(values: list[float]) -> float:
 def table(results: dict[str, dict]) -> str:
     """mean ± standard deviation over seeds."""
     levels = sorted(key.removeprefix("accuracy ") for key in next(iter(results.values())) if key.startswith("accuracy "))
-    columns = ["accuracy", "tokens", "greedy_accuracy", "greedy_tokens", *(f"{q} {x}" for x in levels for q in ("accuracy", "tokens"))]
+    columns = ["accuracy", "tokens", "greedy_accuracy", "greedy_tokens"]
+    columns += [f"{quantity} {level}" for level in levels for quantity in ("accuracy", "tokens")]
     head = ["T=1 acc", "tokens", "greedy acc", "tokens", *(h for x in levels for h in (x, "tokens"))]
     lines = ["| recipe | seeds | " + " | ".join(head) + " |", "|---" * (len(head) + 2) + "|"]
     for name, result in results.items():
@@ -159,11 +160,13 @@ def figure(results: dict[str, dict], path: Path) -> None:
         parts += [f'<text x="{x}" y="{height - bottom + 18}" text-anchor="middle">{tok:.0f}</text>',
                   f'<text x="{left - 8}" y="{float(y) + 4}" text-anchor="end">{acc:.0%}</text>',
                   f'<line x1="{left}" x2="{width - 190}" y1="{y}" y2="{y}" stroke="#ddd"/>']
-    parts.append(f'<text x="{(left + width - 190) / 2}" y="{height - 10}" text-anchor="middle">mean completion tokens, T = 1</text>')
+    middle = (left + width - 190) / 2
+    parts.append(f'<text x="{middle}" y="{height - 10}" text-anchor="middle">mean completion tokens, T = 1</text>')
     for i, (name, curve) in enumerate(curves.items()):
         colour, dots = colours[i % len(colours)], [place(*p).split(",") for p in curve]
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(",".join(d) for d in dots)}"/>')
-        parts += [f'<circle cx="{x}" cy="{y}" r="{5 if j == len(dots) - 1 else 2.5}" fill="{colour}"/>' for j, (x, y) in enumerate(dots)]
+        parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in dots[:-1]]
+        parts.append(f'<circle cx="{dots[-1][0]}" cy="{dots[-1][1]}" r="6" fill="{colour}"/>')
         parts.append(f'<text x="{width - 180}" y="{30 + 18 * i}" fill="{colour}">{name}</text>')
     path.write_text("\n".join(parts + ["</svg>"]) + "\n")
 

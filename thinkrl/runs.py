@@ -67,7 +67,8 @@ def _choose(config: Config) -> tuple[Path, bool]:
             raise UserError(f"the run {folder} exists: continue it with --resume auto, or choose another --name")
         return _unfinished(folder, config), True
     if config.resume == "auto":
-        saved = [path for path in root.glob("*/config.json") if _differing(path.parent, config) == [] and not _finished(path.parent)]
+        saved = [path for path in root.glob("*/config.json")
+                 if not _differing(path.parent, config) and not _finished(path.parent)]
         if saved:
             return max(saved, key=lambda path: path.stat().st_mtime).parent, True
     stem = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
