@@ -140,8 +140,9 @@ def chunk(options: Options, world: World) -> None:
 def load_items(options: Options) -> list[Item]:
     """Every row, read and checked before anything is sampled. Raises UserError with file, row and field."""
     if options.data == "arith":
+        teacher = replace(arith.TEACHER, decompose=(1.0, 1.0), empty=0.0)  # long chains: whatever has steps is written in steps
         problems = [arith.training_problem(options.seed, i) for i in range(options.limit)]
-        return [Item(p, arith.chain(p, random.Random(f"chunk/{options.seed}/{p.id}"))) for p in problems]
+        return [Item(p, arith.chain(p, random.Random(f"chunk/{options.seed}/{p.id}"), teacher)) for p in problems]
     items = []
     for problem, (where, row) in zip(load_problems(options.data, options.source), read_rows(options.data)):
         response = text_field(row, where, "thought", "response")
