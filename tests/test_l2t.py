@@ -5,26 +5,24 @@ import math
 import pytest
 import torch
 
-from thinkrl import l2t
-from thinkrl.episodes import Episodes, segment
-from thinkrl.grpo import group_advantages
-from thinkrl.l2t import (
+from thinkrl import compression as compression_module
+from thinkrl.compression import (
     DAMPING,
-    Gain,
-    Probe,
     Proxy,
     Row,
-    answer_probability,
     block_factors,
     compression,
-    episode_rewards,
-    make_probe,
     normalise_compression,
-    predicted_correctness_ref,
-    process_reward,
-    returns_to_go,
     svd_basis,
     svd_factors,
+)
+from thinkrl.episodes import Episodes, segment
+from thinkrl.gain import Gain, Probe, answer_probability, make_probe, predicted_correctness_ref
+from thinkrl.grpo import group_advantages
+from thinkrl.l2t import (
+    episode_rewards,
+    process_reward,
+    returns_to_go,
     to_go_advantages,
     token_advantages,
     token_rewards,
@@ -394,7 +392,7 @@ def test_cutting_more_does_not_change_the_expected_penalty():
         hidden = torch.cumsum(torch.stack([torch.ones(4).double(), *(mixing[w] for w in words[:3])]), 0).tanh()
         targets = torch.tensor(words)
         probability = (hidden @ W.T).log_softmax(-1)[torch.arange(4), targets].sum().exp()
-        (factors,) = l2t.head_factors(hidden, W, targets)
+        (factors,) = compression_module.head_factors(hidden, W, targets)
         for name, cu in cuts.items():
             cu = torch.tensor(cu)
             summed[name] += probability * compression("diag", [factors], cu, nF, 1).sum()

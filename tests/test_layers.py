@@ -11,7 +11,7 @@ LAYERS = {
     1: ["config", "types", "distributed", "metrics", "runs"],
     2: ["model", "checkpoint", "tokenizer", "problems", "arith", "grading", "pages", "episodes", "conversation"],
     3: ["sampler", "grpo", "sft", "rollout"],
-    4: ["l2t", "thoughts", "longshort", "prm", "evaluate", "report", "learner", "bench"],
+    4: ["l2t", "gain", "compression", "thoughts", "longshort", "prm", "evaluate", "report", "learner", "bench"],
     5: ["presets"],
     6: ["train", "sample", "chunk", "compare"],
 }

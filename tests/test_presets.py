@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import thinkrl.l2t
+import thinkrl.compression
 import train
 from thinkrl import presets
 from thinkrl.arith import heldout
@@ -61,8 +61,8 @@ def test_rollouts_do_not_depend_on_the_preset(world, default):
 
 def test_the_kernel_reaches_the_reward(world, default, monkeypatch):
     """Break kernels.fisher's quadratic form: what an episode is paid changes."""
-    whole = thinkrl.l2t.episode_quadratic
-    monkeypatch.setattr(thinkrl.l2t, "episode_quadratic", lambda x, g, cu, w, **more: whole(x, g, cu, w, **more).flip(0))
+    whole = thinkrl.compression.episode_quadratic
+    monkeypatch.setattr(thinkrl.compression, "episode_quadratic", lambda x, g, cu, w, **more: whole(x, g, cu, w, **more).flip(0))
     _, trajectories, _, _ = step_of(world, "l2t")
     assert any(t.extra["process_reward"] != u.extra["process_reward"] for t, u in zip(trajectories, default[1]))
 

@@ -18,25 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinkrl import longshort
+from thinkrl.compression import Proxy, normalise_compression
 from thinkrl.config import Config
 from thinkrl.conversation import load_prompts
 from thinkrl.distributed import World, global_sum
 from thinkrl.episodes import Episodes, segment
+from thinkrl.gain import Gain, Probe, make_probe
 from thinkrl.grading import grade
 from thinkrl.grpo import group_advantages
-from thinkrl.l2t import (
-    Gain,
-    Probe,
-    Proxy,
-    episode_rewards,
-    make_probe,
-    normalise_compression,
-    process_reward,
-    released_reward,
-    returns_to_go,
-    token_advantages,
-    token_rewards,
-)
+from thinkrl.l2t import episode_rewards, process_reward, released_reward, returns_to_go, token_advantages, token_rewards
 from thinkrl.learner import Learner, compute_dtype, learning_rate, model_path, new_learner
 from thinkrl.metrics import Stopwatch, Tally, correlation
 from thinkrl.prm import load_prm, retell, score_completions

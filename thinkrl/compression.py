@@ -1,0 +1,319 @@
+"""Compression: what an episode would write into the parameters, as a PAC-Bayes price.                         L2T §4.2, App. B
+
+    C_k = KL(N(theta + D_k, P^-1) || N(theta, P^-1)) = ½ Σ_j (N F_jj + λ) D_kj²,     D_k = eta grad log p(z_k | s_k)        diag
+
+The gradient of a matrix over an episode is a sum over its tokens of g_t x_tᵀ, output gradient times input; every price here is a
+statistic of such sums, and kernels/fisher.py takes them for all episodes in one pass without ever forming a gradient. A proxy
+says whose matrix: the SVD core of the LM head by default, which needs only the states the sampler kept and one LM-head pass.
+
+Departures: Eq. 4 is (g_k · D_k)² with D_k the parameters' move, which no rollout makes. `diag` is the PAC-Bayes form with D_k a
+virtual gradient step; the printed form is `rank1`; two more readings of D_k are `natural` and `drift`.
+
+The gradient is the *sum* over an episode's tokens: scores of sampled tokens are martingale differences, so the expected total of
+a completion does not depend on how it is cut. With means instead, long episodes would be cheap and dropping tags would pay.
+
+Letters: T tokens and K episodes of a row of completions, S completions, D width, V vocabulary, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kernels.attention import packed_attention
+from kernels.fisher import diagonal_fisher, episode_quadratic, ghost_norm
+from kernels.logprob import linear_logprob, linear_score
+from thinkrl import UserError
+from thinkrl.episodes import Episodes
+from thinkrl.model import Transformer, make_rotate, sequence_positions
+from thinkrl.types import Turn
+
+
+@dataclass(frozen=True)
+class Row:
+    """Completions behind their prompts, packed, with their episodes."""
+
+    tokens: Tensor  # [L] int64, prompts included
+    cu_seqlens: Tensor  # [S+1] int32
+    own: Tensor  # [T] int64, places of the completions' tokens in the row
+    cu_episodes: Tensor  # [K+1] int64, over the T own tokens
+    hidden: Tensor | None  # [T, D], the states that predicted the own tokens, if the sampler kept them
+
+    @staticmethod
+    def of(turns: Sequence[Turn], episodes: Sequence[Episodes], device: torch.device | str = "cpu") -> Row:
+        tokens, own, lengths, cu = [], [], [0], [0]
+        for turn, cut in zip(turns, episodes):
+            own += range(len(tokens) + len(turn.prompt), len(tokens) + len(turn.prompt) + len(turn.completion))
+            tokens += turn.prompt + turn.completion
+            lengths.append(len(tokens))
+            cu += (cut.ends + 1 + cu[-1]).tolist()
+        kept = all(turn.hidden is not None for turn in turns)
+        return Row(torch.tensor(tokens, device=device), torch.tensor(lengths, dtype=torch.int32, device=device),
+                   torch.tensor(own, device=device), torch.tensor(cu, device=device),
+                   torch.cat([turn.hidden for turn in turns]).to(device) if kept else None)
+
+
+Factors = list[tuple[Tensor, Tensor]]  # per matrix [D2, D1]: x [T, D1], g [T, D2]; an episode's gradient is its sum of g_t x_tᵀ
+
+
+def svd_basis(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """V [D, r] and S [r] of W = U S Vᵀ [V, D], largest first, r = `rank` or what W has. U is W V / S, and never needed.
+
+    From the eigenvectors of WᵀW in fp64, so singular values below 1e-6 of the largest do not count as rank.
+    """
+    gram = sum(rows.double().T @ rows.double() for rows in weight.detach().split(8192))
+    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = squares.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    keep = squares > 1e-12 * squares[0]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return vectors[:, keep].to(dtype).contiguous(), squares[keep].sqrt().to(dtype)
+
+
+def svd_factors(hidden: Tensor, weight: Tensor, targets: Tensor, V: Tensor, S: Tensor) -> Factors:
+    """The LM head's gradient in the core of its SVD, U_rᵀ G V_r [r, r], without anything of vocabulary size.
+
+    The logits' gradient δ_t enters only as Wᵀδ_t, which is the score: U_rᵀ δ_t = S_r⁻¹ V_rᵀ Wᵀ δ_t. Exact for the W that was
+    decomposed, 0.5 % off once W has moved by 1e-3 of its norm.
+    """
+    _, score = linear_score(hidden, weight, targets)
+    return [((hidden.to(V.dtype) @ V).to(hidden.dtype), (score @ V / S).to(hidden.dtype))]
+
+
+def head_factors(hidden: Tensor, weight: Tensor, targets: Tensor) -> Factors:
+    """The whole LM head: x_t = h_t, g_t = onehot - softmax, [T, V]. A tied head counts as a head, not as an embedding."""
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    g = logits.softmax(-1).neg_()
+    g[torch.arange(len(targets), device=g.device), targets] += 1
+    return [(hidden, g.to(hidden.dtype))]
+
+
+def block_factors(model: Transformer, row: Row, layer: int = -1) -> Factors:
+    """Inputs of q, o, gate and up (one matrix), and down of a block, and the gradient at their outputs, from one backward.
+
+    An episode's gradient is a sum over its own tokens only where a token's output reaches no other token's log-prob: in the
+    last block, and there not for k and v. At any earlier layer these factors give wrong gradients (55-150 % off).
+    """
+    layer %= len(model.blocks)
+    block, captured = model.blocks[layer], []
+    rotate = make_rotate(sequence_positions(row.cu_seqlens, len(row.tokens)), block.head_dim, model.config.rope)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, row.cu_seqlens)
+
+    def capture(module, inputs, output):
+        captured.append((inputs[0].detach(), output))
+
+    with torch.no_grad():
+        x = model.embed(row.tokens)
+        for earlier in model.blocks[:layer]:
+            x = earlier(x, rotate, attend)
+    hooks = [linear.register_forward_hook(capture) for linear in (block.qkv, block.o, block.gate_up, block.down)]
+    try:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            for later in model.blocks[layer:]:
+                x = later(x, rotate, attend)
+            hidden = model.norm(x)[row.own - 1]
+            logprob, _ = linear_logprob(hidden, model.head_weight.detach(), row.tokens[row.own])
+            gradients = torch.autograd.grad(logprob.sum(), [output for _, output in captured])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    factors = [(x[row.own - 1], g[row.own - 1]) for (x, _), g in zip(captured, gradients)]
+    q_rows = block.heads * block.head_dim
+    return [(x, g[:, :q_rows] if i == 0 else g) for i, (x, g) in enumerate(factors)]
+
+
+def parameter_factors(model: Transformer, row: Row, parameters: Sequence[Tensor]) -> Factors:
+    """Slow: one backward per episode, exact for any parameters. Each gradient is laid out as a single token of width 1 × P."""
+    with torch.enable_grad():
+        hidden = model(row.tokens, row.cu_seqlens)[row.own - 1]
+        logprob, _ = linear_logprob(hidden, model.head_weight, row.tokens[row.own])
+        flat = []
+        for start, end in pairwise(row.cu_episodes.tolist()):
+            gradients = torch.autograd.grad(logprob[start:end].sum(), parameters, retain_graph=True)
+            flat.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return [(torch.stack(flat), torch.ones(len(flat), 1, dtype=flat[0].dtype, device=flat[0].device))]
+
+
+DAMPING = 1e-5  # paper App. F; the precision of a parameter about which no token says anything
+
+
+def compression(kind: str, factors: Factors, cu_episodes: Tensor, fisher: Sequence[Tensor], count: float,
+                move: Sequence[Tensor] | None = None) -> Tensor:
+    """C_k of every episode, [K] fp64, for gradients g_k given as factors: what the virtual step D_k = g_k costs.
+
+    fisher   per matrix [D2, D1], the sum over `count` tokens of squared token gradients: count · F
+    diag     ½ Σ_j (N F_jj + λ) D_kj²        KL between Gaussians of precision N F + λ, N = count              L2T §4.2, Eq. 8
+    rank1    (g_k · D_k)² = ‖g_k‖⁴           as printed                                                        L2T Eq. 4
+    natural  (g_k · D_k)², D_k = (F + λ)⁻¹ g_k
+    drift    (g_k · D_k)², D_k = `move`, the parameters' way since the start of training
+
+    The size of the virtual step is left out: it is a common factor, which `normalise_compression` removes.
+    """
+    if kind == "diag":
+        return sum(0.5 * episode_quadratic(x, g, cu_episodes, nF + DAMPING) for (x, g), nF in zip(factors, fisher))
+    if kind == "rank1":
+        return sum(ghost_norm(x, g, cu_episodes) for x, g in factors) ** 2  # L2T Eq. 4
+    if kind == "natural":
+        damped = [1 / (nF / max(count, 1) + DAMPING) for nF in fisher]
+        return sum(episode_quadratic(x, g, cu_episodes, w) for (x, g), w in zip(factors, damped)) ** 2
+    if kind == "drift":
+        return sum(episode_quadratic(x, g, cu_episodes, d, power=1) for (x, g), d in zip(factors, move)) ** 2
+    raise ValueError(f"compression must be diag, rank1, natural or drift, not {kind!r}")
+
+
+def _alone(value: Tensor) -> Tensor:
+    """The sum over ranks, for a caller that is the only one."""
+    return value
+
+
+def normalise_compression(C: Sequence[Tensor], kappa: float, reduce: Callable[[Tensor], Tensor] = _alone) -> list[Tensor]:
+    """kappa C / (mean over all ranks' completions of a completion's total C), so that the mean completion pays kappa.
+
+    C: list of [K_i]. reduce sums a tensor over ranks. Zeros where that mean is 0.
+    """
+    total, count = reduce(torch.tensor([sum(float(c.sum()) for c in C), len(C)], dtype=torch.float64)).tolist()
+    return [kappa * count / total * c if total > 0 else torch.zeros_like(c) for c in C]
+
+
+class Proxy:
+    """The parameters whose gradient the penalty sees, and their running diagonal Fisher.
+
+    svd         core of the LM head's SVD, rank = `rank_share` of the width; decomposed anew every `refresh_every` steps
+    lm_head     the LM head
+    last_block  q, o, gate, up and down of the last block
+    layers      30 % of the blocks, drawn once: slow, a backward per episode, and memory for every episode's gradient
+
+    F is the mean over completion tokens of squared temperature-1 score gradients, unweighted by any advantage, of steps before
+    this one, each step fading by `decay`; N is the faded number of those tokens. The first step, and the first after a
+    refresh, which starts F anew in the new basis, use their own tokens instead.
+
+    model       whole on this rank, in the weights that sampled (the sampler's own copy)
+    drift       keep the starting weights, for compression="drift"; in a bf16 copy, drift below its rounding is lost
+    """
+
+    def __init__(self, model: Transformer, kind: str = "svd", rank_share: float = 0.1, decay: float = 0.95,
+                 refresh_every: int = 50, drift: bool = False, seed: int = 0):
+        if kind not in ("svd", "lm_head", "last_block", "layers"):
+            raise ValueError(f"proxy must be svd, lm_head, last_block or layers, not {kind!r}")
+        if not 0 < rank_share <= 1:
+            raise UserError(f"rank share {rank_share} is outside (0, 1]")
+        self.model, self.kind, self.decay, self.refresh_every = model, kind, decay, refresh_every
+        self.rank = max(1, round(rank_share * model.config.width))
+        layers = len(model.blocks)
+        drawn = torch.randperm(layers, generator=torch.Generator().manual_seed(seed))[: max(1, round(0.3 * layers))].tolist()
+        self.parameters = [p for layer in sorted(drawn) for p in model.blocks[layer].parameters() if p.ndim == 2]
+        self.V = self.S = self.U = None  # svd: basis of the LM head; U only where drift needs it
+        self.start = [matrix.clone() for matrix in self._matrices()] if drift else None
+        self.fisher: list[Tensor] = []  # per matrix [D2, D1]: N F
+        self.count = 0.0  # N
+
+    def begin(self, step: int) -> None:
+        """Before a step's `penalties`: decompose the LM head if it is time."""
+        if self.kind == "svd" and (self.V is None or step % self.refresh_every == 0):
+            weight = self.model.head_weight.detach()
+            self.V, self.S = svd_basis(weight, self.rank)
+            self.U = (weight.to(self.V.dtype) @ self.V / self.S) if self.start else None
+            self.fisher, self.count = [], 0.0
+
+    def penalties(self, kind: str, turns: Sequence[Turn], episodes: Sequence[Episodes], budget: int = 8192,
+                  reduce: Callable[[Tensor], Tensor] = _alone) -> list[Tensor]:
+        """Raw C_k of each completion, list of [K_i] fp64 on the CPU; afterwards the Fisher learns from these tokens.
+
+        kind as in `compression`; a forward takes completions of at most `budget` tokens, prompts included; reduce sums a
+        tensor over ranks and is called equally often on each.
+        """
+        assert self.kind != "svd" or self.V is not None, "begin(step) comes first"
+        rows = list(self._rows(turns, episodes, budget))
+        first = not self.fisher
+        if first:
+            squares = self._zeros()
+            for row in rows:
+                _add_squares(squares, self.factors(row))
+            self._learn(squares, turns, reduce)
+        move = self._move() if kind == "drift" else None
+        squares, values = self._zeros(), []
+        for row in rows:
+            factors = self.factors(row)
+            cu_episodes = torch.arange(len(row.cu_episodes)) if self.kind == "layers" else row.cu_episodes
+            values.append(compression(kind, factors, cu_episodes, self.fisher, self.count, move).cpu())
+            _add_squares(squares, factors)
+        if not first:
+            self._learn(squares, turns, reduce)
+        return list(torch.cat(values).split([len(e) for e in episodes])) if values else []
+
+    def factors(self, row: Row) -> Factors:
+        """The gradient factors of a row's completion tokens."""
+        if self.kind == "last_block":
+            return block_factors(self.model, row)
+        if self.kind == "layers":
+            return parameter_factors(self.model, row, self.parameters)
+        hidden, weight, targets = row.hidden, self.model.head_weight.detach(), row.tokens[row.own]
+        if hidden is None:
+            with torch.no_grad():
+                hidden = self.model(row.tokens, row.cu_seqlens)[row.own - 1]
+        if self.kind == "lm_head":
+            return head_factors(hidden, weight, targets)
+        return svd_factors(hidden, weight, targets, self.V, self.S)
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in ("V", "S", "U", "start", "fisher", "count")}
+
+    def load_state_dict(self, state: dict) -> None:
+        def place(value):
+            if isinstance(value, list):
+                return [place(v) for v in value]
+            return value.to(self.model.embed.weight.device) if isinstance(value, Tensor) else value
+
+        for name, value in state.items():
+            setattr(self, name, place(value))
+
+    def _rows(self, turns: Sequence[Turn], episodes: Sequence[Episodes], budget: int) -> Iterator[Row]:
+        lengths = [len(turn.prompt) + len(turn.completion) for turn in turns]
+        start = size = 0
+        for i, length in enumerate(lengths):
+            if i > start and (size + length > budget or self.kind == "layers"):
+                yield Row.of(turns[start:i], episodes[start:i], self.model.embed.weight.device)
+                start, size = i, 0
+            size += length
+        if lengths:
+            yield Row.of(turns[start:], episodes[start:], self.model.embed.weight.device)
+
+    def _matrices(self) -> list[Tensor]:
+        """The proxy's parameters as they stand in the model, a matrix [D2, D1] for each factor pair."""
+        if self.kind == "last_block":
+            block = self.model.blocks[-1]
+            q = block.qkv.weight[: block.heads * block.head_dim]
+            return [w.detach() for w in (q, block.o.weight, block.gate_up.weight, block.down.weight)]
+        if self.kind == "layers":
+            return [torch.cat([p.detach().flatten() for p in self.parameters])[None]]
+        return [self.model.head_weight.detach()]
+
+    def _move(self) -> list[Tensor]:
+        """How far the proxy's parameters are from the start of training."""
+        assert self.start is not None, 'compression "drift" needs Proxy(drift=True)'
+        way = [(now - start).to(torch.promote_types(now.dtype, torch.float32)) for now, start in zip(self._matrices(), self.start)]
+        return [self.U.T @ d @ self.V for d in way] if self.kind == "svd" else way
+
+    def _zeros(self) -> list[Tensor]:
+        if self.kind == "svd":
+            return [self.V.new_zeros(len(self.S), len(self.S))]
+        return [torch.zeros_like(m, dtype=torch.promote_types(m.dtype, torch.float32)) for m in self._matrices()]
+
+    def _learn(self, squares: list[Tensor], turns: Sequence[Turn], reduce: Callable[[Tensor], Tensor]) -> None:
+        """Fade what is known, add a step's squared gradients and tokens, summed over ranks."""
+        squares = [reduce(s).to(s) for s in squares]
+        count = float(reduce(torch.tensor(float(sum(len(turn.completion) for turn in turns)))))
+        self.fisher = [self.decay * old + new for old, new in zip(self.fisher, squares)] if self.fisher else squares
+        self.count = self.decay * self.count + count
+
+
+def _add_squares(squares: list[Tensor], factors: Factors) -> None:
+    """Sums over tokens, into `squares`."""
+    for total, (x, g) in zip(squares, factors):
+        total += diagonal_fisher(x, g) * len(x)

@@ -1,0 +1,153 @@
+"""Fitting gain: J_0, …, J_K, how probable the gold answer is when the thinking is cut off after episode k.       L2T §4.2, App. D.1
+
+    J_k = p(answer, terminator | prompt, z_1 … z_k, answer-forcing text)      Delta I_k = J_k - J_{k-1}, sums to J_K - J_0
+
+When the sampler finishes a completion its pages are still there. A probe is a page table forked at the end of an episode and a
+short suffix, so all of J costs the suffixes, not K+1 forwards of the completion. `predicted_correctness_ref` is those forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.logprob import linear_logprob
+from thinkrl import UserError
+from thinkrl.episodes import Episodes
+from thinkrl.model import Transformer
+from thinkrl.pages import Pages
+from thinkrl.sampler import Completion, Sampler
+from thinkrl.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is put behind a prefix to ask for the answer: `forced` closes the thinking, `gold` is what is scored."""
+
+    forced: list[int]
+    gold: list[int]  # the gold answer and its terminator: without the terminator 1 would score on the way to 12
+    terminator: str = ""
+
+
+def make_probe(tokenizer: Tokenizer, answer: str, prefix: str, suffix: str) -> Probe:
+    """Probe for one problem: `prefix` forces the answer, `suffix` ends it. Each part is encoded by itself.
+
+    Raises UserError for an answer without tokens: its probability would be that of the terminator.
+    """
+    gold = tokenizer.encode(answer)
+    if not gold:
+        raise UserError(f"the gold answer {answer!r} tokenizes to nothing: a fitting gain needs an answer to score")
+    return Probe(tokenizer.encode(prefix), gold + tokenizer.encode(suffix), suffix)
+
+
+def answer_probability(logprob: Tensor, probe: Probe) -> Tensor:
+    """J: probability of the gold answer and its terminator, from log-probs of the whole suffix. Scalar fp64 in [0, 1]."""
+    return logprob[len(probe.forced) :].double().sum().exp()  # L2T Prop. D.1
+
+
+@torch.no_grad()
+def predicted_correctness_ref(
+    model: Transformer, prompt: list[int], completion: list[int], episodes: Episodes, probe: Probe
+) -> Tensor:
+    """J_0, …, J_K, [K+1] fp64: a full forward of each of the K+1 prefixes with its probe. The specification of `Gain`."""
+    suffix = probe.forced + probe.gold
+    J = []
+    for n in episodes.prefixes:
+        tokens = torch.tensor(prompt + completion[:n] + suffix, device=model.embed.weight.device)
+        hidden = model(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device))
+        logprob, _ = linear_logprob(hidden[-1 - len(suffix) : -1], model.head_weight, tokens[-len(suffix) :])
+        J.append(answer_probability(logprob, probe))
+    return torch.stack(J).cpu()
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """The first tokens of a completion, up to cut k, waiting for its J."""
+
+    prompt: int
+    sample: int
+    k: int
+    tokens: list[int]
+    fork: Pages
+
+
+class Gain:
+    """J_0, …, J_K of every completion of a `Sampler.generate` call, from forks of its pages. Its `on_finish` is the hook.
+
+    forced     probability of the gold answer behind each prefix, teacher-forced: K+1 short suffixes, no second look at the
+               prompt or the completion, once for all samples with that prefix (J_0 above all). Scored while others still
+               decode, as soon as a forward is full or pages get short
+    mc         share of correct ones among `samples` answers sampled behind the forcing text
+    continue   share of correct ones among `samples` continuations to the end, each as long as a completion may be
+
+    The last two sample after the call, when `results` is asked for; until then forks of all completions hold pages.
+    probes     one per prompt of the call
+    segment    completion tokens -> Episodes
+    grade      (prompt index, text of an answer or of a completion) -> bool, for mc and continue
+    keys       per prompt, the address of its randomness; what is sampled adds (sample, k, m)
+    """
+
+    def __init__(self, sampler: Sampler, probes: Sequence[Probe], segment: Callable[[list[int]], Episodes], kind: str = "forced",
+                 *, samples: int = 4, max_tokens: int = 256, grade: Callable[[int, str], bool] | None = None, seed: int = 0,
+                 keys: Sequence[tuple[int, ...]] = ()):
+        if kind not in ("forced", "mc", "continue"):
+            raise ValueError(f"kind must be forced, mc or continue, not {kind!r}")
+        self.sampler, self.probes, self.segment, self.kind = sampler, probes, segment, kind
+        self.samples, self.max_tokens, self.grade, self.seed, self.keys = samples, max_tokens, grade, seed, keys
+        self._seen: dict[tuple[int, int], tuple[Episodes, list]] = {}  # (prompt, sample) -> episodes, keys of J_0, …, J_K
+        self._J: dict[tuple[int, ...], float] = {}
+        self._waiting: dict[tuple[int, ...], _Prefix] = {}
+
+    def on_finish(self, completion: Completion, pages: Pages) -> None:
+        prompt, sample, tokens = completion.prompt, completion.sample, completion.tokens
+        episodes, keys = self.segment(tokens), []
+        for k, n in enumerate(episodes.prefixes):
+            keys.append((prompt, *tokens[:n]) if self.kind == "forced" else (prompt, sample, k))
+            if keys[-1] not in self._J and keys[-1] not in self._waiting:
+                fork = pages.fork(len(pages.tokens) - len(tokens) + n)
+                self._waiting[keys[-1]] = _Prefix(prompt, sample, k, tokens[:n], fork)
+        self._seen[prompt, sample] = episodes, keys
+        if self.kind == "forced":
+            probe, pool = self.probes[prompt], self.sampler.pool
+            full = len(self._waiting) * len(probe.forced + probe.gold) >= self.sampler.max_tokens_per_forward
+            if full or 4 * pool.free_pages < pool.num_pages:
+                self._score()
+
+    def results(self) -> list[tuple[Episodes, Tensor]]:
+        """(Episodes, J [K+1] fp64) of all completions seen, prompt by prompt, sample by sample."""
+        if self._waiting:
+            self._score() if self.kind == "forced" else self._sample()
+        J = {place: torch.tensor([self._J[key] for key in keys], dtype=torch.float64) for place, (_, keys) in self._seen.items()}
+        return [(self._seen[place][0], J[place]) for place in sorted(J)]
+
+    def _score(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        probes = [self.probes[prefix.prompt] for prefix in waiting.values()]
+        logprobs = self.sampler.score([prefix.fork for prefix in waiting.values()], [p.forced + p.gold for p in probes])
+        for key, probe, logprob in zip(waiting, probes, logprobs):
+            self._J[key] = float(answer_probability(logprob, probe))
+
+    def _sample(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        prefixes = list(waiting.values())
+        if self.kind == "mc":
+            forced, stop = [self.probes[p.prompt].forced for p in prefixes], [self.probes[0].terminator]
+            longest = 2 * max(len(probe.gold) for probe in self.probes) + 8
+        else:
+            forced, stop, longest = [[] for _ in prefixes], [], self.max_tokens
+        room = self.sampler.model.config.max_positions - max(len(p.fork.tokens) + len(ids) for p, ids in zip(prefixes, forced))
+        keys = [(*self.keys[p.prompt], p.sample, p.k, m) for p in prefixes for m in range(self.samples)]
+        try:
+            answers = self.sampler.generate(forced, self.samples, max_tokens=min(longest, room), stop=[s for s in stop if s],
+                                            seed=self.seed, keys=keys, prefix=[p.fork for p in prefixes])
+        finally:
+            for p in prefixes:
+                p.fork.release()
+        for key, p, ids, group in zip(waiting, prefixes, forced, answers):
+            # a forced answer is graded with the text that forced it, a continuation with the completion it continues
+            start = ids if self.kind == "mc" else p.tokens
+            correct = [self.grade(p.prompt, self.sampler.tokenizer.decode(start + answer.tokens)) for answer in group]
+            self._J[key] = sum(correct) / len(correct)  # L2T Prop. D.1
