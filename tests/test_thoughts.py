@@ -118,7 +118,8 @@ def test_blocks_must_cover_every_step():
                           ([(2, 4)], "step 1 is next"), ([(1, 5)], "1 to 5 of 4"), ([(1, 4), (5, 3)], "step 5 is next")]:
         with pytest.raises(Rejected, match=reason):
             read_blocks([{"start": a, "end": b} for a, b in spans], STEPS)
-    for bad in ([], {}, "text", [{"start": 1}], [{"start": "one", "end": 4}], [3], {"block 1": {"start": None, "end": 2}}):
+    for bad in ([], {}, "text", [{"start": 1}], [{"start": "one", "end": 4}], [3], {"block 1": {"start": None, "end": 2}},
+                [{"start": 1, "end": float("inf")}]):
         with pytest.raises(Rejected):
             read_blocks(bad, STEPS)
 

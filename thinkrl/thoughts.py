@@ -145,7 +145,7 @@ def read_blocks(answer: object, steps: Sequence[str], extend: bool = False) -> l
         raise Rejected("the answer holds no blocks")
     try:
         spans = [(int(b["start"]), int(b["end"]), str(b.get("block type", ""))) for b in blocks]
-    except (TypeError, KeyError, ValueError, AttributeError):
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         raise Rejected("a block has no numbers 'start' and 'end'") from None
     if extend:
         spans = [(start, min(end, len(steps)), kind) for start, end, kind in spans if start <= len(steps)]
@@ -275,7 +275,8 @@ def complete_by_block(problem: Problem, thoughts: Sequence[Thought], labels: Seq
 
 _COMPLETION_REQUEST = """\
 Below are a mathematics problem and a solution with gaps. The solution is a JSON object of numbered parts: some are written out, \
-of the others only the purpose is named. Write the missing parts, briefly, so that the whole reads as one solution{form}.
+of the others only the purpose is named. Write the missing parts, briefly, so that the whole reads as one solution; \
+the last part ends with the final answer, in the form that the problem asks for.
 
 Problem:
 {problem}
@@ -300,8 +301,7 @@ def completion_request(question: str, thoughts: Sequence[Thought], labels: Seque
             missing.append(f"part {number} ({parts[f'part {number}']})")
     solution = "\n".join(f'"{name}": {json.dumps(text, ensure_ascii=False)}' for name, text in parts.items())
     return _COMPLETION_REQUEST.format(problem=question, solution=f"{{{solution}}}", missing=", ".join(missing),
-                                      first=missing[0].partition(" (")[0],
-                                      form="; the last part ends with the final answer, in the form that the problem asks for")
+                                      first=missing[0].partition(" (")[0])
 
 
 def read_completion(answer: object, count: int) -> list[str]:
