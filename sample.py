@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node=1 sample.py --prompt "374*6?"
     torchrun --nproc_per_node=2 sample.py --data FILE --n 8 --temperature 1
-    torchrun --nproc_per_node=1 sample.py --long DIR --short DIR --prompt "…"
+    torchrun --nproc_per_node=1 sample.py --long DIR --short DIR --prompt "…"     a conversation of two policies
 
-Prints accuracy, tokens (mean, max, share truncated), pass@k, maj@k and tokens per correct answer.
+Prints accuracy, tokens (mean, max, share truncated), pass@k, maj@k and tokens per correct answer; for conversations also
+their turns, and with --base the Accuracy-Efficiency Score against that model on the same problems.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from thinkrl.config import command_line, option, options_help, read_options
 class Options:
     _what = "what to answer"
     model: str = option("tiny", "Hugging Face folder, or 'tiny', the embedded model")
+    long: str = option("", "folder of the long-thought policy: together with --short, a conversation")
+    short: str = option("", "folder of the short-thought policy")
+    base: str = option("", "folder of a model to compare with: prints AES against it")
     prompt: str = option("", "answer this and print it")
     data: str = option("", "evaluate on: 'arith' (held out) | FILE.jsonl | FILE.parquet | hub:owner/name")
     source: str = option("", "grading rule for rows that name none: arith | gsm8k | math")
@@ -24,7 +28,9 @@ class Options:
     suffix: str = option("", "text appended to every question")
     _how = "how"
     n: int = option(1, "completions per problem")
-    max_tokens: int = option(0, "completion limit; 0: 200 for the embedded model, else 2048")
+    max_tokens: int = option(0, "completion limit, per turn of a conversation; 0: 200 for the embedded model, else 2048")
+    max_turns: int = option(5, "exchanges per conversation")
+    prompts: str = option("", "JSON file with the two role prompts; empty: the long model folder's, else the built-in ones")
     temperature: float = option(1.0, "0 is greedy")
     seed: int = option(42, "seed of every sampled token")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
@@ -44,68 +50,108 @@ if __name__ == "__main__":  # before torch is imported
     OPTIONS = command_line("sample.py", parse_options)
 
 import json
+import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
 
-from thinkrl import UserError, require_own_kernels
+from thinkrl import UserError, longshort, require_own_kernels
 from thinkrl.checkpoint import load_model
-from thinkrl.config import excuse
+from thinkrl.config import embedded, excuse
+from thinkrl.conversation import load_prompts
 from thinkrl.distributed import World, gather, start, stop
-from thinkrl.evaluate import summarise
+from thinkrl.evaluate import aes, summarise
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.problems import held_out_problems
-from thinkrl.rollout import EVALUATION, prompt_ids, rollout
+from thinkrl.rollout import EVALUATION, rollout
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
-from thinkrl.types import Problem
+from thinkrl.types import Problem, Trajectory
 
 BATCH = 64  # problems per call, so that the bar moves
 
 
-def answer(options: Options, world: World) -> None:
-    """One prompt, n completions, printed as they came."""
-    tokenizer, sampler = load(options, world)
-    prompt = prompt_ids(Problem(0, options.prompt, ""), tokenizer, options.system, options.suffix)
-    [group] = sampler.generate([prompt], n=options.n, max_tokens=limit(options), temperature=options.temperature, seed=options.seed)
-    for completion in group if world.main else []:
-        print(f"{tokenizer.decode(completion.tokens)}\n[{len(completion.tokens)} tokens, {completion.finish_reason}]")
+Attempt = Callable[[list[Problem], int], list[Trajectory]]  # problems, n -> n attempts at each, contiguous
 
 
-def evaluate(options: Options, world: World) -> None:
-    """n attempts at every problem, shared over the ranks."""
-    tokenizer, sampler = load(options, world)
+def one_policy(model: str, options: Options, world: World) -> Attempt:
+    path = model_path(model)
+    tokenizer = Tokenizer(path)
+    sampler = Sampler(load_model(path, compute_dtype(options, world), world.device), tokenizer)
+
+    def attempt(problems: list[Problem], n: int) -> list[Trajectory]:
+        return rollout(sampler, tokenizer, problems, group_size=n, max_tokens=limit(model, options), seed=options.seed,
+                       temperature=options.temperature, address=(EVALUATION, 0), system=options.system, suffix=options.suffix)
+
+    return attempt
+
+
+def two_policies(options: Options, world: World) -> Attempt:
+    paths = {"long": model_path(options.long, "--long"), "short": model_path(options.short, "--short")}
+    tokenizers = {role: Tokenizer(path) for role, path in paths.items()}
+    longshort.require_same_tokenizer(tokenizers["long"], tokenizers["short"])
+    prompts = load_prompts(options.prompts, paths["long"])
+    voices = {
+        role: longshort.Voice(Sampler(load_model(path, compute_dtype(options, world), world.device), tokenizers[role]),
+                              options.temperature, limit(str(path), options))
+        for role, path in paths.items()
+    }
+
+    def attempt(problems: list[Problem], n: int) -> list[Trajectory]:
+        return longshort.converse(voices, problems, prompts, group_size=n, max_turns=options.max_turns, seed=options.seed,
+                                  address=(EVALUATION, 0), suffix=options.suffix)
+
+    return attempt
+
+
+def answer(attempt: Attempt, options: Options, world: World) -> None:
+    """One prompt, n answers, as they came; a conversation turn by turn."""
+    for t in attempt([Problem(0, options.prompt, "0")], options.n) if world.main else []:
+        if options.long:
+            print(longshort.transcript(t, colour=sys.stdout.isatty()), f"\n[{t.tokens} tokens, {t.extra['ended']}]")
+        else:
+            print(f"{t.text}\n[{t.tokens} tokens, {t.turns[0].finish_reason}]")
+
+
+def measure(attempt: Attempt, options: Options, world: World) -> list[Trajectory]:
+    """n attempts at every problem, shared over the ranks; all of them on every rank."""
     problems = held_out_problems(options.data, options.data, options.source)
-    problems = problems[: options.limit or len(problems)]
+    problems = problems[:: max(1, len(problems) // (options.limit or len(problems)))][: options.limit or len(problems)]
     mine = [problems[i] for i in world.share(len(problems))]
-    trajectories = []
+    attempts = []
     for i in tqdm(range(0, len(mine), BATCH), desc="evaluate", unit=f"×{BATCH} problems", disable=not world.main):
-        trajectories += rollout(sampler, tokenizer, mine[i : i + BATCH], group_size=options.n, max_tokens=limit(options),
-                                temperature=options.temperature, seed=options.seed, address=(EVALUATION, 0),
-                                system=options.system, suffix=options.suffix)
-    everything = sum(gather(trajectories), [])
+        attempts += attempt(mine[i : i + BATCH], options.n)
+    return sum(gather(attempts), [])
+
+
+def evaluate(attempt: Attempt, options: Options, world: World) -> None:
+    attempts = measure(attempt, options, world)
+    base = summarise(measure(one_policy(options.base, options, world), options, world)) if options.base else None
     if not world.main:
         return
     if options.out:
         with open(options.out, "w") as file:
-            for t in everything:
+            for t in attempts:
                 file.write(json.dumps({"problem": t.problem.id, "question": t.problem.question, "gold": t.problem.answer,
                                        "text": t.text, "answer": t.answer, "correct": t.correct, "tokens": t.tokens}) + "\n")
-    for name, value in summarise(everything).items():
-        if name == "by_level":
-            for level, row in value.items():
-                print(f"  {level or 'all':<20} accuracy {row['accuracy']:.3f}   tokens {row['tokens']:.1f}")
+    result = summarise(attempts)
+    print_numbers(result | (longshort.summary(attempts) if options.long else {}))
+    if base:
+        score = aes(result["accuracy"], result["tokens"], base["accuracy"], base["tokens"]) if base["accuracy"] else float("nan")
+        print(f"{'AES':<22} {score:.4g}   against {options.base}: accuracy {base['accuracy']:.3f}, tokens {base['tokens']:.1f}")
+
+
+def print_numbers(result: dict, indent: str = "") -> None:
+    for name, value in result.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name or 'all'}")
+            print_numbers(value, indent + "  ")
         elif value is not None:
-            print(f"{name:<22} {value:.4g}")
+            print(f"{indent}{name:<22} {value:.4g}")
 
 
-def load(options: Options, world: World) -> tuple[Tokenizer, Sampler]:
-    path = model_path(options.model)
-    tokenizer = Tokenizer(path)
-    return tokenizer, Sampler(load_model(path, compute_dtype(options, world), world.device), tokenizer)
-
-
-def limit(options: Options) -> int:
-    return options.max_tokens or (200 if options.model == "tiny" else 2048)
+def limit(model: str, options: Options) -> int:
+    return options.max_tokens or (200 if embedded(model) else 2048)
 
 
 def main(options: Options) -> None:
@@ -114,7 +160,10 @@ def main(options: Options) -> None:
         world = start(options.device)
         if bool(options.prompt) == bool(options.data):
             raise UserError("give either --prompt TEXT or --data FILE")
-        (answer if options.prompt else evaluate)(options, world)
+        if bool(options.long) != bool(options.short):
+            raise UserError("a conversation needs both --long DIR and --short DIR")
+        attempt = two_policies(options, world) if options.long else one_policy(options.model, options, world)
+        (answer if options.prompt else evaluate)(attempt, options, world)
     except UserError as mistake:
         excuse("sample.py", mistake)
     finally:

@@ -210,7 +210,7 @@ def resolve(preset: str, given: dict) -> Config:
     """Stack defaults, preset, embedded values, profile and what the user gave; check what can be checked without data."""
     values = dict(PRESET_VALUES[preset])
     model = given.get("long") or given.get("model", "tiny") if preset == "longshort" else given.get("model", "tiny")
-    if model == "tiny" or _is_embedded(model):
+    if embedded(model):
         values |= EMBEDDED_VALUES[preset]
     values |= PROFILE_VALUES[given.get("profile", "")]
     config = Config(**(values | given))
@@ -227,10 +227,12 @@ def as_dict(config: Config) -> dict:
     return {"preset": config.preset, **dataclasses.asdict(config)}
 
 
-def _is_embedded(path: str) -> bool:
-    """A checkpoint that descends from the embedded model says so in its config.json ("thinkrl_embedded": true)."""
+def embedded(model: str) -> bool:
+    """Whether a checkpoint is the embedded model or descends from it: then its config.json says so."""
+    if model == "tiny":
+        return True
     try:
-        with open(f"{path}/config.json") as file:
+        with open(f"{model}/config.json") as file:
             return '"thinkrl_embedded": true' in file.read()
     except OSError:
         return False

@@ -26,8 +26,8 @@ def require_room(problems: list[Problem], tokenizer: Tokenizer, context: int, ma
     for problem in problems:
         length = len(prompt_ids(problem, tokenizer, system, suffix))
         if length + max_tokens > context:
-            raise UserError(f"problem {problem.id} (counted from 0): a prompt of {length} tokens and {max_tokens} more (--max_tokens, "
-                            f"probe) exceed the model's context of {context}; lower --max_tokens, or leave the problem out")
+            raise UserError(f"problem {problem.id} (counted from 0): a prompt of {length} tokens and {max_tokens} more "
+                            f"(--max_tokens, probe) exceed the model's context of {context}; lower --max_tokens, or leave it out")
 
 
 def rollout(

@@ -4,11 +4,14 @@
 
 A row is a prompt and a completion, under the names that files in the wild give them: see `PROMPT` and `COMPLETION`. The
 prompt goes through the checkpoint's chat template as a user message; prompt and completion are encoded apart, as they are when
-the policy samples, and the completion ends with the token that ends a turn. Prompt tokens have mask 0.
+the policy samples, and the completion ends with the token that ends a turn. Prompt tokens have mask 0. Rows that chunk.py wrote
+carry their conversation, and their prompt's ids are built as in reinforcement learning: conversation.example_prompt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from thinkrl import UserError
+from thinkrl.conversation import example_prompt
 from thinkrl.problems import read_rows, text_field
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Sample
@@ -27,6 +31,7 @@ COMPLETION = ("completion", "response", "output", "answer")
 class Row(NamedTuple):
     messages: list[dict[str, str]]  # the chat up to the completion
     completion: str
+    prompt: Callable[[Tokenizer], list[int]] | None = None  # builds the ids instead of the chat template
 
 
 def load_rows(path: str | Path) -> list[Row]:
@@ -43,7 +48,8 @@ def load_rows(path: str | Path) -> list[Row]:
                 raise UserError(f"{where}: field {names[0]!r} (or {', '.join(names[1:])}) is missing or empty")
         system = text_field(fields, where, "system")
         chat = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
-        rows.append(Row(chat, completion))
+        prompt = partial(example_prompt, fields, where) if "conversation" in fields else None
+        rows.append(Row(chat, completion, prompt))
     return rows
 
 
@@ -53,7 +59,8 @@ def samples(rows: list[Row], tokenizer: Tokenizer) -> list[Sample]:
     for i, row in enumerate(rows):
         completion = [*tokenizer.encode(row.completion), tokenizer.eos_id]
         zeros = torch.zeros(len(completion))
-        out.append(Sample(tokenizer.encode_chat(row.messages), completion, zeros, zeros, str(i)))
+        prompt = row.prompt(tokenizer) if row.prompt else tokenizer.encode_chat(row.messages)
+        out.append(Sample(prompt, completion, zeros, zeros, str(i)))
     return out
 
 
