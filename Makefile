@@ -36,7 +36,8 @@ bench: .venv/done ## kernels and sampler against their baselines, side by side, 
 	$(BIN)/python -m kernels.logprob
 	$(BIN)/python -m kernels.attention
 	$(BIN)/python -m kernels.sample
-	$(BIN)/python -m thinkrl.sampler
+	$(BIN)/python -m thinkrl.bench sampler
+	$(BIN)/python -m thinkrl.bench l2t
 
 bench-gpu: ## the same on a CUDA machine with torch and triton already installed
 	for op in fisher logprob attention sample; do $(PYTHON) -m kernels.$$op; done

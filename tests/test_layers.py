@@ -11,8 +11,8 @@ LAYERS = {
     1: ["config", "types", "distributed", "metrics", "runs"],
     2: ["model", "checkpoint", "tokenizer", "problems", "arith", "grading", "pages", "episodes", "conversation"],
     3: ["sampler", "grpo", "sft", "rollout"],
-    4: ["l2t", "gain", "compression", "thoughts", "longshort", "prm", "evaluate", "report", "learner", "bench"],
-    5: ["presets"],
+    4: ["l2t", "gain", "compression", "thoughts", "longshort", "prm", "evaluate", "report", "learner"],
+    5: ["presets", "bench"],
     6: ["train", "sample", "chunk", "compare"],
 }
 # Within a layer, modules do not see each other, but for these.

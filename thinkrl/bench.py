@@ -1,7 +1,9 @@
-"""The sampler beside transformers' generate, in one run on one machine.
+"""The sampler beside transformers' generate, and what L2T adds to a GRPO step, each in one run on one machine.
 
-    python -m thinkrl.bench [--cases …] [--repeat N]
+    python -m thinkrl.bench sampler [--cases …] [--repeat N]
+    python -m thinkrl.bench l2t [--repeat N]
 
+sampler:
 8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096, temperature 1, no filters.
 Two workloads: every completion runs to 128 tokens; or 64 of the 4096 ids stop, so that lengths spread over 1 to 128 and
 a static batch waits for its longest. Only tokens of completions count. The two engines take turns, and the best of the
@@ -9,6 +11,9 @@ repeats is reported, because a neighbour on the machine can only slow a run down
 
 "matmuls" is how fast decoding would be if a step were nothing but its matrix products on 64 rows, done by F.linear;
 "ours" is the same with the product that the sampler uses.
+
+l2t: 56 M parameters, 2 prompts × 4 completions of 1,000 tokens, 10 episodes of 100, probes of 25 tokens. The rollout is repeated
+with the same keys, so it is the same tokens with and without hidden states kept, and with and without probes.
 """
 
 from __future__ import annotations
@@ -21,9 +26,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from kernels.logprob import linear_logprob
 from thinkrl.checkpoint import load_model
-from thinkrl.model import Transformer
+from thinkrl.compression import Proxy
+from thinkrl.episodes import Episodes
+from thinkrl.gain import Gain, Probe
+from thinkrl.grpo import policy_loss
+from thinkrl.model import ModelConfig, Transformer
 from thinkrl.sampler import Sampler, fast_linear
+from thinkrl.types import Turn
 
 VOCABULARY, PROMPTS, SAMPLES, TOKENS = 4096, 8, 8, 128
 
@@ -85,11 +96,66 @@ def matmuls_alone(model: Transformer, product: Callable, rows: int = PROMPTS * S
     return best
 
 
+def l2t_overhead(repeat: int) -> None:
+    """Seconds of the parts of a step; best of the repeats, interleaved."""
+    layers, width, heads, kv_heads, mlp_width, _ = CASES["56M fp32"]
+    config = ModelConfig("Qwen2ForCausalLM", VOCABULARY, width, layers, heads, kv_heads, width // heads, mlp_width, 2048)
+    model, policy = Transformer.random(config), Transformer.random(config)
+    sampler = Sampler(model)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    g = torch.Generator().manual_seed(0)
+    prompts = torch.randint(VOCABULARY, (2, 100), generator=g).tolist()
+    probe = Probe(torch.randint(VOCABULARY, (20,), generator=g).tolist(), torch.randint(VOCABULARY, (5,), generator=g).tolist())
+    starts = torch.arange(100, 1001, 100) - 1
+    episodes = Episodes(torch.arange(1000) // 100, starts, starts)
+    proxy = Proxy(model, rank_share=0.1)
+    best: dict[str, float] = {}
+
+    def timed(name: str, run: Callable):
+        start = time.perf_counter()
+        result = run()
+        best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
+        return result
+
+    def rollout(gain: Gain | None, hidden: bool):
+        groups = sampler.generate(prompts, n=4, max_tokens=1000, stop_ids=[], return_hidden=hidden,
+                                  on_finish=gain.on_finish if gain else None)
+        return [completion for group in groups for completion in group], gain and gain.results()
+
+    def train(completions) -> None:
+        for completion in completions:
+            tokens = torch.tensor(prompts[completion.prompt] + completion.tokens)
+            states = policy(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32))
+            logprob, _ = linear_logprob(states[99:-1], policy.head_weight, tokens[100:])
+            policy_loss(logprob, None, torch.ones(1000), torch.ones(1000), torch.tensor([0, 1000]))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for step in range(repeat):
+        timed("rollout", lambda: rollout(None, hidden=False))
+        completions, _ = timed("rollout, states kept", lambda: rollout(None, hidden=True))
+        gain = Gain(sampler, [probe, probe], lambda tokens: episodes)
+        timed("rollout, states kept, probes", lambda: rollout(gain, hidden=True))  # noqa: B023
+        turns = [Turn("policy", prompts[c.prompt], c.tokens, c.logprobs, c.finish_reason, c.hidden) for c in completions]
+        proxy.begin(step)
+        timed("penalty", lambda: proxy.penalties("diag", turns, [episodes] * len(turns)))  # noqa: B023
+        timed("training", lambda: train(completions))  # noqa: B023
+    for name, seconds in best.items():
+        print(f"{name:30} {seconds:8.2f} s")
+    step = best["rollout"] + best["training"]
+    penalty = best["penalty"] + max(0.0, best["rollout, states kept"] - best["rollout"])
+    probes = max(0.0, best["rollout, states kept, probes"] - best["rollout, states kept"])
+    print(f"GRPO step {step:.2f} s; L2T adds {penalty / step:.1%} without probes and {(penalty + probes) / step:.1%} with them")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["sampler", "l2t"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args(argv)
+    if options.what == "l2t":
+        return l2t_overhead(options.repeat)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; tokens per second")
     print("case       lengths   transformers   thinkrl   ratio   matmuls   share   ours   share")
     generator = torch.Generator().manual_seed(0)
