@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from thinkrl import UserError
 
 PRESETS = ("l2t", "grpo", "longshort", "sft", "prm")
-DEFAULT_PRESET = "grpo"
+DEFAULT_PRESET = "l2t"
 
 
 def option(default, help: str, choices: tuple[str, ...] | None = None):
