@@ -1,7 +1,7 @@
 """Answer a prompt, or measure a policy:
 
     torchrun --nproc_per_node=1 sample.py --prompt "374*6?"
-    torchrun --nproc_per_node=2 sample.py --data FILE --n 8 --temperature 1
+    torchrun --nproc_per_node=2 -- sample.py --data FILE --n 8 --temperature 1       "--", or torchrun reads --n itself
     torchrun --nproc_per_node=1 sample.py --long DIR --short DIR --prompt "…"     a conversation of two policies
 
 Prints accuracy, tokens (mean, max, share truncated), pass@k, maj@k and tokens per correct answer; for conversations also
@@ -40,7 +40,7 @@ class Options:
 
 def parse_options(argv: list[str]) -> Options:
     if "--help" in argv or "-h" in argv:
-        print("\n".join(["usage: torchrun --nproc_per_node=N sample.py --prompt TEXT | --data FILE [--key value …]",
+        print("\n".join(["usage: torchrun --nproc_per_node=N -- sample.py --prompt TEXT | --data FILE [--key value …]",
                          *options_help(Options)]))
         raise SystemExit(0)
     return Options(**read_options(argv, Options))
