@@ -169,7 +169,8 @@ def token_logprobs(policy: Transformer, p: Pack, temperature: float) -> tuple[Te
     own = own if len(own) else torch.tensor([1], device=p.mask.device)
     logprob, entropy = linear_logprob(hidden[own - 1], policy.head_weight, p.tokens[own], temperature)
     zeros = torch.zeros(len(p.tokens), device=logprob.device)
-    return zeros.index_copy(0, own, logprob), zeros.index_copy(0, own, entropy) * p.mask
+    full, counted = torch.stack([zeros.index_copy(0, own, x) for x in (logprob, entropy)]), p.mask > 0
+    return tuple(torch.where(counted, full, 0.0))
 
 
 def evaluate(preset: Grpo | LongShort, run: Run, when: str, config: Config, world: World, step: int) -> None:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {
     "grpo": "grpo",
     "l2t": "l2t",
-    "grpo_length_penalty": "grpo --length_penalty 0.005",  # a plain price per token, tuned to l2t's tokens
+    "grpo_length_penalty": "grpo --length_penalty 0.002",  # a plain price per token, tuned to l2t's tokens
     "grpo_episode_price": "grpo --episode_price 0.02",  # a flat price per episode
     "l2t_alpha0": "l2t --alpha 0",  # no dense reward: must be grpo
     "l2t_beta0": "l2t --beta 0",  # fitting gain alone
@@ -42,7 +42,7 @@ RECIPES = {
 class Options:
     seeds: str = option("1,2,3", "comma-separated")
     steps: int = option(100, "optimizer steps of every run")
-    eval_every: int = option(25, "steps between evaluations, for the figure")
+    eval_every: int = option(50, "steps between evaluations, for the figure")
     only: str = option("", "comma-separated recipe names; empty: all")
     runs_dir: str = option("runs/compare", "where the runs and the summary go")
     jobs: int = option(2, "runs at a time, one core each")
