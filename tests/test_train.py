@@ -193,3 +193,33 @@ def test_a_foreign_kernels_package(tmp_path):
 def test_a_wrong_option_from_the_shell():
     done = subprocess.run([sys.executable, "train.py", "--lrr", "1"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (2, "train.py: unknown option '--lrr' (did you mean 'lr'?): see --help")
+
+
+def test_sft_learns_its_rows_and_leaves_a_folder(tmp_path):
+    rows = [{"problem": f"{a}*{b}?", "response": f"<think></think><answer>{a * b}</answer>"} for a in (3, 4) for b in range(2, 10)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.main(parse(["sft", "--data", str(data), "--steps", "6", "--problems_per_step", "8", "--lr", "1e-3", "--warmup", "0.1",
+                      "--runs_dir", str(tmp_path), "--name", "sft"]))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.7 * losses[0], losses
+    folder = tmp_path / "sft" / "checkpoints" / "step_6" / "hf"
+    assert transformers.AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 72
+    assert (tmp_path / "sft" / "report.html").exists()
+
+
+def test_a_reward_model_is_trained_and_used(tmp_path):
+    small = ["--problems_per_step", "2", "--group_size", "2", "--max_tokens", "60", "--runs_dir", str(tmp_path)]
+    train.main(parse(["prm", "--steps", "2", "--gain_samples", "2", "--lr", "1e-3", "--name", "prm", *small]))
+    rows = [json.loads(line) for line in (tmp_path / "prm" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(0 < row["label_error"] < 1 for row in rows)
+    folder = tmp_path / "prm" / "checkpoints" / "step_2" / "prm"
+    train.main(parse(["l2t", "--gain", "prm", "--prm", str(folder), "--steps", "1", "--eval_problems", "2", "--name", "l2t", *small]))
+    [*_, last] = (json.loads(line) for line in (tmp_path / "l2t" / "samples.jsonl").read_text().splitlines())
+    assert all(0 <= j <= 1 for j in last["J"]) and last["episode_ids"][-1] == len(last["J"]) - 2
+
+
+def test_a_policy_is_no_reward_model(capsys, tmp_path):
+    policy = str(train.model_path("tiny"))
+    sentence = mistake(capsys, "l2t", "--gain", "prm", "--prm", policy, "--runs_dir", str(tmp_path / "runs"))
+    assert "score.weight" in sentence and not (tmp_path / "runs").exists()

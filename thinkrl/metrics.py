@@ -56,8 +56,8 @@ class Tally:
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         pair = self.pairs.setdefault(name, [0.0, 0.0])
-        pair[0] += float(total)
-        pair[1] += float(count)
+        for i, value in enumerate((total, count)):
+            pair[i] += float(value.detach() if isinstance(value, Tensor) else value)
 
     def add_all(self, pairs: dict[str, tuple]) -> None:
         for name, (total, count) in pairs.items():
