@@ -214,7 +214,8 @@ def test_a_reward_model_is_trained_and_used(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "prm" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(0 < row["label_error"] < 1 for row in rows)
     folder = tmp_path / "prm" / "checkpoints" / "step_2" / "prm"
-    train.main(parse(["l2t", "--gain", "prm", "--prm", str(folder), "--steps", "1", "--eval_problems", "2", "--name", "l2t", *small]))
+    train.main(parse(["l2t", "--gain", "prm", "--prm", str(folder), "--steps", "1", "--eval_problems", "2", "--name", "l2t",
+                      *small]))
     [*_, last] = (json.loads(line) for line in (tmp_path / "l2t" / "samples.jsonl").read_text().splitlines())
     assert all(0 <= j <= 1 for j in last["J"]) and last["episode_ids"][-1] == len(last["J"]) - 2
 
