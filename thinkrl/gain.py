@@ -4,23 +4,29 @@
 
 When the sampler finishes a completion its pages are still there. A probe is a page table forked at the end of an episode and a
 short suffix, so all of J costs the suffixes, not K+1 forwards of the completion. `predicted_correctness_ref` is those forwards.
+`python -m thinkrl.gain` prints J along a few completions of the embedded model, by each estimator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels.logprob import linear_logprob
 from thinkrl import UserError
-from thinkrl.episodes import Episodes
+from thinkrl.checkpoint import load_model
+from thinkrl.episodes import Episodes, segment
+from thinkrl.grading import grade
 from thinkrl.model import Transformer
 from thinkrl.pages import Pages
+from thinkrl.problems import messages
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import Problem
 
 
 @dataclass(frozen=True)
@@ -151,3 +157,28 @@ class Gain:
             start = ids if self.kind == "mc" else p.tokens
             correct = [self.grade(p.prompt, self.sampler.tokenizer.decode(start + answer.tokens)) for answer in group]
             self._J[key] = sum(correct) / len(correct)  # L2T Prop. D.1
+
+
+def show(model_folder: str, problems: Sequence[Problem], samples: int = 8) -> None:
+    """Print J_0 … J_K along one completion of each problem, by every estimator that needs no reward model."""
+    tokenizer = Tokenizer(model_folder)
+    sampler = Sampler(load_model(model_folder), tokenizer)
+    probes = [make_probe(tokenizer, p.answer, "</think><answer>", "</answer>") for p in problems]
+    keys = [(p.id,) for p in problems]
+    rows = {}
+    for kind in ("forced", "mc", "continue"):
+        gain = Gain(sampler, probes, lambda tokens: segment(tokens, tokenizer), kind, samples=samples, keys=keys,
+                    grade=lambda i, text: grade(text, problems[i].answer, problems[i].source))
+        groups = sampler.generate([tokenizer.encode_chat(messages(p)) for p in problems], max_tokens=200, seed=1, keys=keys,
+                                  on_finish=gain.on_finish)
+        rows[kind] = [J for _, J in gain.results()]
+    for i, [completion] in enumerate(groups):
+        print(problems[i].question, tokenizer.decode(completion.tokens))
+        for kind, J in rows.items():
+            print(f"    {kind:9}", " ".join(f"{j:.2f}" for j in J[i].tolist()))
+
+
+if __name__ == "__main__":
+    from thinkrl.arith import heldout
+
+    show(str(Path(__file__).parent / "assets" / "tiny"), heldout()[150:500:90])
