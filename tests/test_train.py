@@ -86,7 +86,7 @@ def test_a_real_checkpoint_and_a_verl_parquet_on_two_ranks(kind, more, tmp_path,
 
 
 def run_options(folder: Path, name: str, *more: str) -> list[str]:
-    return ["grpo", "--runs_dir", str(folder), "--name", name, "--steps", "4", "--save_every", "2", "--problems_per_step", "4",
+    return ["l2t", "--runs_dir", str(folder), "--name", name, "--steps", "4", "--save_every", "2", "--problems_per_step", "4",
             "--group_size", "4", "--max_tokens", "60", "--eval_problems", "4", "--kl_coef", "0.01", *more]
 
 
@@ -102,7 +102,7 @@ def start_ranks(size: int, *arguments: str) -> list[subprocess.Popen]:
 
 
 def test_kill_and_resume_is_the_same_run(tmp_path):
-    """2N steps == N steps, a kill, a resume: bit for bit, optimizer included. The last resume has another world size."""
+    """2N steps == N steps, a kill, a resume: bit for bit, optimizer, reference and running Fisher included."""
     assert torchrun(2, "train.py", *run_options(tmp_path, "whole")).returncode == 0
     ranks = start_ranks(2, "train.py", *run_options(tmp_path, "cut"))
     deadline = time.time() + 120

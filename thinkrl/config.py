@@ -53,7 +53,7 @@ class Config:
     eval_problems: int = option(500, "at most this many held-out problems")
     eval_samples: int = option(1, "completions per held-out problem at the sampling temperature")
     system: str = option("", "system message put before every problem that brings none")
-    suffix: str = option("", "text appended to every question, e.g. how to format the answer")
+    suffix: str = option("", "text appended to every question; empty: the instruction of its grading rule")
     source: str = option("", "grading rule for rows that name none: arith | gsm8k | math")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
     dtype: str = option("auto", "compute dtype; master weights stay fp32; auto: bfloat16 on CUDA, float32 on CPU",
@@ -144,11 +144,17 @@ class Config:
         return getattr(self, key)
 
 
+EPISODES_SYSTEM = (
+    "Think before you answer. Write all of your thinking between <think> and </think>, divided into numbered episodes, at most 30, "
+    "each of them one complete step of reasoning: <think><episode_1>…</episode_1><episode_2>…</episode_2></think>. "
+    "Then state the answer."
+)
+
 # Fill-ins where the papers are silent are listed in the README under "departures and readings".
 PRESET_VALUES: dict[str, dict] = {
     "grpo": dict(),
     "l2t": dict(lr=1e-6, schedule="cosine", warmup=0.1, weight_decay=0.01, problems_per_step=64, group_size=4,
-                max_tokens=16384, kl_coef=0.001, episodes="tags"),
+                max_tokens=16384, kl_coef=0.001, episodes="tags", system=EPISODES_SYSTEM),
     "longshort": dict(lr=5e-6, schedule="cosine", warmup=0.1, kl_coef=0.04, temperature=0.9, group_size=8,
                       problems_per_step=96, max_tokens=1024),
     "sft": dict(lr=1e-5, schedule="cosine", warmup=0.1, problems_per_step=64, group_size=1, data=""),
@@ -156,7 +162,7 @@ PRESET_VALUES: dict[str, dict] = {
 }
 _EMBEDDED_RL = dict(steps=200, problems_per_step=16, group_size=8, max_tokens=200, lr=2e-4, warmup=0.05,
                     schedule="constant", weight_decay=0.0, kl_coef=0.0, micro_batch_tokens=4096, save_every=0,
-                    probe_prefix="</think><answer>", probe_suffix="</answer>", rank_share=0.5, refresh_every=10)
+                    probe_prefix="</think><answer>", probe_suffix="</answer>", rank_share=0.5, refresh_every=10, system="")
 EMBEDDED_VALUES: dict[str, dict] = {
     "grpo": _EMBEDDED_RL,
     "l2t": _EMBEDDED_RL,
