@@ -27,14 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {
     "grpo": "grpo",
     "l2t": "l2t",
-    "grpo_length_penalty": "grpo --length_penalty 0.002",  # a plain price per token, tuned to l2t's tokens
+    "grpo_length_penalty": "grpo --length_penalty 0.001",  # a plain price per token, tuned to l2t's tokens
     "grpo_episode_price": "grpo --episode_price 0.02",  # a flat price per episode
     "l2t_alpha0": "l2t --alpha 0",  # no dense reward: must be grpo
     "l2t_beta0": "l2t --beta 0",  # fitting gain alone
     "l2t_alpha0_per_token": "l2t --alpha 0 --statistic token_trunc_mean",  # Alg. 1's statistic alone
     "l2t_paper": "l2t --profile paper",  # Alg. 1 to the letter
     "l2t_to_go": "l2t --credit to_go",  # episodes' returns-to-go against the baseline of their state
-    "l2t_to_go_continue": "l2t --credit to_go --gain continue",  # the same, J from continuations
+    "l2t_to_go_continue": "l2t --credit to_go --gain continue --gain_samples 1",  # the same, J from continuations
 }
 
 
@@ -81,6 +81,16 @@ def finished(run: Path) -> bool:
     return (run / "summary.json").exists() and "after" in json.loads((run / "summary.json").read_text())
 
 
+def start_policy(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]:
+    """The policy that all recipes start from, as each seed sampled it."""
+    out: dict[str, list] = {}
+    for run in (folder / f"{recipe}-{seed}" for seed in seeds):
+        measures = _measures(json.loads((run / "summary.json").read_text())["before"]) if finished(run) else {}
+        for key, value in measures.items():
+            out.setdefault(key, []).append(value)
+    return out
+
+
 def collect(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]:
     """One entry per finished seed for each quantity."""
     out: dict[str, list] = {}
@@ -99,7 +109,6 @@ def collect(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]:
                 row[key] = _mean([r[key] for r in last])
         for key, value in row.items():
             out.setdefault(key, []).append(value)
-        out["start"] = _measures(summary["before"])
     return out
 
 
@@ -180,8 +189,7 @@ def main(options: Options) -> None:
     run_all(jobs, folder, options.jobs)
     results = {name: collect(name, seeds, folder) for name in RECIPES}
     results = {name: result for name, result in results.items() if result}
-    write_json(folder / "summary.json", {"start": next(iter(results.values()))["start"]} | {
-        name: {key: value for key, value in result.items() if key != "start"} for name, result in results.items()})
+    write_json(folder / "summary.json", {"start": start_policy(next(iter(results)), seeds, folder), **results})
     figure(results, folder / "accuracy_tokens.svg")
     print(table(results), f"\nsummary: {folder}/summary.json   figure: {folder}/accuracy_tokens.svg")
 
