@@ -6,7 +6,7 @@ RUN    := $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS)
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-gpu lint bench bench-gpu tiny compare longshort lines clean
+.PHONY: help train test test-gpu lint bench bench-gpu tiny compare lines clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,7 +48,7 @@ tiny: .venv/done ## rebuild the embedded model from its problem generator
 		--lr 3e-3 --warmup 0.03 --name tiny-sft
 	cp runs/tiny-sft/checkpoints/step_1000/hf/model.safetensors thinkrl/assets/tiny/
 
-compare: .venv/done ## L2T against GRPO and its controls, 3 seeds each (about an hour on two cores)
+compare: .venv/done ## L2T against GRPO and its controls, 3 seeds each (40 minutes on two cores)
 	$(BIN)/python -m thinkrl.compare $(ARGS)
 
 lines: ## file sizes
