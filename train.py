@@ -40,7 +40,7 @@ from thinkrl.sampler import Sampler
 from thinkrl.sft import load_rows, nll_loss
 from thinkrl.sft import samples as sft_samples
 from thinkrl.tokenizer import Tokenizer
-from thinkrl.types import Pack, Trajectory, empty_pack, pack
+from thinkrl.types import Pack, Problem, Trajectory, empty_pack, pack
 
 
 class Diverged(RuntimeError):
@@ -53,11 +53,13 @@ def train(config: Config, world: World) -> None:
     stream = Stream(load_problems(config.data, config.source), config.seed)
     preset = {"grpo": Grpo, "l2t": L2T, "longshort": LongShort}[config.preset](config, world)
     preset.require_room(stream.take(0, config.problems_per_step) if callable(stream.rows) else stream.rows)
-    preset.require_room(held_out_problems(config.eval_data, config.data, config.source))
+    held_out = held_out_problems(config.eval_data, config.data, config.source)
+    held_out = held_out[:: max(1, len(held_out) // config.eval_problems)][: config.eval_problems]  # spread over the levels
+    preset.require_room(held_out)
     run = open_run(config, world)
     first, state = restore(run.folder, preset.learners)
     preset.load_state_dict(state)
-    evaluate(preset, run, "before", config, world, first)
+    evaluate(preset, held_out, run, "before", config, world, first)
     log = Log(run.folder, world.main, first, config.steps, config.wandb, config.tensorboard, as_dict(config))
 
     for step in range(first, config.steps):
@@ -80,10 +82,10 @@ def train(config: Config, world: World) -> None:
         if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
             save(run.folder, step + 1, preset.learners, preset.state_dict(), preset.tokenizer, config)
         if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
-            evaluate(preset, run, preset.name(step + 1), config, world, step + 1)
+            evaluate(preset, held_out, run, preset.name(step + 1), config, world, step + 1)
 
     log.close()
-    evaluate(preset, run, "after", config, world, config.steps)
+    evaluate(preset, held_out, run, "after", config, world, config.steps)
     if world.main:
         print(summary_table(run.summary), f"\nreport: {write_report(run.folder)}\nrun: {run.folder}")
 
@@ -173,10 +175,9 @@ def token_logprobs(policy: Transformer, p: Pack, temperature: float) -> tuple[Te
     return tuple(torch.where(counted, full, 0.0))
 
 
-def evaluate(preset: Grpo | LongShort, run: Run, when: str, config: Config, world: World, step: int) -> None:
+def evaluate(preset: Grpo | LongShort, problems: list[Problem], run: Run, when: str, config: Config, world: World,
+             step: int) -> None:
     """Held-out accuracy and tokens, sampled and greedy, into summary.json under `when`. Collective."""
-    problems = held_out_problems(config.eval_data, config.data, config.source)
-    problems = problems[:: max(1, len(problems) // config.eval_problems)][: config.eval_problems]  # spread over the levels
     if when in run.summary or not problems:
         return
     mine = [problems[i] for i in world.share(len(problems))]

@@ -75,7 +75,7 @@ def read_config(path: str | Path) -> ModelConfig:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; a model is a local Hugging Face folder (config.json + safetensors)")
-    return ModelConfig.from_hf(_read_json(path / "config.json"), where=str(path / "config.json"))
+    return ModelConfig.from_hf(read_json(path / "config.json"), where=str(path / "config.json"))
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Transformer:
@@ -85,7 +85,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     """
     path = Path(path)
     config = read_config(path)
-    files = _tensor_files(path)
+    files = tensor_files(path)
     model = Transformer.empty(config, dtype, device)
     layout = hf_layout(config)
     wanted = {name for parts in layout.values() for name, _ in parts}
@@ -93,19 +93,24 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
         if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):  # a tied head and tables: derived
             raise UserError(f"{files[name]}: tensor {name} is unknown to {config.architecture} as config.json describes it")
 
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == layout.keys(), parameters.keys() ^ layout.keys()
-    with torch.no_grad():
-        for ours, parts in layout.items():
-            row = 0
-            for name, shape in parts:
-                if name not in files:
-                    raise UserError(f"{path}: tensor {name} of shape {list(shape)} is missing from the safetensors files")
-                # Opened anew for each tensor: while a file stays mapped, all that was read of it stays in memory too.
-                with _open(files[name]) as shard:
-                    parameters[ours][row : row + shape[0]].copy_(_read(shard, files[name], name, shape))
-                row += shape[0]
+    assert dict(model.named_parameters()).keys() == layout.keys()
+    fill(model, path, files, layout)
     return model
+
+
+@torch.no_grad()
+def fill(model: nn.Module, path: Path, files: dict[str, Path], layout: dict[str, list[tuple[str, tuple[int, ...]]]]) -> None:
+    """Copy the tensors that `layout` names into the model's parameters, one at a time. Raises UserError as `load_model` does."""
+    parameters = dict(model.named_parameters())
+    for ours, parts in layout.items():
+        row = 0
+        for name, shape in parts:
+            if name not in files:
+                raise UserError(f"{path}: tensor {name} of shape {list(shape)} is missing from the safetensors files")
+            # Opened anew for each tensor: while a file stays mapped, all that was read of it stays in memory too.
+            with _open(files[name]) as shard:
+                parameters[ours][row : row + shape[0]].copy_(_read(shard, files[name], name, shape))
+            row += shape[0]
 
 
 def save_hf(
@@ -135,7 +140,7 @@ def save_hf(
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     files = files if len(files) > 1 else ["model.safetensors"]
 
-    with _appearing(path) as folder:
+    with appearing(path) as folder:
         weight_map, total = {}, 0
         for file, names in zip(files, shards):
             tensors = {}
@@ -150,10 +155,10 @@ def save_hf(
                 total += sum(tensor.nbytes for tensor in tensors.values())
         if folder:
             name = str(dtype).removeprefix("torch.")
-            _write_json(folder / "config.json", model.config.to_hf() | {"dtype": name, "torch_dtype": name})
+            write_json(folder / "config.json", model.config.to_hf() | {"dtype": name, "torch_dtype": name})
             if len(files) > 1:
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                _write_json(folder / "model.safetensors.index.json", index)
+                write_json(folder / "model.safetensors.index.json", index)
             if tokenizer is not None:
                 tokenizer.save(folder)
 
@@ -173,7 +178,7 @@ def save_step(
     """
     run_dir = Path(run_dir)
     checkpoints = run_dir / "checkpoints"
-    with _appearing(checkpoints / f"step_{step}") as folder:
+    with appearing(checkpoints / f"step_{step}") as folder:
         if folder:
             torch.save(extra, folder / "extra.pt")
         dcp.save(_state(modules, optimizers), checkpoint_id=_temporary(checkpoints / f"step_{step}") / "dcp")
@@ -231,7 +236,7 @@ def _state(modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> d
 
 
 @contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[Path | None]:
+def appearing(path: Path) -> Iterator[Path | None]:
     """A folder to fill under a temporary name, renamed to `path` once all ranks are done; None on ranks other than 0."""
     folder = _temporary(path)
     if _rank() == 0:
@@ -263,11 +268,11 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def _write_json(file: Path, content: dict) -> None:
+def write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -279,14 +284,14 @@ def _read_json(file: Path) -> dict:
     return content
 
 
-def _tensor_files(path: Path) -> dict[str, Path]:
+def tensor_files(path: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.exists():
         with _open(single) as shard:
             return dict.fromkeys(shard.keys(), single)
     if index.exists():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{index}: the object weight_map (tensor name -> file) is missing")
         return {name: path / file for name, file in weight_map.items()}

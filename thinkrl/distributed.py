@@ -34,10 +34,14 @@ class World:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """This rank's contiguous block of `count` things. Earlier ranks take one more when it does not divide."""
-        quotient, rest = divmod(count, self.size)
-        start = self.rank * quotient + min(self.rank, rest)
-        return range(start, start + quotient + (self.rank < rest))
+        return share(count, self.rank, self.size)
+
+
+def share(count: int, rank: int, size: int) -> range:
+    """A rank's contiguous block of `count` things. Earlier ranks take one more when it does not divide."""
+    quotient, rest = divmod(count, size)
+    start = rank * quotient + min(rank, rest)
+    return range(start, start + quotient + (rank < rest))
 
 
 def start(device: str = "auto") -> World:

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from thinkrl import UserError
-from thinkrl.checkpoint import _appearing, _open, _read, _read_json, _tensor_files, _write_json, hf_layout
+from thinkrl.checkpoint import appearing, fill, hf_layout, read_json, tensor_files, write_json
 from thinkrl.grading import grade
 from thinkrl.model import ModelConfig, Transformer
 from thinkrl.sampler import Sampler
@@ -232,7 +232,7 @@ def new_prm(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.
     """The decoder of a policy's Hugging Face folder under a head of zeros: every P(positive) starts at 1/2."""
     path = Path(path)
     model = _empty(_body_config(path), False, None, dtype, device)
-    _fill(model, path, {ours: parts for ours, parts in _layout(model).items() if ours.startswith("body.")})
+    fill(model, path, tensor_files(path), {ours: parts for ours, parts in _layout(model).items() if ours.startswith("body.")})
     for parameter in model.score.parameters():
         nn.init.zeros_(parameter)
     return model
@@ -244,13 +244,13 @@ def load_prm(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
     Raises UserError, naming file and tensor, for a checkpoint without a score head and for whatever else is missing.
     """
     path = Path(path)
-    config, files = _body_config(path), _tensor_files(path)
+    config, files = _body_config(path), tensor_files(path)
     if not {"score.weight", "score.0.weight"} & files.keys():
         raise UserError(f"{path}: tensor score.weight (one layer) or score.0.weight (two) is missing, so this is not a step "
                         "reward model; train.py prm makes one")
     separator = None if config.source.get("thinkrl_prm") else _separator(path)
     model = _empty(config, "score.0.weight" in files, separator, dtype, device)
-    _fill(model, path, _layout(model))
+    fill(model, path, files, _layout(model))
     return model
 
 
@@ -260,7 +260,7 @@ def save_prm(model: StepRewardModel, tokenizer: Tokenizer | None, path: str | Pa
     Rank 0 gathers one parameter at a time and holds the whole model once, in host memory.
     """
     state, tensors = get_model_state_dict(model), {}
-    with _appearing(Path(path)) as folder:
+    with appearing(Path(path)) as folder:
         for ours, parts in _layout(model).items():
             full = state[ours].full_tensor() if isinstance(state[ours], DTensor) else state[ours]
             if folder:
@@ -269,7 +269,7 @@ def save_prm(model: StepRewardModel, tokenizer: Tokenizer | None, path: str | Pa
         if folder:
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-            _write_json(folder / "config.json", model.config.to_hf() | {
+            write_json(folder / "config.json", model.config.to_hf() | {
                 "architectures": [model.config.architecture.replace("ForCausalLM", "ForProcessRewardModel")],
                 "thinkrl_prm": model.separator is None, "num_labels": 2,
                 "tie_word_embeddings": False, "dtype": dtype, "torch_dtype": dtype})
@@ -279,7 +279,7 @@ def save_prm(model: StepRewardModel, tokenizer: Tokenizer | None, path: str | Pa
 
 def _body_config(path: Path) -> ModelConfig:
     where = path / "config.json"
-    raw = _read_json(where)
+    raw = read_json(where)
     architecture = (raw.get("architectures") or ["none"])[0].replace("ForProcessRewardModel", "ForCausalLM")
     return ModelConfig.from_hf(raw | {"architectures": [architecture]}, str(where))
 
@@ -302,16 +302,3 @@ def _layout(model: StepRewardModel) -> Layout:
     """`checkpoint.hf_layout`, with the head: its tensors are named alike here and there."""
     body = {f"body.{ours}": parts for ours, parts in hf_layout(model.config).items()}
     return body | {name: [(name, tuple(p.shape))] for name, p in model.named_parameters() if name.startswith("score.")}
-
-
-@torch.no_grad()
-def _fill(model: StepRewardModel, path: Path, layout: Layout) -> None:
-    files, parameters = _tensor_files(path), dict(model.named_parameters())
-    for ours, parts in layout.items():
-        row = 0
-        for name, shape in parts:
-            if name not in files:
-                raise UserError(f"{path}: tensor {name} of shape {list(shape)} is missing from the safetensors files")
-            with _open(files[name]) as shard:
-                parameters[ours][row : row + shape[0]].copy_(_read(shard, files[name], name, shape))
-            row += shape[0]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from thinkrl import UserError, arith
+from thinkrl.distributed import share
 from thinkrl.grading import check_gold, extract, rule_set
 from thinkrl.types import Problem
 
@@ -51,9 +52,7 @@ class Stream(Generic[Row]):
 
         Earlier ranks take one more where n does not divide. Raises UserError if the list has fewer than n rows.
         """
-        quotient, rest = divmod(n, world)
-        start = rank * quotient + min(rank, rest)
-        block = range(start, start + quotient + (rank < rest))
+        block = share(n, rank, world)
         if callable(self.rows):
             return [self.rows(self.seed, step * n + i) for i in block]
         if n > len(self.rows):
