@@ -23,7 +23,7 @@ from thinkrl.config import command_line, option, options_help, read_options
 @dataclass(frozen=True)
 class Options:
     _what = "what to chunk"
-    data: str = option("arith", "FILE.jsonl | FILE.json | 'arith', the built-in chains")
+    data: str = option("arith", "FILE.jsonl | FILE.json | hub:owner/name | 'arith', the built-in chains")
     limit: int = option(0, "at most this many rows; 0: all (arith: 400)")
     source: str = option("", "grading rule for rows that name none: arith | gsm8k | math")
     suffix: str = option("", "text appended to every question")
@@ -91,7 +91,7 @@ from thinkrl.config import excuse
 from thinkrl.conversation import Prompts, load_prompts
 from thinkrl.distributed import World, agree, from_main, start, stop
 from thinkrl.learner import compute_dtype, model_path
-from thinkrl.problems import load_problems, messages, read_rows, text_field
+from thinkrl.problems import data_files, load_problems, messages, read_rows, text_field
 from thinkrl.runs import write_json
 from thinkrl.sampler import Sampler
 from thinkrl.thoughts import Rejected, Thought
@@ -144,7 +144,8 @@ def load_items(options: Options) -> list[Item]:
         problems = [arith.training_problem(options.seed, i) for i in range(options.limit)]
         return [Item(p, arith.chain(p, random.Random(f"chunk/{options.seed}/{p.id}"), teacher)) for p in problems]
     items = []
-    for problem, (where, row) in zip(load_problems(options.data, options.source), read_rows(options.data)):
+    rows = (row for path in data_files(options.data) for row in read_rows(path))
+    for problem, (where, row) in zip(load_problems(options.data, options.source), rows):
         response = text_field(row, where, "thought", "response")
         if not response:
             raise UserError(f"{where}: field 'response' (or 'thought') is missing or empty: the long chain is expected there")
@@ -244,7 +245,7 @@ def open_folder(options: Options, world: World) -> tuple[Path, set[int]]:
     if world.main:
         settings = {key: value for key, value in asdict(options).items() if key not in FREE_TO_CHANGE}
         if options.data != "arith":
-            settings["data_crc32"] = zlib.crc32(Path(options.data).read_bytes())
+            settings["data_crc32"] = [zlib.crc32(path.read_bytes()) for path in data_files(options.data)]
         try:
             (folder / "parts").mkdir(parents=True, exist_ok=True)
             saved = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else settings

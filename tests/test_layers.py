@@ -13,7 +13,7 @@ LAYERS = {
     3: ["sampler", "grpo", "sft", "rollout"],
     4: ["l2t", "gain", "compression", "thoughts", "longshort", "prm", "evaluate", "report", "learner"],
     5: ["presets", "bench"],
-    6: ["train", "sample", "chunk", "compare"],
+    6: ["train", "sample", "chunk", "compare", "pipeline"],
 }
 # Within a layer, modules do not see each other, but for these.
 SIDEWAYS = {

@@ -1,11 +1,13 @@
 """Files as users have them, good and bad, and an order that no number of ranks changes."""
 
 import json
+from collections import Counter
 
 import pytest
 
 from thinkrl import arith
-from thinkrl.problems import Stream, held_out_problems, load_problems, messages, read_rows, split_files
+from thinkrl.grading import grade
+from thinkrl.problems import GPQA_OPTIONS, Stream, held_out_problems, load_problems, messages, read_rows, split_files
 from thinkrl.types import Problem, UserError
 
 
@@ -70,6 +72,7 @@ def test_verl_parquet(tmp_path):
 
 
 GOOD = {"problem": "1+1?", "answer": "2"}
+CHOICE = {"problem": "1+1?", "options": ["2", "3", "4", "5"], "answer": "2"}
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,9 @@ GOOD = {"problem": "1+1?", "answer": "2"}
         ({"problem": "1+1?", "answer": "2", "source": "gsm9k"}, "d.jsonl:2: field 'source': no grading rule.*gsm8k"),
         ('{"problem": "1+1?"', "d.jsonl:2: not valid JSON"),
         ("[1]", "d.jsonl:2: a row must be an object with named fields, not list"),
+        (CHOICE | {"answer": "7"}, "d.jsonl:2: field 'answer' must be one of the options"),
+        (CHOICE | {"options": ["2", "2"]}, "d.jsonl:2: field 'options' must be a list of 2 to 26 different texts"),
+        (CHOICE | {"options": "2, 3"}, "d.jsonl:2: field 'options'"),
         (VERL | {"reward_model": {"style": "rule"}}, "d.jsonl:2: field 'reward_model.ground_truth' is missing"),
         (VERL | {"reward_model": "42"}, "d.jsonl:2: field 'reward_model.ground_truth' is missing"),
         (VERL | {"reward_model": {"ground_truth": "x"}}, "d.jsonl:2: field 'reward_model.ground_truth': 'x' is not a number"),
@@ -96,6 +102,19 @@ GOOD = {"problem": "1+1?", "answer": "2"}
 def test_a_malformed_row_is_named(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
         load_problems(write(tmp_path / "d.jsonl", GOOD, row, GOOD))
+
+
+def test_options_are_shuffled_the_same_way_every_time(tmp_path):
+    """In the published GPQA file the right option is the first, 198 times of 198."""
+    rows = [{"Question": f"{i}+1?", **dict(zip(GPQA_OPTIONS, ("right", "wrong", "worse", "worst")))} for i in range(200)]
+    problems = load_problems(write(tmp_path / "gpqa.jsonl", *rows))
+    assert all(f"({p.answer}) right" in p.question and p.source == "math" for p in problems)
+    letters = Counter(p.answer for p in problems)
+    assert set(letters) == set("ABCD") and max(letters.values()) < 80
+    assert load_problems(write(tmp_path / "other.jsonl", *rows[100:]))[0].question == problems[100].question, "wherever it stands"
+    [asked] = load_problems(write(tmp_path / "one.jsonl", CHOICE))
+    assert sorted(line[4:] for line in asked.question.splitlines()[1:5]) == ["2", "3", "4", "5"]
+    assert grade(rf"It is \boxed{{({asked.answer})}}.", asked.answer, asked.source)
 
 
 def test_unusable_files(tmp_path):

@@ -13,15 +13,12 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from thinkrl.config import command_line, option, options_help, read_options
-from thinkrl.runs import write_json
-
-ROOT = Path(__file__).resolve().parent.parent
+from thinkrl.runs import ROOT, finished, torchrun, write_json
 
 # What is compared, and what each control separates.
 RECIPES = {
@@ -70,15 +67,11 @@ def run_all(jobs: list[tuple[str, list[str]]], folder: Path, at_once: int) -> No
             if core not in busy and queue:
                 name, arguments = queue.pop(0)
                 log = (folder / f"{name}.log").open("w")
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train.py",
-                           *arguments, "--runs_dir", str(folder.resolve()), "--name", name, "--resume", "auto"]
+                command = torchrun(1, "train.py", *arguments, "--runs_dir", str(folder.resolve()), "--name", name,
+                                   "--resume", "auto")
                 busy[core] = name, subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log,
                                                     preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}))
         time.sleep(0.5)
-
-
-def finished(run: Path) -> bool:
-    return (run / "summary.json").exists() and "after" in json.loads((run / "summary.json").read_text())
 
 
 def start_policy(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]:

@@ -7,6 +7,8 @@
 
 An answer may come inside a solution, behind the marker of its grading rule ("… #### 42"). A row names its rule in `source`
 or `data_source`; rows that name none take the caller's, else `gsm8k` if the answer has its marker, else `math`.
+A row with `options` (or GPQA's columns "Correct Answer", "Incorrect Answer 1" …) is multiple choice: its options are lettered in
+an order that follows from the question alone, and the gold answer is a letter. Published files keep the right one first.
 Everything is read and checked before the first step: what cannot be read stops the run with file, row and field.
 """
 
@@ -18,6 +20,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Generic, TypeVar
 
 from thinkrl import UserError, arith
@@ -34,6 +37,9 @@ INSTRUCTIONS = {
     "gsm8k": ("####", "Think step by step, then give the final answer as a number after ####, on a line of its own."),
     "math": (r"\boxed", r"Think step by step, then put the final answer in \boxed{}."),
 }
+
+
+GPQA_OPTIONS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
 
 class Stream(Generic[Row]):
@@ -76,8 +82,8 @@ def load_problems(spec: str, source: str = "") -> list[Problem] | Generator:
     """
     if spec == "arith":
         return arith.training_problem
-    rows = [row for path in _files(spec) for row in read_rows(path)]
     source = source or _source_of_dataset(spec)
+    rows = (row for path in data_files(spec) for row in read_rows(path))
     return [_problem(i, row, where, source) for i, (where, row) in enumerate(rows)]
 
 
@@ -178,8 +184,12 @@ def _problem(index: int, row: dict, where: str, default: str) -> Problem:
         extra, gold_field = row.get("extra_info"), "reward_model.ground_truth"
         solution = text_field(extra, where, "answer") if isinstance(extra, dict) else ""
     else:
-        question, system = text_field(row, where, "problem", "question"), text_field(row, where, "system")
-        answer, solution, gold_field = text_field(row, where, "answer"), text_field(row, where, "solution"), "answer"
+        question, system = text_field(row, where, "problem", "question", "Question"), text_field(row, where, "system")
+        answer, gold_field = text_field(row, where, "answer", "Correct Answer"), "answer"
+        solution = text_field(row, where, "solution")
+        if options := _options(row, where):
+            question, answer = _lettered(question, options, answer, where)
+            solution = ""  # it speaks of the options in another order
     if not question:
         raise UserError(f"{where}: field 'problem' (or 'question') is missing or empty")
     source = source or ("gsm8k" if "####" in (answer or solution) else "math")
@@ -194,6 +204,26 @@ def _problem(index: int, row: dict, where: str, default: str) -> Problem:
     except ValueError as error:
         raise UserError(f"{where}: field {gold_field!r}: {error}") from None
     return Problem(index, question, gold, source, text_field(row, where, "level"), solution or answer, system)
+
+
+def _options(row: dict, where: str) -> list[str]:
+    """The options of a multiple-choice row; none for any other."""
+    if "options" not in row:
+        return [text_field(row, where, name) for name in GPQA_OPTIONS] if GPQA_OPTIONS[0] in row else []
+    options = row["options"]
+    texts = isinstance(options, list) and all(isinstance(option, str) for option in options)
+    if not texts or not 2 <= len(set(options)) == len(options) <= len(ascii_uppercase):
+        raise UserError(f"{where}: field 'options' must be a list of 2 to {len(ascii_uppercase)} different texts")
+    return options
+
+
+def _lettered(question: str, options: list[str], answer: str, where: str) -> tuple[str, str]:
+    """The question with its options as (A), (B), … in an order of its own, and the letter of the right one."""
+    if answer not in options:
+        raise UserError(f"{where}: field 'answer' must be one of the options, to the letter: {answer!r} is none of them")
+    order = random.Random(f"options/{question}").sample(options, len(options))
+    lines = [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, order)]
+    return "\n".join([question, *lines, "Answer with the letter of one option."]), ascii_uppercase[order.index(answer)]
 
 
 def _verl(row: dict, where: str) -> tuple[str, str, str]:
@@ -222,7 +252,8 @@ def _source_of_dataset(spec: str) -> str:
     return ""
 
 
-def _files(spec: str) -> list[Path]:
+def data_files(spec: str) -> list[Path]:
+    """The files that a `--data` value names; those of a hub dataset are fetched. Raises UserError."""
     if not spec.startswith("hub:"):
         return [Path(spec)]
     _require("huggingface_hub", "hub", spec)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from thinkrl import UserError
 from thinkrl.config import Config, as_dict
 from thinkrl.distributed import World, agree, from_main
 
+ROOT = Path(__file__).resolve().parent.parent  # where train.py lies
 FREE_TO_CHANGE = {"resume", "name", "runs_dir", "device", "wandb", "tensorboard", "keep_checkpoints"}
 
 
@@ -49,6 +51,11 @@ def open_run(config: Config, world: World) -> Run:
     return Run(folder, resumed)
 
 
+def torchrun(ranks: int, *arguments: str) -> list[str]:
+    """The command that launches a program on so many processes of this machine; to be run in ROOT."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
+
+
 def write_json(path: Path, value) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
@@ -68,7 +75,7 @@ def _choose(config: Config) -> tuple[Path, bool]:
         return _unfinished(folder, config), True
     if config.resume == "auto":
         saved = [path for path in root.glob("*/config.json")
-                 if not _differing(path.parent, config) and not _finished(path.parent)]
+                 if not _differing(path.parent, config) and not finished(path.parent)]
         if saved:
             return max(saved, key=lambda path: path.stat().st_mtime).parent, True
     stem = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -83,12 +90,13 @@ def _unfinished(folder: Path, config: Config) -> Path:
     if differing:
         raise UserError(f"--resume: {folder} was started with other options: {'; '.join(differing)}; give the same options, "
                         "or start a new run with another --name")
-    if _finished(folder):
+    if finished(folder):
         raise UserError(f"--resume: {folder} is finished; choose another --name for a new run")
     return folder
 
 
-def _finished(folder: Path) -> bool:
+def finished(folder: Path) -> bool:
+    """Whether a run came to its end."""
     path = folder / "summary.json"
     return path.exists() and "after" in json.loads(path.read_text())
 

@@ -1,0 +1,142 @@
+"""Long⊗Short in miniature: the built-in long chains through all four stages, and what came of it.   `make longshort`
+
+    python -m thinkrl.pipeline [--key value …]
+
+    1 chunk        built-in long chains -> thoughts, importance, labels -> two cold-start files          chunk.py
+    2 cold start   the base policy learns each role -> L0, S0                                          train.py sft, twice
+    3 rounds       L and S are trained in turns -> L1⊗S0, L2⊗S0, L2⊗S1, …                              train.py longshort
+    4 baseline     the base policy under plain GRPO, for as many steps of as many problems and attempts  train.py grpo
+
+Each stage is one torchrun. What is finished is not done again, so a killed pipeline is continued by the same command. It ends
+with a table and summary.json in the folder --out: the base policy, the chains it started from, one entry per round, GRPO. All
+are measured on the same held-out problems at T = 1 and greedily; tokens are those of both roles and of all turns.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from thinkrl import UserError
+from thinkrl.config import command_line, excuse, option, options_help, read_options
+from thinkrl.evaluate import aes
+from thinkrl.longshort import pair_name, schedule
+from thinkrl.runs import ROOT, finished, torchrun, write_json
+
+
+@dataclass(frozen=True)
+class Options:
+    out: str = option("runs/longshort", "folder of the stages and of summary.json; an unfinished one is continued")
+    ranks: int = option(2, "processes of every torchrun")
+    seed: int = option(42, "of every stage")
+    chains: int = option(600, "built-in long chains to chunk")
+    rollout_tokens: int = option(40, "limit of a Monte-Carlo rollout: what a prefix is worth to a policy that must be brief")
+    sft_steps: int = option(200, "optimizer steps of each cold start")
+    rounds: str = option("LLSLSL", "which role trains in each round")
+    steps_per_round: int = option(20, "optimizer steps per round")
+    eval_problems: int = option(500, "held-out problems, at most 500")
+
+
+def parse(argv: list[str]) -> Options:
+    if "--help" in argv or "-h" in argv:
+        print("\n".join(["usage: python -m thinkrl.pipeline [--key value …]", *options_help(Options)]))
+        raise SystemExit(0)
+    options = Options(**read_options(argv, Options))
+    schedule(options.rounds)
+    return options
+
+
+def run_stages(options: Options) -> None:
+    """All of it, in the folder `out`: chunk/, L0/, S0/, longshort/, grpo/. Raises UserError where a stage fails."""
+    folder, seed = Path(options.out).resolve(), ["--seed", str(options.seed)]
+
+    def run(title: str, *arguments: str) -> None:
+        print(f"\n== {title}", flush=True)
+        status = subprocess.run(torchrun(options.ranks, *arguments, *seed), cwd=ROOT).returncode
+        if status:
+            raise UserError(f"the stage '{title}' failed with status {status}; the same command continues from here")
+
+    def train(title: str, name: str, preset: str, *arguments: str) -> Path:
+        if not finished(folder / name):
+            run(title, "train.py", preset, "--runs_dir", str(folder), "--name", name, "--resume", "auto", *arguments)
+        return folder / name / "checkpoints"
+
+    chunks = folder / "chunk"
+    run("1 chunk", "chunk.py", "--out", str(chunks), "--limit", str(options.chains), "--max_tokens", str(options.rollout_tokens),
+        "--temperature", "1.0")
+    start = []
+    for role, name in (("long", "L0"), ("short", "S0")):
+        saved = train(f"2 cold start of {name}", name, "sft", "--data", str(chunks / f"{role}.json"), "--steps",
+                      str(options.sft_steps))
+        start += [f"--{role}", str(saved / f"step_{options.sft_steps}" / "hf")]
+    measured = ["--temperature", "1.0", "--eval_problems", str(options.eval_problems)]
+    train("3 rounds", "longshort", "longshort", *start, "--rounds", options.rounds, "--steps_per_round",
+          str(options.steps_per_round), "--save_every", str(options.steps_per_round), *measured)
+    train("4 baseline", "grpo", "grpo", "--steps", str(len(options.rounds) * options.steps_per_round), *measured)
+
+
+def collect(folder: Path, rounds: str) -> dict:
+    """What summary.json holds: base, long_chains, rounds (the cold start first) and grpo."""
+    talks, grpo = (json.loads((folder / name / "summary.json").read_text()) for name in ("longshort", "grpo"))
+    chains = json.loads((folder / "chunk" / "annotated.json").read_text())
+    names = [pair_name(rounds, k) for k in range(len(rounds) + 1)]
+    results = [talks["before"], *(talks[name] for name in names[1:-1]), talks["after"]]
+    base = grpo["before"]
+
+    def entry(result: dict) -> dict:
+        greedy, kept = result["greedy"], ("accuracy", "tokens", "long_tokens", "short_tokens", "turns", "ended", "by_level")
+        numbers = {key: result[key] for key in kept if key in result}
+        numbers["aes"] = aes(result["accuracy"], result["tokens"], base["accuracy"], base["tokens"])
+        numbers["greedy"] = {key: greedy[key] for key in kept if key in greedy}
+        numbers["greedy"]["aes"] = aes(greedy["accuracy"], greedy["tokens"], base["greedy"]["accuracy"], base["greedy"]["tokens"])
+        return numbers
+
+    return {
+        "base": entry(base),
+        "long_chains": {"chains": len(chains), "tokens": sum(sum(chain["lengths"]) for chain in chains) / len(chains),
+                        "thoughts": sum(len(chain["thoughts"]) for chain in chains) / len(chains),
+                        "exchanges": sum(len(chain["segments"]) / 2 for chain in chains) / len(chains)},
+        "rounds": [{"policies": name, "trained": trained, **entry(result)}
+                   for name, trained, result in zip(names, [None, *schedule(rounds)], results)],
+        "grpo": entry(grpo["after"]),
+    }
+
+
+def table(summary: dict) -> str:
+    rows = [("base policy", summary["base"]), *((r["policies"], r) for r in summary["rounds"]), ("base + GRPO", summary["grpo"])]
+    lines = ["| policies | T=1 accuracy | tokens | long + short | turns min/mean/max | AES | greedy accuracy | tokens | AES |",
+             "|---" * 9 + "|"]
+    for name, r in rows:
+        split = f"{r['long_tokens']:.1f} + {r['short_tokens']:.1f}" if "turns" in r else ""
+        turns = f"{r['turns']['min']} / {r['turns']['mean']:.2f} / {r['turns']['max']}" if "turns" in r else ""
+        greedy = r["greedy"]
+        lines.append(f"| {name} | {r['accuracy']:.1%} | {r['tokens']:.1f} | {split} | {turns} | {r['aes']:+.2f} | "
+                     f"{greedy['accuracy']:.1%} | {greedy['tokens']:.1f} | {greedy['aes']:+.2f} |")
+    return "\n".join(lines)
+
+
+def require_exchanges(summary: dict) -> None:
+    """Raise UserError if some pair of policies never used a second turn: then nothing cooperates, whatever the accuracy."""
+    single = [r["policies"] for r in summary["rounds"] if r["turns"]["max"] == 1]
+    if single:
+        raise UserError(f"every conversation of {', '.join(single)} ended at its first turn: the roles did not learn to ask again; "
+                        "see chunk/summary.json for how many chains have more than one exchange")
+
+
+def main(options: Options) -> None:
+    folder = Path(options.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run_stages(options)
+        summary = collect(folder, options.rounds)
+        write_json(folder / "summary.json", summary)
+        print(f"\n{table(summary)}\nsummary: {folder}/summary.json   conversations: {folder}/longshort/report.html")
+        require_exchanges(summary)
+    except UserError as mistake:
+        excuse("pipeline", mistake, status=1)
+
+
+if __name__ == "__main__":
+    main(command_line("pipeline", parse))
