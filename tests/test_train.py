@@ -85,9 +85,11 @@ def test_a_real_checkpoint_and_a_verl_parquet_on_two_ranks(kind, more, tmp_path,
     assert rows[-1]["zero_groups"] == 1.0 and kind == "llama" or moved, "weights move when anything was learnt"
 
 
-def run_options(folder: Path, name: str, *more: str) -> list[str]:
-    return ["l2t", "--runs_dir", str(folder), "--name", name, "--steps", "4", "--save_every", "2", "--problems_per_step", "4",
-            "--group_size", "4", "--max_tokens", "60", "--eval_problems", "4", "--kl_coef", "0.01", *more]
+COMMON = ["--save_every", "2", "--problems_per_step", "4", "--group_size", "4", "--max_tokens", "60", "--eval_problems", "4",
+          "--kl_coef", "0.01"]
+# preset, its own options, where it is killed, where it ends
+LONG = ["l2t", "--steps", "4"], 2, 4
+ROUNDS = ["longshort", "--rounds", "LS", "--steps_per_round", "3"], 4, 6  # killed inside the round of the short role
 
 
 def start_ranks(size: int, *arguments: str) -> list[subprocess.Popen]:
@@ -101,21 +103,26 @@ def start_ranks(size: int, *arguments: str) -> list[subprocess.Popen]:
                              env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
 
 
-def test_kill_and_resume_is_the_same_run(tmp_path):
-    """2N steps == N steps, a kill, a resume: bit for bit, optimizer, reference and running Fisher included."""
-    assert torchrun(2, "train.py", *run_options(tmp_path, "whole")).returncode == 0
-    ranks = start_ranks(2, "train.py", *run_options(tmp_path, "cut"))
+@pytest.mark.parametrize("options, killed, steps", [LONG, ROUNDS], ids=["l2t", "longshort"])
+def test_kill_and_resume_is_the_same_run(tmp_path, options, killed, steps):
+    """2N steps == N steps, a kill, a resume: bit for bit. Optimizers, references, running Fisher and both roles included."""
+    whole = [*options, *COMMON, "--runs_dir", str(tmp_path), "--name", "whole"]
+    cut = [*whole[:-1], "cut"]
+    assert torchrun(2, "train.py", *whole).returncode == 0
+    ranks = start_ranks(2, "train.py", *cut)
     deadline = time.time() + 120
-    while not (tmp_path / "cut" / "latest").exists() and time.time() < deadline:
+    while not (tmp_path / "cut" / "checkpoints" / f"step_{killed}").exists() and time.time() < deadline:
         time.sleep(0.02)
     for rank in ranks:
         rank.kill()
         rank.wait()
     assert "after" not in json.loads((tmp_path / "cut" / "summary.json").read_text()), "it was killed too late to test anything"
-    done = torchrun(2, "train.py", *run_options(tmp_path, "cut", "--resume", "auto"))
+    done = torchrun(2, "train.py", *cut, "--resume", "auto")
     assert done.returncode == 0, done.stderr[-3000:]
-    whole, cut = (load_file(tmp_path / name / "checkpoints" / "step_4" / "hf" / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    last = f"checkpoints/step_{steps}"
+    for saved in (path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole" / last).rglob("model.safetensors")):
+        one, other = (load_file(tmp_path / name / saved) for name in ("whole", "cut"))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), saved
 
     def lines(name: str) -> list[dict]:
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -224,3 +231,23 @@ def test_a_policy_is_no_reward_model(capsys, tmp_path):
     policy = str(train.model_path("tiny"))
     sentence = mistake(capsys, "l2t", "--gain", "prm", "--prm", policy, "--runs_dir", str(tmp_path / "runs"))
     assert "score.weight" in sentence and not (tmp_path / "runs").exists()
+
+
+def test_a_round_trains_its_own_role_against_a_fresh_reference(tmp_path):
+    train.main(parse(["longshort", "--rounds", "LS", "--steps_per_round", "2", "--save_every", "2", "--problems_per_step", "4",
+                      "--group_size", "4", "--max_tokens", "40", "--eval_problems", "2", "--kl_coef", "0.1", "--lr", "1e-3",
+                      "--runs_dir", str(tmp_path), "--name", "run"]))
+    start = load_file(train.model_path("tiny") / "model.safetensors")
+
+    def moved(step: int, role: str) -> bool:
+        weights = load_file(tmp_path / "run" / "checkpoints" / f"step_{step}" / f"hf_{role}" / "model.safetensors")
+        return any(not torch.equal(weights[name], start[name]) for name in start)
+
+    assert [moved(2, "long"), moved(2, "short"), moved(4, "short")] == [True, False, True]
+    long = [(tmp_path / "run" / "checkpoints" / f"step_{step}" / "hf_long" / "model.safetensors").read_bytes() for step in (2, 4)]
+    assert long[0] == long[1], "the frozen partner stays as it is"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [1, 1, 2, 2]
+    assert [row["kl"] > 0 for row in rows] == [False, True, False, True], "each round begins at its reference"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary.keys() >= {"before", "L1⊗S0", "after"} and summary["after"]["turns"]["max"] <= 5
