@@ -6,7 +6,7 @@ RUN    := $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS)
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-gpu lint bench bench-gpu tiny compare lines clean
+.PHONY: help train test test-gpu lint bench bench-gpu tiny compare longshort lines clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ tiny: .venv/done ## rebuild the embedded model from its problem generator
 
 compare: .venv/done ## L2T against GRPO and its controls, 3 seeds each (40 minutes on two cores)
 	$(BIN)/python -m thinkrl.compare $(ARGS)
+
+longshort: .venv/done ## Long⊗Short on the embedded model: chunk, cold start, six rounds, GRPO beside it (15 minutes on two cores)
+	$(BIN)/python -m thinkrl.pipeline --ranks $(RANKS) $(ARGS)
 
 lines: ## file sizes
 	@wc -l *.py thinkrl/*.py kernels/*.py | sort -n

@@ -35,7 +35,7 @@ class Options:
     rollout_tokens: int = option(40, "limit of a Monte-Carlo rollout: what a prefix is worth to a policy that must be brief")
     sft_steps: int = option(200, "optimizer steps of each cold start")
     rounds: str = option("LLSLSL", "which role trains in each round")
-    steps_per_round: int = option(20, "optimizer steps per round")
+    steps_per_round: int = option(30, "optimizer steps per round")
     eval_problems: int = option(500, "held-out problems, at most 500")
 
 
@@ -71,7 +71,7 @@ def run_stages(options: Options) -> None:
         saved = train(f"2 cold start of {name}", name, "sft", "--data", str(chunks / f"{role}.json"), "--steps",
                       str(options.sft_steps))
         start += [f"--{role}", str(saved / f"step_{options.sft_steps}" / "hf")]
-    measured = ["--temperature", "1.0", "--eval_problems", str(options.eval_problems)]
+    measured = ["--eval_problems", str(options.eval_problems)]
     train("3 rounds", "longshort", "longshort", *start, "--rounds", options.rounds, "--steps_per_round",
           str(options.steps_per_round), "--save_every", str(options.steps_per_round), *measured)
     train("4 baseline", "grpo", "grpo", "--steps", str(len(options.rounds) * options.steps_per_round), *measured)
