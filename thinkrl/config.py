@@ -167,7 +167,7 @@ EMBEDDED_VALUES: dict[str, dict] = {
     "grpo": _EMBEDDED_RL,
     "l2t": _EMBEDDED_RL,
     # the partner as it is when both are measured; µ small enough that being right outbids being brief (LOG.md)
-    "longshort": _EMBEDDED_RL | dict(steps_per_round=30, max_tokens=160, partner_max_tokens=160, temperature=1.0,
+    "longshort": _EMBEDDED_RL | dict(steps_per_round=20, max_tokens=160, partner_max_tokens=160, temperature=1.0,
                                      partner_temperature=1.0, length_coef=0.3),
     "sft": dict(steps=300, problems_per_step=64, lr=1e-3, micro_batch_tokens=8192, weight_decay=0.0, save_every=0),
     "prm": _EMBEDDED_RL | dict(steps=100),

@@ -31,11 +31,11 @@ class Options:
     out: str = option("runs/longshort", "folder of the stages and of summary.json; an unfinished one is continued")
     ranks: int = option(2, "processes of every torchrun")
     seed: int = option(42, "of every stage")
-    chains: int = option(600, "built-in long chains to chunk")
+    chains: int = option(800, "built-in long chains to chunk")
     rollout_tokens: int = option(40, "limit of a Monte-Carlo rollout: what a prefix is worth to a policy that must be brief")
     sft_steps: int = option(200, "optimizer steps of each cold start")
     rounds: str = option("LLSLSL", "which role trains in each round")
-    steps_per_round: int = option(30, "optimizer steps per round")
+    steps_per_round: int = option(20, "optimizer steps per round")
     eval_problems: int = option(500, "held-out problems, at most 500")
 
 
