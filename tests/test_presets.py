@@ -50,7 +50,8 @@ def test_l2t_pays_every_episode(default):
     assert paid == pytest.approx(0.05), "the mean completion pays kappa"
     known = tally.pairs.keys() & DEFINITIONS.keys()
     assert {"episodes", "malformed", "fitting_gain", "compression", "penalty", "process_reward", "probe_tokens",
-            "penalty_seconds", "penalty_length_correlation", "advantage_max"} <= known
+            "probe_seconds", "penalty_seconds", "penalty_tokens", "penalty_length_correlation", "advantage_max"} <= known
+    assert tally.pairs["penalty_tokens"][0] == 0, "the states that the sampler kept serve"
 
 
 def test_rollouts_do_not_depend_on_the_preset(world, default):
@@ -81,8 +82,11 @@ def test_profile_grpo_is_grpo_to_the_bit(world):
     ["--alpha", "0"],
 ], ids=" ".join)
 def test_every_option_changes_what_is_paid(world, default, options):
-    _, trajectories, advantages, _ = step_of(world, "l2t", *options)
+    _, trajectories, advantages, tally = step_of(world, "l2t", *options)
     assert all(a.isfinite().all() for a in advantages)
+    spent = {key: tally.pairs[key][0] for key in ("probe_tokens", "penalty_tokens")}
+    assert (spent["penalty_tokens"] > 0) == (options[-1] in ("last_block", "layers")), "other proxies use the sampler's states"
+    assert spent["probe_tokens"] > default[3].pairs["probe_tokens"][0] or options[-1] != "continue", "dearer"
     if options == ["--compression", "drift"]:
         assert all(c == 0 for t in trajectories for c in t.extra["compression"]), "nothing has moved before the first step"
         return

@@ -212,9 +212,11 @@ class Proxy:
         self.start = [matrix.clone() for matrix in self._matrices()] if drift else None
         self.fisher: list[Tensor] = []  # per matrix [D2, D1]: N F
         self.count = 0.0  # N
+        self.forwards = 0  # tokens of the last step that went through the model
 
     def begin(self, step: int) -> None:
         """Before a step's `penalties`: decompose the LM head if it is time."""
+        self.forwards = 0
         if self.kind == "svd" and (self.V is None or step % self.refresh_every == 0):
             weight = self.model.head_weight.detach()
             self.V, self.S = svd_basis(weight, self.rank)
@@ -249,6 +251,8 @@ class Proxy:
 
     def factors(self, row: Row) -> Factors:
         """The gradient factors of a row's completion tokens."""
+        if self.kind in ("last_block", "layers") or row.hidden is None:
+            self.forwards += len(row.tokens)
         if self.kind == "last_block":
             return block_factors(self.model, row)
         if self.kind == "layers":

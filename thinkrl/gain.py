@@ -9,7 +9,9 @@ short suffix, so all of J costs the suffixes, not K+1 forwards of the completion
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +96,8 @@ class Gain:
     segment    completion tokens -> Episodes
     grade      (prompt index, text of an answer or of a completion) -> bool, for mc and continue
     keys       per prompt, the address of its randomness; what is sampled adds (sample, k, m)
+
+    `seconds` and `forwards`, tokens that went through the model, say what it has cost so far.
     """
 
     def __init__(self, sampler: Sampler, probes: Sequence[Probe], segment: Callable[[list[int]], Episodes], kind: str = "forced",
@@ -103,11 +107,16 @@ class Gain:
             raise ValueError(f"kind must be forced, mc or continue, not {kind!r}")
         self.sampler, self.probes, self.segment, self.kind = sampler, probes, segment, kind
         self.samples, self.max_tokens, self.grade, self.seed, self.keys = samples, max_tokens, grade, seed, keys
+        self.seconds, self.forwards = 0.0, 0
         self._seen: dict[tuple[int, int], tuple[Episodes, list]] = {}  # (prompt, sample) -> episodes, keys of J_0, …, J_K
         self._J: dict[tuple[int, ...], float] = {}
         self._waiting: dict[tuple[int, ...], _Prefix] = {}
 
     def on_finish(self, completion: Completion, pages: Pages) -> None:
+        with self._metered():
+            self._see(completion, pages)
+
+    def _see(self, completion: Completion, pages: Pages) -> None:
         prompt, sample, tokens = completion.prompt, completion.sample, completion.tokens
         episodes, keys = self.segment(tokens), []
         for k, n in enumerate(episodes.prefixes):
@@ -125,9 +134,17 @@ class Gain:
     def results(self) -> list[tuple[Episodes, Tensor]]:
         """(Episodes, J [K+1] fp64) of all completions seen, prompt by prompt, sample by sample."""
         if self._waiting:
-            self._score() if self.kind == "forced" else self._sample()
+            with self._metered():
+                self._score() if self.kind == "forced" else self._sample()
         J = {place: torch.tensor([self._J[key] for key in keys], dtype=torch.float64) for place, (_, keys) in self._seen.items()}
         return [(self._seen[place][0], J[place]) for place in sorted(J)]
+
+    @contextmanager
+    def _metered(self) -> Iterator[None]:
+        start, forwards = time.perf_counter(), self.sampler.forwards.total
+        yield
+        self.seconds += time.perf_counter() - start
+        self.forwards += self.sampler.forwards.total - forwards
 
     def _score(self) -> None:
         waiting, self._waiting = self._waiting, {}

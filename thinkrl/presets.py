@@ -113,25 +113,29 @@ class L2T(Grpo):
 
     def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Trajectory]:
         c, sampler = self.config, self.learners["policy"].sampler
-        forwards = sampler.forwards.probe
         gain = Gain(sampler, [self.probe(p) for p in problems], self.cut, c.gain if c.gain in ("mc", "continue") else "forced",
                     samples=c.gain_samples, max_tokens=c.max_tokens, seed=c.seed, keys=[(PROBE, step, p.id) for p in problems],
                     grade=lambda i, text: grade(text, problems[i].answer, problems[i].source))
         probed = c.gain in ("forced", "mc", "continue")
         trajectories = self.attempt(problems, c.group_size, c.temperature, (TRAINING, step),
                                     on_finish=gain.on_finish if probed else None, return_hidden=self.proxy is not None)
-        turns = [t.turns[0] for t in trajectories]
+        turns, clock = [t.turns[0] for t in trajectories], Stopwatch()
         if probed:
             episodes, J = map(list, zip(*gain.results())) if trajectories else ([], [])
+            seconds, forwards = gain.seconds, gain.forwards
         else:
             episodes = [self.cut(turn.completion) for turn in turns]
-            J = self.score_steps(trajectories, episodes)
+            J, forwards = self.score_steps(trajectories, episodes)
+            seconds = clock.seconds
+        tally.add("probe_seconds", seconds)
+        tally.add("probe_tokens", forwards, 1 / dist.get_world_size())
 
         clock = Stopwatch()
         raw = [torch.zeros(len(e), dtype=torch.float64) for e in episodes]
         if self.proxy:
             self.proxy.begin(step)
             raw = self.proxy.penalties(c.compression, turns, episodes, reduce=global_sum)
+            tally.add("penalty_tokens", self.proxy.forwards, 1 / dist.get_world_size())
         tally.add("penalty_seconds", clock.seconds)
         penalty = normalise_compression(raw, c.kappa, global_sum)
         for t, e, j, C, C_hat in zip(trajectories, episodes, J, raw, penalty):
@@ -143,15 +147,14 @@ class L2T(Grpo):
             t.extra["episode_ids"] = e.ids.tolist()
             tally.add_all({"episodes": (len(e), 1), "malformed": (e.malformed, 1), "fitting_gain": (j[-1] - j[0], 1),
                            "compression": (C.sum(), 1), "penalty": (C_hat.sum(), 1), "process_reward": (r_prg.sum(), 1)})
-        tally.add("probe_tokens", sampler.forwards.probe - forwards, 1 / dist.get_world_size())
         lengths = torch.cat([e.lengths for e in episodes]) if episodes else torch.zeros(0)
         tally.add("penalty_length_correlation", correlation(torch.cat([torch.zeros(0), *penalty]), lengths), 1)
         return trajectories
 
-    def score_steps(self, trajectories: list[Trajectory], episodes: list[Episodes]) -> list[Tensor]:
-        """J by the step reward model, in its own vocabulary if it brings one; zeros for --gain none."""
+    def score_steps(self, trajectories: list[Trajectory], episodes: list[Episodes]) -> tuple[list[Tensor], int]:
+        """J by the step reward model, in its own vocabulary if it brings one, and the tokens it read; zeros for --gain none."""
         if self.prm is None:
-            return [torch.zeros(len(e) + 1, dtype=torch.float64) for e in episodes]
+            return [torch.zeros(len(e) + 1, dtype=torch.float64) for e in episodes], 0
         told = []
         for t, e in zip(trajectories, episodes):
             prompt, completion = t.turns[0].prompt, t.turns[0].completion
@@ -160,7 +163,8 @@ class L2T(Grpo):
             else:
                 steps = [self.tokenizer.decode(completion[a:b]) for a, b in pairwise(e.prefixes)]
                 told.append(retell(t.problem.question, steps, self.prm_tokenizer))
-        return [scores.double() for scores in score_completions(self.prm, *zip(*told))] if told else []
+        J = [scores.double() for scores in score_completions(self.prm, *zip(*told))] if told else []
+        return J, sum(len(prompt) + len(completion) for prompt, completion, _ in told)
 
     def advantages(self, trajectories: list[Trajectory], step: int, tally: Tally) -> list[Tensor]:
         c, out = self.config, []

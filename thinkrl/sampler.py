@@ -63,6 +63,10 @@ class TokenForwards:
     decode: int = 0
     probe: int = 0
 
+    @property
+    def total(self) -> int:
+        return self.prefill + self.decode + self.probe
+
 
 class Sampler:
     """Writes completions with `model`, which it may own alone (`load_weights`) or share with the caller.
