@@ -51,7 +51,7 @@ tiny: .venv/done ## rebuild the embedded model from its problem generator
 compare: .venv/done ## L2T against GRPO and its controls, 3 seeds each (40 minutes on two cores)
 	$(BIN)/python -m thinkrl.compare $(ARGS)
 
-longshort: .venv/done ## Long⊗Short on the embedded model: chunk, cold start, six rounds, GRPO beside it (15 minutes on two cores)
+longshort: .venv/done ## Long⊗Short on the embedded model: chunk, cold start, six rounds, GRPO beside it (14 minutes on two cores)
 	$(BIN)/python -m thinkrl.pipeline --ranks $(RANKS) $(ARGS)
 
 lines: ## file sizes
