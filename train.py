@@ -188,7 +188,7 @@ def evaluate(preset: Grpo | LongShort, problems: list[Problem], run: Run, when: 
         everything = sum(gather(part), [])
         results.append(summarise(everything) | (longshort.summary(everything) if config.preset == "longshort" else {}))
     if world.main:
-        run.update_summary(**{when: results[0] | {"greedy": results[1]}})
+        run.update_summary(**{when: {"step": step, **results[0], "greedy": results[1]}})
 
 
 def count(tally: Tally, trajectories: list[Trajectory], group_size: int) -> None:

@@ -6,12 +6,12 @@ from thinkrl.compare import collect, figure, start_policy, table
 
 
 def run(folder, name: str, accuracy: float, tokens: float) -> None:
-    def result(accuracy, tokens):
+    def result(step, accuracy, tokens):
         part = {"accuracy": accuracy, "tokens": tokens}
-        return {**part, "truncated": 0.0, "greedy": part, "by_level": {"easy": part}}
+        return {"step": step, **part, "truncated": 0.0, "greedy": part, "by_level": {"easy": part}}
 
     (folder / name).mkdir()
-    summary = {"before": result(0.5, 60), "step_5": result(0.6, 55), "after": result(accuracy, tokens)}
+    summary = {"before": result(0, 0.5, 60), "step_5": result(5, 0.6, 55), "after": result(10, accuracy, tokens)}
     (folder / name / "summary.json").write_text(json.dumps(summary))
     (folder / name / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "seconds": 2.0}) + "\n" for i in range(1, 11)))
 

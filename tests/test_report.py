@@ -189,6 +189,17 @@ def test_before_and_after_by_level(tmp_path):
     assert verdicts[4:9] == ["good", "good", "bad", "good", "same"], "accuracy should rise, tokens should fall"
 
 
+def test_every_evaluation_stands_on_the_curves(tmp_path):
+    log = new_run(tmp_path, "longshort")
+    for step in (1, 2):
+        log.step({"step": step, "accuracy": 0.5, "tokens": 40.0, "loss": 0.1})
+    evaluations = {when: {"step": step} | summary(0.5, 40, 0.5) for step, when in enumerate(("before", "L1⊗S0", "after"))}
+    (log.folder / "summary.json").write_text(json.dumps(evaluations))
+    page = Page(write_report(log.folder))
+    assert [title for title in page.texts("title") if title.startswith("held-out")] == [
+        f"held-out, step {step}: {value}" for value in ("50.0 %", "40.0") for step in (0, 1, 2)]
+
+
 def test_options_that_differ_and_no_others(tmp_path):
     log = new_run(tmp_path, "grpo", "--model", "some/model", "--lr", "0.5", "--steps", "500")
     page = Page(write_report(log.folder))

@@ -95,8 +95,7 @@ def collect(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]:
         last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-10:]
         row = {"seed": int(seed), "steps": last[-1]["step"], "seconds_per_step": _mean([r["seconds"] for r in last])}
         row |= _measures(summary["after"])
-        between = [[int(name[5:]), *_point(result)] for name, result in summary.items() if name.startswith("step_")]
-        row["curve"] = [[0, *_point(summary["before"])], *between, [last[-1]["step"], *_point(summary["after"])]]
+        row["curve"] = sorted([result["step"], result["accuracy"], result["tokens"]] for result in summary.values())
         for key in ("episodes", "malformed"):
             if key in last[-1]:
                 row[key] = _mean([r[key] for r in last])
@@ -111,10 +110,6 @@ def _measures(result: dict) -> dict:
     for level, part in result["by_level"].items():
         row |= {f"accuracy {level}": part["accuracy"], f"tokens {level}": part["tokens"]}
     return row
-
-
-def _point(result: dict) -> tuple[float, float]:
-    return result["accuracy"], result["tokens"]
 
 
 def _mean(values: list[float]) -> float:

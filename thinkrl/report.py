@@ -185,8 +185,7 @@ def _curves(metrics: list[dict], summary: dict) -> str:
     of_preset = [key for key, words in DEFINITIONS.items() if words.startswith(("l2t:", "longshort:", "prm:"))]
     first = [key for key in (*CURVES, *of_preset) if key in present]
     rest = sorted(present - set(first), key=[*DEFINITIONS, *sorted(present)].index)
-    held_out = {int(when.removeprefix("step_")): values for when, values in summary.items() if when.startswith("step_")}
-    held_out |= {step: summary[when] for step, when in ((0, "before"), (metrics[-1]["step"], "after")) if when in summary}
+    held_out = {values["step"]: values for values in summary.values() if "step" in values}
 
     def charts(keys: list[str]) -> str:
         figures = (_chart(key, [(row["step"], row[key]) for row in metrics if _finite(row.get(key))],
