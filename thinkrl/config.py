@@ -19,6 +19,7 @@ from thinkrl import UserError
 
 PRESETS = ("l2t", "grpo", "longshort", "sft", "prm")
 DEFAULT_PRESET = "l2t"
+ROLE_OF = {"L": "long", "S": "short"}
 
 
 def option(default, help: str, choices: tuple[str, ...] | None = None):
@@ -271,12 +272,19 @@ def _check(config: Config) -> None:
            "--gain prm needs --prm PATH, a step reward model made by train.py prm")
     refuse(not 0 < config.keep <= 1, f"--keep {config.keep} is outside (0, 1]")
     refuse(config.preset == "sft" and not config.data, "train.py sft needs --data FILE.jsonl or an alpaca JSON list")
-    unknown = sorted(set(config.rounds) - {"L", "S"})
-    refuse(not config.rounds or bool(unknown), f"--rounds {config.rounds}: "
-           f"{'unknown letter ' + ', '.join(unknown) if unknown else 'empty'}; L trains the long role, S the short one")
+    schedule(config.rounds)
     name = config.episodes
     refuse(name not in ("tags", "paragraphs") and not (name.startswith("fixed:") and name[6:].isdigit() and int(name[6:])),
            f"--episodes {name}: choose tags, paragraphs or fixed:N with N at least 1")
+
+
+def schedule(rounds: str) -> list[str]:
+    """The role that each round of longshort trains: "LLS" -> ["long", "long", "short"]. UserError for another letter, or none."""
+    unknown = sorted(set(rounds) - set(ROLE_OF))
+    if unknown or not rounds:
+        raise UserError(f"--rounds {rounds!r}: {'unknown letter ' + ', '.join(unknown) if unknown else 'empty'}; "
+                        "L trains the long role, S the short one")
+    return [ROLE_OF[letter] for letter in rounds]
 
 
 def read_options(argv: list[str], schema: type) -> dict:

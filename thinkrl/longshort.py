@@ -31,14 +31,13 @@ import torch
 from torch import Tensor
 
 from thinkrl import UserError
+from thinkrl.config import schedule
 from thinkrl.conversation import ANSWERED, BUILT_IN, ROLES, STOPS, Prompts, build, gradable, well_formed
 from thinkrl.grading import extract, grade
 from thinkrl.problems import messages
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample, Trajectory, Turn
-
-LETTERS = {"L": "long", "S": "short"}
 
 
 @dataclass(frozen=True)
@@ -192,15 +191,6 @@ def own_samples(talks: Sequence[Trajectory], role: str, advantages: Sequence[Ten
         samples += [Sample(turn.prompt, turn.completion, part, torch.tensor(turn.logprobs), f"{talk.problem.id}/{talk.sample}/{i}")
                     for (i, turn), part in zip(own, parts)]
     return samples
-
-
-def schedule(rounds: str) -> list[str]:
-    """ "LLS" -> ["long", "long", "short"]. Raises UserError for another letter, or none."""
-    unknown = sorted(set(rounds) - set(LETTERS))
-    if unknown or not rounds:
-        raise UserError(f"--rounds {rounds!r}: {'unknown letter ' + ', '.join(unknown) if unknown else 'empty'}; "
-                        "L trains the long role, S the short one")
-    return [LETTERS[letter] for letter in rounds]
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thinkrl import UserError
-from thinkrl.config import command_line, excuse, option, options_help, read_options
+from thinkrl.config import command_line, excuse, option, options_help, read_options, schedule
 from thinkrl.evaluate import aes
-from thinkrl.longshort import pair_name, schedule
+from thinkrl.longshort import pair_name
 from thinkrl.runs import ROOT, finished, torchrun, write_json
 
 
