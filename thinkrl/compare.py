@@ -24,10 +24,11 @@ from thinkrl.runs import ROOT, finished, torchrun, write_json
 RECIPES = {
     "grpo": "grpo",
     "l2t": "l2t",
-    "grpo_length_penalty": "grpo --length_penalty 0.001",  # a plain price per token, tuned to l2t's tokens
+    # a plain price per token, tuned to l2t's tokens; divided by a group's std it would weigh the same whatever it is
+    "grpo_length_penalty": "grpo --advantage_std none --length_penalty 0.004",
     "grpo_episode_price": "grpo --episode_price 0.02",  # a flat price per episode
-    "l2t_alpha0": "l2t --alpha 0",  # no dense reward: must be grpo
     "l2t_beta0": "l2t --beta 0",  # fitting gain alone
+    "l2t_gain_none": "l2t --gain none",  # compression alone
     "l2t_alpha0_per_token": "l2t --alpha 0 --statistic token_trunc_mean",  # Alg. 1's statistic alone
     "l2t_paper": "l2t --profile paper",  # Alg. 1 to the letter
     "l2t_to_go": "l2t --credit to_go",  # episodes' returns-to-go against the baseline of their state
