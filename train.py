@@ -22,7 +22,7 @@ from kernels.logprob import linear_logprob
 from thinkrl import UserError, longshort, require_own_kernels
 from thinkrl.checkpoint import load_model
 from thinkrl.config import Config, as_dict, excuse
-from thinkrl.distributed import World, gather, global_max, global_sum, shard, start, stop
+from thinkrl.distributed import World, gather, global_max, global_sum, run_and_exit, shard, start, stop
 from thinkrl.episodes import segment
 from thinkrl.evaluate import summarise, summary_table
 from thinkrl.grpo import importance_weight, loss_count, policy_loss
@@ -313,4 +313,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    run_and_exit(main, CONFIG)

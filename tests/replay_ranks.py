@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import train
 from thinkrl.config import parse
-from thinkrl.distributed import shard, start, stop
+from thinkrl.distributed import run_and_exit, shard, start, stop
 from thinkrl.learner import Learner
 from thinkrl.metrics import Tally
 from thinkrl.model import ModelConfig, Transformer
@@ -62,4 +62,4 @@ def main(out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_and_exit(main, sys.argv[1])

@@ -72,3 +72,15 @@ def test_means_are_global(results, name):
     assert one.keys() == two.keys() >= {"entropy", "kl", "clip_fraction", "mismatch"}
     for key, value in one.items():
         assert two[key] == pytest.approx(value, rel=1e-5, abs=1e-8), key
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_process_ends_with_its_status_and_without_finalization(status):
+    """Whatever would abort while the interpreter is taken apart; output and exit handlers are not lost."""
+    program = ("import atexit, os, sys; from thinkrl.distributed import run_and_exit\n"
+               "class Aborts: __del__ = lambda self: os.abort()\n"
+               "keep = Aborts(); atexit.register(print, 'handler')\n"
+               f"def main(word): print(word); sys.exit({status})\n"
+               "run_and_exit(main, 'output')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "output\nhandler\n"), done.stderr

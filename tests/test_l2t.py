@@ -443,12 +443,14 @@ def test_fisher_is_a_running_mean_of_earlier_steps():
     assert torch.equal(first[0], again[0])  # the second step's Fisher is the first's tokens still
     torch.testing.assert_close(proxy.fisher[0], 1.5 * squares)
     assert proxy.count == 0.5 * 11 + 11
-    # with F fixed, shuffled responses get the same bits
+    # with F fixed, the order of the responses does not matter (the kernel's part to the last bit: tests/kernels; the states
+    # come from products over a whole row, of which a CPU's library may round the last rows differently)
     state = copy.deepcopy(proxy.state_dict())
     one = proxy.penalties("diag", turns, episodes)
     proxy.load_state_dict(state)
     other = proxy.penalties("diag", turns[::-1], episodes[::-1])
-    assert torch.equal(one[0], other[1]) and torch.equal(one[1], other[0])
+    for a, b in zip(one, other[::-1]):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
 
 def test_fisher_is_summed_over_ranks():

@@ -108,7 +108,8 @@ def test_kill_and_resume_is_the_same_run(tmp_path, options, killed, steps):
     """2N steps == N steps, a kill, a resume: bit for bit. Optimizers, references, running Fisher and both roles included."""
     whole = [*options, *COMMON, "--runs_dir", str(tmp_path), "--name", "whole"]
     cut = [*whole[:-1], "cut"]
-    assert torchrun(2, "train.py", *whole).returncode == 0
+    done = torchrun(2, "train.py", *whole)
+    assert done.returncode == 0, done.stderr[-3000:]
     ranks = start_ranks(2, "train.py", *cut)
     deadline = time.time() + 120
     while not (tmp_path / "cut" / "checkpoints" / f"step_{killed}").exists() and time.time() < deadline:
