@@ -27,14 +27,14 @@ from thinkrl.episodes import segment
 from thinkrl.evaluate import summarise, summary_table
 from thinkrl.grpo import importance_weight, loss_count, policy_loss
 from thinkrl.learner import Learner, compute_dtype, learning_rate, model_path, new_learner, new_optimizer, restore, save
-from thinkrl.metrics import DEFINITIONS, Log, Stopwatch, Tally
+from thinkrl.metrics import DEFINITIONS, Log, Stopwatch, Tally, require_sinks
 from thinkrl.model import Transformer
 from thinkrl.presets import L2T, Grpo, LongShort
 from thinkrl.prm import label_positions, new_prm, pack_loss, prefix_labels, save_prm
 from thinkrl.prm import samples as prm_samples
-from thinkrl.problems import Stream, held_out_problems, load_problems
+from thinkrl.problems import Stream, held_out_problems, load_problems, spread
 from thinkrl.report import write_report
-from thinkrl.rollout import EVALUATION, LABELS, TRAINING, rollout
+from thinkrl.rollout import EVALUATION, LABELS, TRAINING, require_room, rollout
 from thinkrl.runs import Run, open_run
 from thinkrl.sampler import Sampler
 from thinkrl.sft import load_rows, nll_loss
@@ -49,17 +49,22 @@ class Diverged(RuntimeError):
 
 def train(config: Config, world: World) -> None:
     """Reinforcement learning: grpo, l2t, longshort."""
-    require_a_problem_each(config, world)
     stream = Stream(load_problems(config.data, config.source), config.seed)
+    require_a_problem_each(stream, config, world)
     preset = {"grpo": Grpo, "l2t": L2T, "longshort": LongShort}[config.preset](config, world)
     preset.require_room(stream.take(0, config.problems_per_step) if callable(stream.rows) else stream.rows)
-    held_out = held_out_problems(config.eval_data, config.data, config.source)
-    held_out = held_out[:: max(1, len(held_out) // config.eval_problems)][: config.eval_problems]  # spread over the levels
+    held_out = spread(held_out_problems(config.eval_data, config.data, config.source), config.eval_problems)
     preset.require_room(held_out)
     run = open_run(config, world)
     first, state = restore(run.folder, preset.learners)
     preset.load_state_dict(state)
+
+    def evaluate_after(step: int) -> None:
+        if config.eval_every and step % config.eval_every == 0 and 0 < step < config.steps:
+            evaluate(preset, held_out, run, preset.name(step), config, world, step)
+
     evaluate(preset, held_out, run, "before", config, world, first)
+    evaluate_after(first)  # a kill may have come between a step and its evaluation
     log = Log(run.folder, world.main, first, config.steps, config.wandb, config.tensorboard, as_dict(config))
 
     for step in range(first, config.steps):
@@ -71,7 +76,8 @@ def train(config: Config, world: World) -> None:
         advantages = preset.advantages(trajectories, step, tally)  # per trajectory, one value per token of its own turns
         samples = preset.samples(trajectories, advantages, step)
         packs = level(pack(samples, config.micro_batch_tokens), world)
-        learner.sampler.release_pool()  # its memory belongs to the backward now
+        for each in preset.learners.values():
+            each.sampler.release_pool()  # its memory belongs to the backward now
         loss, grad_norm = update(learner, packs, lr, config, world, tally)
         learner.sampler.load_weights(learner.policy)
 
@@ -80,9 +86,8 @@ def train(config: Config, world: World) -> None:
         shown = config.log_groups * config.group_size
         log.samples(step + 1, [describe(t, a) for t, a in zip(trajectories[:shown], advantages)])
         if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
-            save(run.folder, step + 1, preset.learners, preset.state_dict(), preset.tokenizer, config)
-        if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
-            evaluate(preset, held_out, run, preset.name(step + 1), config, world, step + 1)
+            save(run.folder, step + 1, preset.learners, preset.state_dict(), config)
+        evaluate_after(step + 1)
 
     log.close()
     evaluate(preset, held_out, run, "after", config, world, config.steps)
@@ -90,15 +95,16 @@ def train(config: Config, world: World) -> None:
         print(summary_table(run.summary), f"\nreport: {write_report(run.folder)}\nrun: {run.folder}")
 
 
-def require_a_problem_each(config: Config, world: World) -> None:
+def require_a_problem_each(stream: Stream, config: Config, world: World) -> None:
     if world.size > config.problems_per_step:
         raise UserError(f"{world.size} ranks share {config.problems_per_step} problems per step, some would have none: raise "
                         "--problems_per_step, or lower --nproc_per_node")
+    stream.take(0, config.problems_per_step)  # raises if there are not as many
 
 
 def level(packs: list[Pack], world: World) -> list[Pack]:
-    """As many packs on every rank: each forward of a sharded model is a collective."""
-    most = int(global_max(len(packs)))
+    """As many packs on every rank, at least one: each forward of a sharded model is a collective, and every step descends."""
+    most = max(1, int(global_max(len(packs))))
     return [p.to(world.device) for p in packs + [empty_pack()] * (most - len(packs))]
 
 
@@ -118,6 +124,8 @@ def update(learner: Learner, packs: list[Pack], lr: float, config: Config, world
                 p.ref_logprob, _ = token_logprobs(learner.reference, p, config.temperature)
             if config.updates_per_rollout > 1:
                 p.old_logprob, _ = token_logprobs(learner.policy, p, config.temperature)
+    if learner.reference is not None:
+        learner.reference.reshard()  # no backward follows that would do it
 
     def objective(p: Pack) -> Tensor:
         logprob, entropy = token_logprobs(learner.policy, p, config.temperature)
@@ -142,7 +150,6 @@ def update(learner: Learner, packs: list[Pack], lr: float, config: Config, world
 def descend(learner: Learner, packs: list[Pack], objective: Callable[[Pack], Tensor], lr: float, config: Config,
             world: World) -> tuple[float, float]:
     """One optimizer step on the sum of `objective` over all packs and ranks. Returns that sum and the gradient norm."""
-    learner.optimizer.zero_grad()
     losses = []
     for p in packs:
         loss = objective(p)
@@ -157,6 +164,7 @@ def descend(learner: Learner, packs: list[Pack], objective: Callable[[Pack], Ten
     for parameters in learner.optimizer.param_groups:
         parameters["lr"] = lr
     learner.optimizer.step()
+    learner.optimizer.zero_grad()  # the next rollout needs the memory
     return total, grad_norm
 
 
@@ -196,7 +204,7 @@ def count(tally: Tally, trajectories: list[Trajectory], group_size: int) -> None
         tally.add("reward", t.reward)
         tally.add("accuracy", t.outcome_reward)
         tally.add("tokens", t.tokens)
-        tally.add("truncated", t.turns[-1].finish_reason == "length")
+        tally.add("truncated", any(turn.finish_reason == "length" for turn in t.turns))
     for i in range(0, len(trajectories), group_size):
         tally.add("zero_groups", len({t.reward for t in trajectories[i : i + group_size]}) == 1)
 
@@ -222,11 +230,11 @@ def describe(t: Trajectory, advantage: Tensor) -> dict:
 
 def supervised(config: Config, world: World) -> None:
     """sft: next-token loss on the completion part of rows. The same packs, the same descent."""
-    require_a_problem_each(config, world)
     path = model_path(config.model)
     tokenizer = Tokenizer(path)
     stream = Stream(sft_samples(load_rows(config.data), tokenizer), config.seed)
-    learners = {"policy": new_learner(path, config, world, tokenizer, samples=False)}
+    require_a_problem_each(stream, config, world)
+    learners = {"policy": new_learner(path, config, world, tokenizer, samplers=0)}
     run = open_run(config, world)
     first, _ = restore(run.folder, learners)
     log = Log(run.folder, world.main, first, config.steps, config.wandb, config.tensorboard, as_dict(config))
@@ -246,9 +254,10 @@ def supervised(config: Config, world: World) -> None:
             tally.add("tokens", len(sample.completion))
         log.step(row(step, tally, clock, loss=loss, grad_norm=grad_norm, lr=lr))
         if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
-            save(run.folder, step + 1, learners, {}, tokenizer, config)
+            save(run.folder, step + 1, learners, {}, config)
     log.close()
     if world.main:
+        loss = log.last("loss")
         run.update_summary(after={"loss": loss})
         write_report(run.folder)
         print(f"loss {loss:.4f}\nmodel: {run.folder}/checkpoints/step_{config.steps}/hf\nrun: {run.folder}")
@@ -256,14 +265,16 @@ def supervised(config: Config, world: World) -> None:
 
 def train_prm(config: Config, world: World) -> None:
     """prm: a step reward model learns the Monte-Carlo correctness of prefixes that the policy itself wrote."""
-    require_a_problem_each(config, world)
     path, dtype = model_path(config.model), compute_dtype(config, world)
     tokenizer = Tokenizer(path)
     segment([], tokenizer, config.episodes)
     stream = Stream(load_problems(config.data, config.source), config.seed)
+    require_a_problem_each(stream, config, world)
     sampler = Sampler(load_model(path, dtype, world.device), tokenizer)
-    model = shard(new_prm(path, device=world.device), world, dtype, config.replicate, config.activation_checkpointing)
-    learners = {"prm": Learner(model, new_optimizer(model, config), sampler=None)}
+    require_room(stream.take(0, config.problems_per_step) if callable(stream.rows) else stream.rows, tokenizer,
+                 sampler.model.config.max_positions, 2 * config.max_tokens, config.system, config.suffix)  # a prefix, continued
+    model = shard(new_prm(path), world, dtype, config.replicate, config.activation_checkpointing)
+    learners = {"prm": Learner(model, tokenizer, new_optimizer(model, config), sampler=None)}
     run = open_run(config, world)
     first, _ = restore(run.folder, learners)
     log = Log(run.folder, world.main, first, config.steps, config.wandb, config.tensorboard, as_dict(config))
@@ -290,10 +301,10 @@ def train_prm(config: Config, world: World) -> None:
         count(tally, trajectories, config.group_size)
         log.step(row(step, tally, clock, loss=loss, grad_norm=grad_norm, lr=lr))
         if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
-            save(run.folder, step + 1, learners, {}, None, config)
-            save_prm(model, tokenizer, run.folder / "checkpoints" / f"step_{step + 1}" / "prm")
+            save(run.folder, step + 1, learners, {}, config, export=save_prm)
     log.close()
     if world.main:
+        loss = log.last("loss")
         run.update_summary(after={"loss": loss})
         write_report(run.folder)
         print(f"loss {loss:.4f}\nreward model: {run.folder}/checkpoints/step_{config.steps}/prm\nrun: {run.folder}")
@@ -302,6 +313,7 @@ def train_prm(config: Config, world: World) -> None:
 def main(config: Config) -> None:
     try:
         require_own_kernels()
+        require_sinks(config.wandb, config.tensorboard)
         world = start(config.device)
         {"sft": supervised, "prm": train_prm}.get(config.preset, train)(config, world)
     except UserError as mistake:

@@ -42,9 +42,10 @@ def hash_key(*words: int | Tensor) -> Tensor:
     Words are ints or int64 tensors: hash_key(seed, step, problem, torch.arange(8)) is eight keys. A key is a word
     too: a row's key is made once, and hash_key(key, position) at each step.
     """
-    key = torch.zeros((), dtype=torch.int64)
+    device = next((word.device for word in words if isinstance(word, Tensor)), "cpu")
+    key = torch.zeros((), dtype=torch.int64, device=device)  # a copy from the host would wait for the device, at every step
     for word in words:
-        key = _mix((word ^ key.to(word.device) if isinstance(word, Tensor) else key ^ word) + GOLDEN)
+        key = _mix((key ^ word) + GOLDEN)
     return key
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 
 from thinkrl import UserError
-from thinkrl.checkpoint import latest_step, load_model, load_step, save_hf, save_step
+from thinkrl.checkpoint import latest_step, load_model, load_step, point_latest, save_hf, save_step
 from thinkrl.model import ModelConfig, Transformer
 
 FAMILIES = {
@@ -237,6 +237,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(group, tmp_path)
     train(model, optimizer, range(2))
     extra = {"cursor": {"epoch": 1, "order": [3, 1]}, "fisher": torch.arange(3.0), "rng": torch.get_rng_state(), "name": "l2t"}
     save_step(tmp_path, 2, {"policy": model}, {"policy": optimizer}, extra)
+    assert latest_step(tmp_path) is None, "nobody has said that it is complete"
+    point_latest(tmp_path, 2)
     assert latest_step(tmp_path) == 2
 
     model, optimizer = learner(tmp_path)
@@ -256,10 +258,12 @@ def test_two_policies_share_one_checkpoint(group, tmp_path):
     train(long, long_optimizer, range(1))
     modules, optimizers = {"long": long, "short": short}, {"long": long_optimizer, "short": short_optimizer}
     save_step(tmp_path, 1, modules, optimizers, {})
+    assert long_optimizer.state and not short_optimizer.state, "saving takes no step, not even one of zero length"
     kept = [parameter.full_tensor().clone() for module in (long, short) for parameter in module.parameters()]
     train(long, long_optimizer, range(2, 3))
     train(short, short_optimizer, range(2, 3))
     assert load_step(tmp_path / "checkpoints" / "step_1", modules, optimizers) == {}
+    assert long_optimizer.state and not short_optimizer.state
     now = [parameter.full_tensor() for module in (long, short) for parameter in module.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(now, kept))
     assert not torch.equal(long.norm.weight.full_tensor(), short.norm.weight.full_tensor())
@@ -270,18 +274,22 @@ def test_old_checkpoints_go_and_half_written_ones_do_not_count(group, tmp_path):
     model, optimizer = learner(tmp_path)
     assert latest_step(tmp_path) is None
     for step in (1, 9, 10):
-        save_step(tmp_path, step, {"policy": model}, {"policy": optimizer}, {"step": step}, keep=2)
+        save_step(tmp_path, step, {"policy": model}, {"policy": optimizer}, {"step": step})
+        point_latest(tmp_path, step, keep=2)
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["step_10", "step_9"]
 
     class Interrupted(torch.optim.SGD):
         def state_dict(self):
             raise KeyboardInterrupt
 
+    interrupted = Interrupted(model.parameters(), momentum=0.9)
+    train(model, interrupted, range(1))
     with pytest.raises(KeyboardInterrupt):
-        save_step(tmp_path, 11, {"policy": model}, {"policy": Interrupted(model.parameters())}, {})
+        save_step(tmp_path, 11, {"policy": model}, {"policy": interrupted}, {})
     assert latest_step(tmp_path) == 10 and not (tmp_path / "checkpoints" / "step_11").exists()
     save_step(tmp_path, 11, {"policy": model}, {"policy": optimizer}, {})  # over the remains
     save_step(tmp_path, 11, {"policy": model}, {"policy": optimizer}, {"again": True})
+    point_latest(tmp_path, 11)
     assert latest_step(tmp_path) == 11
     assert load_step(tmp_path / "checkpoints" / "step_11", {"policy": model}, {"policy": optimizer}) == {"again": True}
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["step_10", "step_11"]

@@ -252,3 +252,51 @@ def test_a_round_trains_its_own_role_against_a_fresh_reference(tmp_path):
     assert [row["kl"] > 0 for row in rows] == [False, True, False, True], "each round begins at its reference"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary.keys() >= {"before", "L1⊗S0", "after"} and summary["after"]["turns"]["max"] <= 5
+
+
+def test_rounds_begin_at_their_reference_and_saving_changes_nothing(tmp_path):
+    """With and without a checkpoint between the rounds: the same steps, the same weights."""
+    runs = []
+    for save_every in ("0", "2"):
+        train.main(parse(["longshort", "--rounds", "LLS", "--steps_per_round", "2", "--save_every", save_every, "--kl_coef", "0.1",
+                          "--problems_per_step", "4", "--group_size", "4", "--max_tokens", "40", "--eval_problems", "0",
+                          "--lr", "1e-3", "--runs_dir", str(tmp_path), "--name", save_every]))
+        rows = [json.loads(line) for line in (tmp_path / save_every / "metrics.jsonl").read_text().splitlines()]
+        assert [row["kl"] > 0 for row in rows] == [False, True] * 3
+        runs.append([(row["loss"], row["grad_norm"], row["kl"]) for row in rows])
+        last = tmp_path / save_every / "checkpoints" / "step_6"
+        runs[-1] += [load_file(last / f"hf_{role}" / "model.safetensors")["lm_head.weight"] for role in ("long", "short")]
+    for one, other in zip(*runs):
+        assert torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+def test_a_step_in_which_the_trained_role_never_speaks(tmp_path):
+    train.main(parse(["longshort", "--rounds", "S", "--steps_per_round", "1", "--max_tokens", "2", "--partner_max_tokens", "2",
+                      "--problems_per_step", "2", "--group_size", "2", "--eval_problems", "0", "--runs_dir", str(tmp_path),
+                      "--name", "run"]))
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["turns"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0
+
+
+def test_what_a_kill_left_out_is_made_up(tmp_path):
+    """Killed after a step was saved: its evaluation, and for a finished run the numbers of its last step."""
+    options = ["grpo", "--steps", "3", "--save_every", "1", "--eval_every", "1", "--problems_per_step", "2", "--group_size", "2",
+               "--max_tokens", "20", "--eval_problems", "2", "--runs_dir", str(tmp_path), "--name", "run"]
+    train.main(parse(options))
+    run = tmp_path / "run"
+    whole = json.loads((run / "summary.json").read_text())
+    assert whole.keys() == {"before", "step_1", "step_2", "after"}
+    (run / "latest").write_text("step_2\n")
+    (run / "summary.json").write_text(json.dumps({key: whole[key] for key in ("before", "step_1")}))
+    train.main(parse([*options, "--resume", "auto"]))
+    assert json.loads((run / "summary.json").read_text()) == whole
+
+    rows = [{"prompt": f"{i}+1?", "response": f"<answer>{i + 1}</answer>"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["sft", "--data", str(tmp_path / "rows.jsonl"), "--steps", "2", "--problems_per_step", "4", "--runs_dir",
+               str(tmp_path), "--name", "sft"]
+    train.main(parse(options))
+    whole = json.loads((tmp_path / "sft" / "summary.json").read_text())
+    (tmp_path / "sft" / "summary.json").unlink()
+    train.main(parse([*options, "--resume", "auto"]))
+    assert json.loads((tmp_path / "sft" / "summary.json").read_text()) == pytest.approx(whole, rel=1e-4)

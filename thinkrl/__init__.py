@@ -1,7 +1,12 @@
 """thinkrl: reinforcement learning of efficient reasoning, from scratch, to be read. Start with train.py."""
 
 import importlib.util
+import os
 from pathlib import Path
+
+# The sampler's KV pool is freed for every backward: in fixed segments, whatever is allocated meanwhile would keep its memory
+# from it for good. Read when torch first allocates, so this comes before torch.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 class UserError(ValueError):

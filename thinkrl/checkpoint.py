@@ -169,19 +169,26 @@ def save_step(
     modules: dict[str, nn.Module],
     optimizers: dict[str, Optimizer],
     extra: dict,
-    keep: int = 2,
-) -> None:
-    """Write checkpoints/step_N, point `latest` at it, and remove all but the newest `keep`. Every rank must call it.
+) -> Path:
+    """Write checkpoints/step_N, which is returned. Every rank must call it.
 
     extra  nested dicts and lists of tensors, numbers and strings: data cursor, random states, what a preset carries along;
            rank 0's is the one that is saved, so it must not differ between ranks
     """
+    path = Path(run_dir) / "checkpoints" / f"step_{step}"
+    # asking an optimizer that has not stepped for its state makes it take a step of its own
+    stepped = {name: optimizer for name, optimizer in optimizers.items() if optimizer.state}
+    with appearing(path) as folder:
+        if folder:
+            torch.save({"extra": extra, "stepped": list(stepped)}, folder / "extra.pt")
+        dcp.save(_state(modules, stepped), checkpoint_id=_temporary(path) / "dcp")
+    return path
+
+
+def point_latest(run_dir: str | Path, step: int, keep: int = 2) -> None:
+    """Name checkpoints/step_N the one to resume from, and remove all but the newest `keep`. Every rank must call it."""
     run_dir = Path(run_dir)
     checkpoints = run_dir / "checkpoints"
-    with appearing(checkpoints / f"step_{step}") as folder:
-        if folder:
-            torch.save(extra, folder / "extra.pt")
-        dcp.save(_state(modules, optimizers), checkpoint_id=_temporary(checkpoints / f"step_{step}") / "dcp")
     if _rank() == 0:
         latest = run_dir / "latest"
         _temporary(latest).write_text(f"step_{step}\n")
@@ -203,6 +210,10 @@ def load_step(path: str | Path, modules: dict[str, nn.Module], optimizers: dict[
     for part in ("extra.pt", "dcp/.metadata"):
         if not (path / part).exists():
             raise UserError(f"{path / part}: file not found, so {path} is not a complete checkpoint")
+    saved = torch.load(path / "extra.pt", map_location="cpu", weights_only=True)
+    for name in optimizers.keys() - set(saved["stepped"]):
+        optimizers[name].state.clear()
+    optimizers = {name: optimizer for name, optimizer in optimizers.items() if name in saved["stepped"]}
     state = _state(modules, optimizers)
     try:
         dcp.load(state, checkpoint_id=path / "dcp")
@@ -213,7 +224,7 @@ def load_step(path: str | Path, modules: dict[str, nn.Module], optimizers: dict[
         set_model_state_dict(module, state["modules"][name])
     for name, optimizer in optimizers.items():
         set_optimizer_state_dict(modules[name], optimizer, state["optimizers"][name])
-    return torch.load(path / "extra.pt", map_location="cpu", weights_only=True)
+    return saved["extra"]
 
 
 def latest_step(run_dir: str | Path) -> int | None:

@@ -214,6 +214,11 @@ class Proxy:
         self.count = 0.0  # N
         self.forwards = 0  # tokens of the last step that went through the model
 
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether the states that the sampler keeps (`Turn.hidden`) spare it a forward."""
+        return self.kind in ("svd", "lm_head")
+
     def begin(self, step: int) -> None:
         """Before a step's `penalties`: decompose the LM head if it is time."""
         self.forwards = 0
@@ -231,16 +236,15 @@ class Proxy:
         tensor over ranks and is called equally often on each.
         """
         assert self.kind != "svd" or self.V is not None, "begin(step) comes first"
-        rows = list(self._rows(turns, episodes, budget))
         first = not self.fisher
         if first:
             squares = self._zeros()
-            for row in rows:
+            for row in self._rows(turns, episodes, budget):
                 _add_squares(squares, self.factors(row))
             self._learn(squares, turns, reduce)
         move = self._move() if kind == "drift" else None
         squares, values = self._zeros(), []
-        for row in rows:
+        for row in self._rows(turns, episodes, budget):
             factors = self.factors(row)
             cu_episodes = torch.arange(len(row.cu_episodes)) if self.kind == "layers" else row.cu_episodes
             values.append(compression(kind, factors, cu_episodes, self.fisher, self.count, move).cpu())
@@ -251,7 +255,7 @@ class Proxy:
 
     def factors(self, row: Row) -> Factors:
         """The gradient factors of a row's completion tokens."""
-        if self.kind in ("last_block", "layers") or row.hidden is None:
+        if not self.reads_hidden or row.hidden is None:
             self.forwards += len(row.tokens)
         if self.kind == "last_block":
             return block_factors(self.model, row)

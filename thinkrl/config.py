@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import time
@@ -188,7 +189,8 @@ def parse(argv: list[str]) -> Config:
     Raises UserError for anything unknown or of the wrong type; prints the help and exits 0 for --help.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text())
+        if os.environ.get("RANK", "0") == "0":
+            print(help_text())
         raise SystemExit(0)
     preset = DEFAULT_PRESET
     if argv and not argv[0].startswith("-"):
@@ -199,11 +201,10 @@ def parse(argv: list[str]) -> Config:
 
 
 def excuse(program: str, mistake: Exception, status: int = 2) -> None:
-    """One sentence from rank 0, no traceback, and the exit status: 2 for a user's mistake."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{program}: {mistake}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(30)  # torchrun ends every rank when one exits: let rank 0 speak first, and be ended by torchrun
+    """One sentence, from rank 0 if it can, no traceback, and the exit status: 2 for a user's mistake."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(30)  # rank 0, if it saw the same, speaks and exits; then torchrun ends this rank before it speaks too
+    print(f"{program}: {mistake}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -224,8 +225,11 @@ def resolve(preset: str, given: dict) -> Config:
     values |= PROFILE_VALUES[given.get("profile", "")]
     config = Config(**(values | given))
     if preset == "longshort":  # the rounds say how long it takes, and each ends with an evaluation
-        length = len(config.rounds) * config.steps_per_round
-        config = dataclasses.replace(config, steps=length, eval_every=config.eval_every or config.steps_per_round)
+        if "steps" in given:
+            raise UserError("train.py longshort takes its length from --rounds and --steps_per_round: leave out --steps")
+        rounds = config.rounds.replace(",", "")
+        length = len(schedule(rounds)) * config.steps_per_round
+        config = dataclasses.replace(config, rounds=rounds, steps=length, eval_every=config.eval_every or config.steps_per_round)
     object.__setattr__(config, "preset", preset)
     _check(config)
     return config
@@ -256,8 +260,14 @@ def _check(config: Config) -> None:
 
     for key in ("steps", "problems_per_step", "group_size", "max_tokens", "micro_batch_tokens", "updates_per_rollout",
                 "steps_per_round", "max_turns", "gain_samples", "eval_samples", "refresh_every", "partner_max_tokens",
-                "keep_checkpoints", "replicate"):
-        refuse(config[key] < 1, f"--{key} is {config[key]}, it must be at least 1")
+                "keep_checkpoints", "replicate", "max_grad_norm", "max_ratio"):
+        refuse(config[key] <= 0 if isinstance(config[key], float) else config[key] < 1,
+               f"--{key} is {config[key]}, it must be {'positive' if isinstance(config[key], float) else 'at least 1'}")
+    for key in ("save_every", "eval_every", "eval_problems", "log_groups", "kv_pages", "lr", "weight_decay", "clip_high", "kl_coef",
+                "importance_cap", "kappa", "malformed_penalty"):
+        refuse(config[key] < 0, f"--{key} is {config[key]}, it must not be negative")
+    for key in ("warmup", "beta1", "beta2", "fisher_decay", "clip_low"):
+        refuse(not 0 <= config[key] <= 1, f"--{key} is {config[key]}, it must be between 0 and 1")
     rl = config.preset in ("grpo", "l2t", "longshort")
     refuse(rl and config.group_size == 1 and config.advantage_std != "none",
            "--group_size 1 has no spread to divide by: use --group_size 2 or more, or --advantage_std none")
@@ -265,14 +275,14 @@ def _check(config: Config) -> None:
            "distribution are not the policy's; keep 1, use --temperature")
     refuse(rl and config.temperature <= 0, f"--temperature {config.temperature}: training samples, it needs a "
            "temperature above 0")
-    refuse(config.lr < 0, f"--lr {config.lr} is negative")
     refuse(not 0 < config.rank_share <= 1, f"--rank_share {config.rank_share} is outside (0, 1]: it is the rank of the "
            "SVD core as a share of the model's width")
     refuse(config.gain == "prm" and config.preset == "l2t" and not config.prm,
            "--gain prm needs --prm PATH, a step reward model made by train.py prm")
     refuse(not 0 < config.keep <= 1, f"--keep {config.keep} is outside (0, 1]")
     refuse(config.preset == "sft" and not config.data, "train.py sft needs --data FILE.jsonl or an alpaca JSON list")
-    schedule(config.rounds)
+    refuse(config.preset == "longshort" and bool(config.long) != bool(config.short),
+           "train.py longshort starts from both --long DIR and --short DIR, or, without them, twice from --model")
     name = config.episodes
     refuse(name not in ("tags", "paragraphs") and not (name.startswith("fixed:") and name[6:].isdigit() and int(name[6:])),
            f"--episodes {name}: choose tags, paragraphs or fixed:N with N at least 1")
@@ -324,7 +334,10 @@ def _value(f: dataclasses.Field, text: str):
     try:
         if _type(f) == "bool":
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-        return {"int": int, "float": float, "str": str}[_type(f)](text)
+        value = {"int": int, "float": float, "str": str}[_type(f)](text)
+        if _type(f) == "float" and not math.isfinite(value):
+            raise ValueError
+        return value
     except (ValueError, KeyError):
         raise UserError(f"--{f.name} expects {_type(f)}, got '{text}'") from None
 
@@ -340,8 +353,8 @@ def help_text() -> str:
         "usage: torchrun --nproc_per_node=N train.py [PRESET] [--key value …]",
         "",
         f"PRESET: {' | '.join(PRESETS)}   (default {DEFAULT_PRESET})",
-        "Defaults below are the fields' own; a preset, the embedded model and a profile set others, and every run prints",
-        "and saves what it resolved.",
+        "Defaults below are the fields' own; a preset, the embedded model and a profile set others. A run's config.json says",
+        "what it resolved.",
     ]
     return "\n".join(lines + options_help(Config))
 

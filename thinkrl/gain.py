@@ -51,6 +51,19 @@ def make_probe(tokenizer: Tokenizer, answer: str, prefix: str, suffix: str) -> P
     return Probe(tokenizer.encode(prefix), gold + tokenizer.encode(suffix), suffix)
 
 
+def room_behind(kind: str, probes: Sequence[Probe], max_tokens: int) -> int:
+    """How many tokens an estimator may put behind a prefix, forcing text included."""
+    if kind == "continue":
+        return max_tokens
+    answer = _answer_limit(probes) if kind == "mc" else max((len(probe.gold) for probe in probes), default=0)
+    return max((len(probe.forced) for probe in probes), default=0) + answer
+
+
+def _answer_limit(probes: Sequence[Probe]) -> int:
+    """Of a sampled forced answer: a wrong one may be longer than the gold one."""
+    return 2 * max((len(probe.gold) for probe in probes), default=0) + 8
+
+
 def answer_probability(logprob: Tensor, probe: Probe) -> Tensor:
     """J: probability of the gold answer and its terminator, from log-probs of the whole suffix. Scalar fp64 in [0, 1]."""
     return logprob[len(probe.forced) :].double().sum().exp()  # L2T Prop. D.1
@@ -158,13 +171,12 @@ class Gain:
         prefixes = list(waiting.values())
         if self.kind == "mc":
             forced, stop = [self.probes[p.prompt].forced for p in prefixes], [self.probes[0].terminator]
-            longest = 2 * max(len(probe.gold) for probe in self.probes) + 8
+            longest = _answer_limit(self.probes)
         else:
             forced, stop, longest = [[] for _ in prefixes], [], self.max_tokens
-        room = self.sampler.model.config.max_positions - max(len(p.fork.tokens) + len(ids) for p, ids in zip(prefixes, forced))
         keys = [(*self.keys[p.prompt], p.sample, p.k, m) for p in prefixes for m in range(self.samples)]
         try:
-            answers = self.sampler.generate(forced, self.samples, max_tokens=min(longest, room), stop=[s for s in stop if s],
+            answers = self.sampler.generate(forced, self.samples, max_tokens=longest, stop=[s for s in stop if s],
                                             seed=self.seed, keys=keys, prefix=[p.fork for p in prefixes])
         finally:
             for p in prefixes:

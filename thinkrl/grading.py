@@ -140,7 +140,7 @@ def check_gold(gold: str, source: str) -> None:
 def _last_tag(text: str) -> str | None:
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
-    return None if start < 0 else text[start + len("<answer>") : end].strip()
+    return None if start < 0 else text[start + len("<answer>") : end].strip().replace("−", "-")
 
 
 _NUMBER_AFTER_HASHES = re.compile(r"([-+]?) ?[$€£]? ?([-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?(?: ?/ ?\d+)?)")
@@ -150,7 +150,7 @@ def _after_hashes(text: str) -> str | None:
     start = text.rfind("####")
     if start < 0:
         return None
-    line = text[start + 4 : start + 4 + MAX_ANSWER].split("\n", 1)[0].replace("\\", "")
+    line = text[start + 4 : start + 4 + MAX_ANSWER].split("\n", 1)[0].replace("\\", "").replace("−", "-")
     found = _NUMBER_AFTER_HASHES.search(line)
     return (found[1] + found[2]).rstrip(".,") if found else None
 

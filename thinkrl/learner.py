@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from thinkrl import UserError
-from thinkrl.checkpoint import latest_step, load_model, load_step, save_hf, save_step
+from thinkrl.checkpoint import latest_step, load_model, load_step, point_latest, save_hf, save_step
 from thinkrl.config import Config
 from thinkrl.distributed import World, shard
 from thinkrl.model import Transformer
@@ -22,6 +23,7 @@ TINY = Path(__file__).parent / "assets" / "tiny"
 @dataclass
 class Learner:
     policy: Transformer  # sharded; fp32 master weights
+    tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
     sampler: Sampler | None  # this rank's whole copy of the weights, in the compute dtype; None where nothing is sampled
     reference: Transformer | None = None  # frozen start policy, sharded; None without a KL term
@@ -49,16 +51,19 @@ def compute_dtype(config: Config, world: World) -> torch.dtype:
     return getattr(torch, config.dtype)
 
 
-def new_learner(path: Path, config: Config, world: World, tokenizer: Tokenizer, samples: bool = True) -> Learner:
+def new_learner(path: Path, config: Config, world: World, tokenizer: Tokenizer, samplers: int = 1) -> Learner:
+    """samplers: how many take KV pages beside each other on a device; 0: nothing is sampled."""
     dtype = compute_dtype(config, world)
 
     def sharded() -> Transformer:
-        return shard(load_model(path, device=world.device), world, dtype, config.replicate, config.activation_checkpointing)
+        """From host memory: sharding moves one block at a time, so the fp32 weights are never whole on a device."""
+        return shard(load_model(path), world, dtype, config.replicate, config.activation_checkpointing)
 
-    policy = sharded()
-    pages = {"num_pages": config.kv_pages} if config.kv_pages else {}
-    sampler = Sampler(load_model(path, dtype, world.device), tokenizer, **pages) if samples else None
-    return Learner(policy, new_optimizer(policy, config), sampler, sharded().requires_grad_(False) if config.kl_coef else None)
+    policy, sampler = sharded(), None
+    if samplers:
+        sampler = Sampler(load_model(path, dtype, world.device), tokenizer, config.kv_pages or None, memory_share=0.8 / samplers)
+    reference = sharded().requires_grad_(False) if config.kl_coef else None
+    return Learner(policy, tokenizer, new_optimizer(policy, config), sampler, reference)
 
 
 def new_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -80,14 +85,15 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def save(folder: Path, step: int, learners: dict[str, Learner], state: dict, tokenizer: Tokenizer | None, config: Config) -> None:
-    """checkpoints/step_N with everything a resume needs, and a Hugging Face folder per learner. Collective."""
-    save_step(folder, step, _modules(learners), _optimizers(learners), state, keep=config.keep_checkpoints)
+def save(folder: Path, step: int, learners: dict[str, Learner], state: dict, config: Config, export: Callable = save_hf) -> None:
+    """checkpoints/step_N with everything a resume needs, and by `export` a folder that others load per learner. Collective.
+
+    `latest` moves last: a run that is killed before is resumed from the checkpoint before.
+    """
+    path = save_step(folder, step, _modules(learners), _optimizers(learners), state)
     for name, learner in learners.items():
-        if not isinstance(learner.policy, Transformer):  # a step reward model: prm.save_prm
-            continue
-        own = "hf" if len(learners) == 1 else f"hf_{name}"
-        save_hf(learner.policy, tokenizer, folder / "checkpoints" / f"step_{step}" / own)
+        export(learner.policy, learner.tokenizer, path / {"policy": "hf", "prm": "prm"}.get(name, f"hf_{name}"))
+    point_latest(folder, step, keep=config.keep_checkpoints)
 
 
 def restore(folder: Path, learners: dict[str, Learner]) -> tuple[int, dict]:

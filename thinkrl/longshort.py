@@ -119,6 +119,16 @@ def _speak(role: str, voice: Voice, talks: list[Trajectory], n: int, turn: int, 
     return talks
 
 
+def require_room(problems: Sequence[Problem], tokenizer: Tokenizer, context: int, max_tokens: int, prompts: Prompts = BUILT_IN,
+                 suffix: str = "") -> None:
+    """Raise UserError before the first step if a question leaves no room for the opening turn in the model's context."""
+    for problem in problems:
+        length = len(build("long", messages(problem, suffix=suffix)[-1]["content"], [], tokenizer, prompts))
+        if length + max_tokens > context:
+            raise UserError(f"problem {problem.id} (counted from 0): an opening prompt of {length} tokens and a turn of "
+                            f"{max_tokens} exceed the model's context of {context}; lower --max_tokens, or leave it out")
+
+
 def require_same_tokenizer(long: Tokenizer, short: Tokenizer) -> None:
     """Raise UserError unless both roles read the same ids the same way: one's ids stand in the other's prompts."""
     a, b = long.pieces, short.pieces

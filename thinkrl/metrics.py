@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ DEFINITIONS = {
     "accuracy": "share of trajectories whose graded answer is the gold one",
     "tokens": "mean sampled tokens per trajectory, stop token included, all turns",
     "truncated": "share of trajectories that ran into --max_tokens",
-    "zero_groups": "share of groups whose rewards are all equal: they teach nothing under group normalisation",
+    "zero_groups": "share of groups whose rewards are all equal: they teach nothing, except under l2t by their process rewards",
     "loss": "the step's loss: sum over all micro-batches and ranks divided by the step's own count",
     "grad_norm": "global L2 norm of the gradient before clipping",
     "lr": "learning rate of this step",
@@ -28,10 +29,10 @@ DEFINITIONS = {
     "kl": "k3 estimate of KL(policy || reference) per token; 0 when no reference is held",
     "clip_fraction": "share of tokens whose ratio was cut by the clip and whose gradient is therefore 0",
     "mismatch": "mean |log-prob by the trainer - log-prob by the sampler| per sampled token",
-    "advantage_max": "largest |advantage| of the step",
+    "advantage_max": "l2t: largest |advantage| of the step, over all ranks",
     "seconds": "wall-clock of the step, rollout to weight sync",
     "tokens_per_second": "sampled tokens of all ranks / seconds",
-    "rollout_seconds": "share of it spent sampling and, under l2t, probing",
+    "rollout_seconds": "time of it spent sampling and, under l2t, on probes and the penalty",
     "probe_tokens": "l2t: token-forwards spent on probes per step, all ranks",
     "probe_seconds": "l2t: time spent on probes, cutting into episodes included (mean over ranks)",
     "episodes": "l2t: mean episodes K per completion",
@@ -124,6 +125,10 @@ class Log:
         for row in rows if self.main else []:
             _append(self.folder / "samples.jsonl", {"step": step, **row})
 
+    def last(self, key: str) -> float:
+        """A number of the newest step, this run's or, where nothing was left to do, the resumed one's. Rank 0 only."""
+        return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])[key]
+
     def close(self) -> None:
         if self.main:
             self.bar.close()
@@ -146,20 +151,23 @@ def _append(path: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def require_sinks(wandb: bool, tensorboard: bool) -> None:
+    """Raise UserError if a package that is asked for is missing: before anything is loaded or written."""
+    for name, wanted in (("wandb", wandb), ("tensorboard", tensorboard)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise UserError(f"--{name} needs the {name} package: pip install 'thinkrl[{name}]'")
+
+
 def _wandb(folder: Path, settings: dict | None):
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs the wandb package: pip install 'thinkrl[wandb]'") from None
+    import wandb
+
     run = wandb.init(project="thinkrl", name=folder.name, config=settings, dir=folder)
     return lambda row: run.log(row, step=int(row["step"]))
 
 
 def _tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs the tensorboard package: pip install 'thinkrl[tensorboard]'") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(folder)
 
     def write(row: dict) -> None:

@@ -21,9 +21,9 @@ from thinkrl import longshort
 from thinkrl.compression import Proxy, normalise_compression
 from thinkrl.config import Config
 from thinkrl.conversation import load_prompts
-from thinkrl.distributed import World, global_sum
+from thinkrl.distributed import World, global_max, global_sum
 from thinkrl.episodes import Episodes, segment
-from thinkrl.gain import Gain, Probe, make_probe
+from thinkrl.gain import Gain, Probe, make_probe, room_behind
 from thinkrl.grading import grade
 from thinkrl.grpo import group_advantages
 from thinkrl.l2t import episode_rewards, process_reward, released_reward, returns_to_go, token_advantages, token_rewards
@@ -108,8 +108,10 @@ class L2T(Grpo):
         return make_probe(self.tokenizer, problem.answer, self.config.probe_prefix, self.config.probe_suffix)
 
     def require_room(self, problems: list[Problem]) -> None:
-        probes = [self.probe(p) for p in problems]
-        super().require_room(problems, more=max((len(p.forced) + len(p.gold) for p in probes), default=0))
+        """Behind the longest completion there must be room for what the gain puts there."""
+        c = self.config
+        probed = c.gain in ("forced", "mc", "continue")
+        super().require_room(problems, room_behind(c.gain, [self.probe(p) for p in problems], c.max_tokens) if probed else 0)
 
     def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Trajectory]:
         c, sampler = self.config, self.learners["policy"].sampler
@@ -118,7 +120,8 @@ class L2T(Grpo):
                     grade=lambda i, text: grade(text, problems[i].answer, problems[i].source))
         probed = c.gain in ("forced", "mc", "continue")
         trajectories = self.attempt(problems, c.group_size, c.temperature, (TRAINING, step),
-                                    on_finish=gain.on_finish if probed else None, return_hidden=self.proxy is not None)
+                                    on_finish=gain.on_finish if probed else None,
+                                    return_hidden=self.proxy is not None and self.proxy.reads_hidden)
         turns, clock = [t.turns[0] for t in trajectories], Stopwatch()
         if probed:
             episodes, J = map(list, zip(*gain.results())) if trajectories else ([], [])
@@ -130,6 +133,7 @@ class L2T(Grpo):
         tally.add("probe_seconds", seconds)
         tally.add("probe_tokens", forwards, 1 / dist.get_world_size())
 
+        sampler.release_pool()  # its memory belongs to the penalty, and to the backward
         clock = Stopwatch()
         raw = [torch.zeros(len(e), dtype=torch.float64) for e in episodes]
         if self.proxy:
@@ -182,7 +186,7 @@ class L2T(Grpo):
                 to_go=[returns_to_go(t.reward, r, c.alpha) for t, r in zip(group, r_prg)],
                 J=[torch.tensor(t.extra["J"], dtype=torch.float64) for t in group], episode_ids=ids,
             )
-        tally.add("advantage_max", max((float(a.abs().max()) for a in out), default=0.0))
+        tally.add("advantage_max", global_max(max((float(a.abs().max()) for a in out), default=0.0)))
         return [a.float() for a in out]
 
     def state_dict(self) -> dict:
@@ -198,12 +202,12 @@ class LongShort:
 
     def __init__(self, config: Config, world: World):
         self.config = config
-        paths = {role: model_path(config[role] or config.model) for role in ("long", "short")}
+        paths = {role: model_path(config[role], f"--{role}") if config[role] else model_path(config.model)
+                 for role in ("long", "short")}
         tokenizers = {role: Tokenizer(path) for role, path in paths.items()}
         longshort.require_same_tokenizer(tokenizers["long"], tokenizers["short"])
-        self.tokenizer = tokenizers["long"]
         self.prompts = load_prompts(config.prompts, paths["long"])
-        self.learners = {role: new_learner(path, config, world, tokenizers[role]) for role, path in paths.items()}
+        self.learners = {role: new_learner(path, config, world, tokenizers[role], samplers=2) for role, path in paths.items()}
 
     def at(self, step: int) -> longshort.Round:
         return longshort.round_at(step, self.config.rounds, self.config.steps_per_round, self.config.length_coef)
@@ -215,13 +219,18 @@ class LongShort:
         return learner
 
     def name(self, step: int) -> str:
-        return longshort.pair_name(self.config.rounds, step // self.config.steps_per_round)
+        """The pair at the end of a round; inside it the trained one is on its way."""
+        rounds, inside = divmod(step, self.config.steps_per_round)
+        return f"step_{step}" if inside else longshort.pair_name(self.config.rounds, rounds)
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(self.at(step).step, self.config.steps_per_round, self.config)
 
     def require_room(self, problems: list[Problem]) -> None:
-        """Nothing to check ahead: a conversation that outgrows the context ends, and the sampler names a problem that does."""
+        """For the opening turn; a conversation that outgrows the context later on ends."""
+        voice = self.learners["long"].sampler
+        longshort.require_room(problems, voice.tokenizer, voice.model.config.max_positions, self.config.max_tokens, self.prompts,
+                               self.config.suffix)
 
     def converse(self, problems: list[Problem], n: int, voices: dict[str, longshort.Voice], address: tuple) -> list[Trajectory]:
         c = self.config

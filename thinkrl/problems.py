@@ -95,6 +95,12 @@ def held_out_problems(eval_data: str, data: str, source: str = "") -> list[Probl
     return load_problems(spec, source) if spec else []
 
 
+def spread(problems: list[Problem], count: int) -> list[Problem]:
+    """At most `count` of the problems, at even distances: a file is often sorted by level or source."""
+    count = min(count, len(problems))
+    return [problems[i * len(problems) // count] for i in range(count)]
+
+
 def messages(problem: Problem, system: str = "", suffix: str = "") -> list[dict[str, str]]:
     """The chat that asks the problem.
 

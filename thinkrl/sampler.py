@@ -22,6 +22,7 @@ distribution it was not sampled from.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,7 @@ class Sampler:
     """Writes completions with `model`, which it may own alone (`load_weights`) or share with the caller.
 
     num_pages   KV pages of `page_size` tokens; None: what max_rows contexts can use, within a share of the free memory
+    memory_share   that share, on CUDA (of the host's memory it is a quarter)
     max_rows    completions that decode at the same time
     max_tokens_per_forward   prefill and probes are cut into forwards of this size
     """
@@ -84,8 +86,10 @@ class Sampler:
         page_size: int = 16,
         max_rows: int = 256,
         max_tokens_per_forward: int = 8192,
+        memory_share: float = 0.8,
     ):
         self.model, self.tokenizer = model, tokenizer
+        self.memory_share = memory_share
         self.num_pages, self.page_size, self.max_rows = num_pages, page_size, max_rows
         self.max_tokens_per_forward = max_tokens_per_forward
         self.look_every = LOOK_EVERY if self.device.type == "cuda" else 1
@@ -110,7 +114,7 @@ class Sampler:
             if count is None:
                 page_bytes = 2 * config.layers * self.page_size * config.kv_heads * config.head_dim * dtype.itemsize
                 if self.device.type == "cuda":
-                    room = int(0.8 * torch.cuda.mem_get_info(self.device)[0])
+                    room = int(self.memory_share * torch.cuda.mem_get_info(self.device)[0])
                 else:
                     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
                 count = min(self.max_rows * -(-config.max_positions // self.page_size), room // page_bytes)
@@ -125,6 +129,8 @@ class Sampler:
             held = len(self._pool.handles)
             assert held == 0, f"{held} sequences still hold pages: release the forks first"
             self._pool = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # or the next pool would see as free only what this one left
 
     @torch.no_grad()
     def load_weights(self, policy: nn.Module) -> None:
@@ -183,12 +189,16 @@ class Sampler:
             _Group(i, [*(source.tokens if source else ()), *prompt], source, n)
             for i, (prompt, source) in enumerate(zip(prompts, prefix, strict=True))
         ]
+        hidden = None
+        if return_hidden:  # first of all, because the pool takes a share of what is free
+            shape = min(len(prompts) * n, self.max_rows) * (max_tokens + 1), self.model.config.width
+            hidden = torch.zeros(shape, dtype=self.model.embed.weight.dtype, device=self.device)
+        before = set(self.pool.handles)
         self._check(groups, n, max_tokens, temperature, stop_ids, keys)
         addresses = torch.tensor(keys if keys is not None else [(g.index, s) for g in groups for s in range(n)])
         row_keys = hash_key(seed, *addresses.unbind(-1)).tolist() if prompts else []
         waiting = deque(_Row(group, s, row_keys[group.index * n + s]) for group in groups for s in range(n))
-        before = set(self.pool.handles)
-        call = _Call(self, waiting, max_tokens, temperature, stop, stop_ids, on_finish, return_hidden)
+        call = _Call(self, waiting, max_tokens, temperature, stop, stop_ids, on_finish, hidden)
         results: list[list[Completion]] = [[None] * n for _ in prompts]
         self._calls.append(call)
         try:
@@ -369,9 +379,22 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     In inference mode only, because oneDNN's product has no derivative, and not for a few rows, where its set-up shows.
     """
-    if len(x) >= 8 and weight.is_cpu and torch.backends.mkldnn.is_available() and torch.is_inference_mode_enabled():
+    if len(x) >= 8 and weight.is_cpu and torch.is_inference_mode_enabled() and _onednn_multiplies(weight.dtype):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+@functools.cache
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    """bf16 needs AVX-512."""
+    return torch.backends.mkldnn.is_available() and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """In fp32 on CUDA, as the trainer has them: bf16 logits are 0.1 apart where they are large, a few per cent of a probability."""
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    return fast_linear(hidden, head)
 
 
 def _linear_forward(module: nn.Linear, x: Tensor) -> Tensor:
@@ -430,7 +453,7 @@ class _Call:
         stop: list[str],
         stop_ids: Sequence[int],
         on_finish: Callable[[Completion, Pages], None] | None,
-        return_hidden: bool,
+        hidden: Tensor | None,  # [rows at a time × (max_tokens + 1), D], to keep the states in
     ):
         model, device = sampler.model, sampler.device
         self.sampler, self.pool, self.waiting = sampler, sampler.pool, waiting
@@ -450,11 +473,7 @@ class _Call:
         self.page_table = torch.zeros(capacity, self.pool.pages_for(longest), dtype=torch.int32, device=device)
         self.tokens = torch.zeros(capacity * self.stride, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(capacity * self.stride, device=device)
-        self.hidden = None
-        if return_hidden:
-            self.hidden = torch.zeros(
-                capacity * self.stride, model.config.width, dtype=model.embed.weight.dtype, device=device
-            )
+        self.hidden = hidden
         self.is_stop = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
         self.is_stop[list(stop_ids)] = True
         self.stop_ids = set(stop_ids)
@@ -581,7 +600,7 @@ class _Call:
         attend = _storing(self.pool, slots, _paged(self.pool, table, (length + 1).int()))
         model = self.sampler.model
         hidden = model(token, positions=length, attend=attend)
-        logits = fast_linear(hidden, model.head_weight)
+        logits = _logits(hidden, model.head_weight)
         new, logprob, _ = sample_token(logits, hash_key(key, position), self.temperature)
 
         self.tokens.index_copy_(0, cursor, new)
