@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from thinkrl import UserError, config
-from thinkrl.config import Config, help_text, parse
+from thinkrl.config import Config, excuse, help_text, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,12 +54,43 @@ def test_spellings_of_an_option():
     (["l2t", "--gain", "prm"], ["--prm"]),
     (["sft"], ["--data"]),
     (["longshort", "--rounds", "LXS"], ["--rounds", "X"]),
+    (["longshort", "--rounds", ""], ["--rounds", "empty"]),
+    (["longshort", "--steps", "9"], ["--steps", "--steps_per_round"]),
+    (["longshort", "--long", "L0"], ["--short"]),
+    (["--lr", "nan"], ["--lr", "'nan'"]),
+    (["--temperature", "inf"], ["--temperature", "'inf'"]),
+    (["--eval_every", "-1"], ["--eval_every", "negative"]),
+    (["--importance_cap", "-2"], ["--importance_cap", "negative"]),
+    (["--max_grad_norm", "0"], ["--max_grad_norm", "positive"]),
+    (["--fisher_decay", "3"], ["--fisher_decay", "between 0 and 1"]),
 ])
 def test_a_mistake_gets_one_sentence(argv, words):
     with pytest.raises(UserError) as mistake:
         parse(argv)
     assert all(word in str(mistake.value) for word in words), mistake.value
     assert "\n" not in str(mistake.value)
+
+
+def test_the_papers_spelling_of_the_rounds():
+    config = parse(["longshort", "--rounds", "L,L,S", "--steps_per_round", "5"])
+    assert (config.rounds, config.steps, config.eval_every) == ("LLS", 15, 5)
+
+
+def test_a_mistake_that_only_another_rank_sees_is_told_too(monkeypatch, capsys):
+    """Rank 0 would have spoken, and torchrun have ended this rank, long before it wakes up."""
+    waited = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("time.sleep", waited.append)
+    with pytest.raises(SystemExit) as stopped:
+        excuse("train.py", UserError("problem 7 is too long"))
+    assert stopped.value.code == 2 and waited == [30] and capsys.readouterr().err == "train.py: problem 7 is too long\n"
+
+
+def test_help_comes_once_from_all_ranks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert capsys.readouterr().out == ""
 
 
 def test_group_of_one_is_fine_without_std():

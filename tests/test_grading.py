@@ -56,6 +56,8 @@ def test_without_the_extra_only_the_symbolic_case_changes(monkeypatch):
         (r"#### \$18", "gsm8k", "18"),
         ("#### -$5", "gsm8k", "-5"),
         ("#### 3/4 of it", "gsm8k", "3/4"),
+        ("#### −5", "gsm8k", "-5"),
+        ("<answer>−5</answer>", "arith", "-5"),
         ("####\n42", "gsm8k", None),
         ("#### none", "gsm8k", None),
         ("42", "gsm8k", None),

@@ -17,7 +17,7 @@ from thinkrl.compression import (
     svd_factors,
 )
 from thinkrl.episodes import Episodes, segment
-from thinkrl.gain import Gain, Probe, answer_probability, make_probe, predicted_correctness_ref
+from thinkrl.gain import Gain, Probe, answer_probability, make_probe, predicted_correctness_ref, room_behind
 from thinkrl.grpo import group_advantages
 from thinkrl.l2t import (
     episode_rewards,
@@ -546,6 +546,7 @@ class Digits:
 def test_a_probe_scores_the_answer_and_its_terminator():
     probe = make_probe(Digits(), "42", "<a>", "</a>")
     assert probe == Probe([10], [4, 2, 11], "</a>")
+    assert [room_behind(kind, [probe, Probe([10, 10], [1, 11])], 50) for kind in ("forced", "mc", "continue")] == [5, 16, 50]
     logprob = torch.tensor([-9.0, math.log(0.5), math.log(0.4), math.log(0.25)])
     assert answer_probability(logprob, probe) == pytest.approx(0.05)
     with pytest.raises(UserError, match="tokenizes to nothing"):

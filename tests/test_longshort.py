@@ -21,6 +21,7 @@ from thinkrl.longshort import (
     own_samples,
     own_tokens,
     pair_name,
+    require_room,
     require_same_tokenizer,
     role_rewards,
     round_at,
@@ -266,3 +267,11 @@ def test_length_reward_is_bounded_and_ordered():
     assert max(rewards) == 0.5 and min(rewards) == -0.5
     assert sorted(range(4), key=lambda i: -rewards[i]) == sorted(range(4), key=lambda i: lengths[i])
     assert math.isclose(rewards[2], 0.5 - 1 / 7)
+
+
+def test_a_question_without_room_is_named_before_the_first_step(tiny):
+    problems = [Problem(3, "2*3?", "6"), Problem(4, "1" * 90, "1")]
+    prompts = Prompts("<|long|>", "<|short|>", joiner="")
+    require_room(problems, tiny.tokenizer, 140, 40, prompts)
+    with pytest.raises(UserError, match=r"problem 4 \(counted from 0\): an opening prompt of \d+ tokens and a turn of 40 exceed"):
+        require_room(problems, tiny.tokenizer, 100, 40, prompts)

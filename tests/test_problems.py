@@ -7,7 +7,7 @@ import pytest
 
 from thinkrl import arith
 from thinkrl.grading import grade
-from thinkrl.problems import GPQA_OPTIONS, Stream, held_out_problems, load_problems, messages, read_rows, split_files
+from thinkrl.problems import GPQA_OPTIONS, Stream, held_out_problems, load_problems, messages, read_rows, split_files, spread
 from thinkrl.types import Problem, UserError
 
 
@@ -208,3 +208,10 @@ def test_messages_ask_for_the_marker_once():
     assert r"\boxed{}" in content(Problem(0, "6*7?", "42", "math"))[0][1]
     asked = Problem(0, r"6*7? Use \boxed{}.", "42", "math", system="Own.")
     assert content(asked, system="S") == [("system", "Own."), ("user", asked.question)]
+
+
+def test_problems_are_spread_evenly():
+    rows = list(range(8))
+    assert spread(rows, 4) == [0, 2, 4, 6] and spread(rows, 3) == [0, 2, 5] and spread(rows, 100) == rows
+    assert spread(rows, 0) == [] == spread([], 5)
+    assert spread(list(range(800)), 500)[-1] == 798, "the end of the file is met too"

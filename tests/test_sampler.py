@@ -318,6 +318,10 @@ def test_the_fast_product_is_the_plain_one():
         fast = fast_linear(x, weight)
     # Either sums 300 products in some order of its own: both are within a few roundings of the largest partial sum.
     assert (fast - exact).abs().max() < 300**0.5 * 2.0**-23 * exact.abs().max()
+    with torch.inference_mode():  # oneDNN has no bf16 product for a processor without AVX-512
+        fast = fast_linear(x.bfloat16(), weight.bfloat16()).double()
+    bf16_exact = x.bfloat16().double() @ weight.bfloat16().double().T
+    assert (fast - bf16_exact).abs().max() <= 2.0**-8 * bf16_exact.abs().max()
     model = copy.deepcopy(Sampler(random_model()).model)
     full_forward(model, list(range(20)))
     tokens, cu_seqlens = torch.arange(20), torch.tensor([0, 20], dtype=torch.int32)
