@@ -231,6 +231,19 @@ def test_completion_is_matched_by_place():
     assert "t2" not in asked and "t4" not in asked, "short thoughts are named, not shown"
 
 
+def test_requests_in_other_words():
+    """Only the placeholders are filled in, once: braces of the text and of what is filled in stay."""
+    prompts = Prompts("L", "S", chunk='Q {problem}\n{steps}\n{"start": 1}', complete="{problem} {solution} {missing} {x}")
+    model = Scripted([GOOD])
+    problem = Problem(7, "x in {steps}?", "3", "math")
+    thoughts.chunk_by_model(model, Letters(), [problem], ["a\n\nb"], 100, 0.1, seed=0, prompts=prompts)
+    assert model.asked == [['Q x in {steps}?\nStep 1: a\nStep 2: b\n{"start": 1}']]
+    chain = [Thought("t1", ""), Thought("t2", "", "check")]
+    model = Scripted(['["so \\boxed{3}"]'])
+    thoughts.complete_by_model(model, Letters(), [problem], ["q"], [chain], [["long", "short"]], 100, 0.1, seed=0, prompts=prompts)
+    assert model.asked == [['q {"part 1": "t1"\n"part 2": "check"} part 2 (check) {x}']]
+
+
 def test_completion_must_have_every_part():
     assert thoughts.read_completion([{"thought": "a", "content": "x"}, "y"], 2) == ["x", "y"]
     assert thoughts.read_completion({"part 2": "x", "part 4": "y"}, 2) == ["x", "y"]

@@ -6,6 +6,7 @@ and refuses anything else; `--resume PATH` names the folder. Files are written u
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -61,12 +62,12 @@ def open_out(folder: Path, settings: dict) -> None:
 
     Raises UserError if they are others, or if there can be no such folder.
     """
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "config.json"
-        saved = json.loads(path.read_text()) if path.exists() else settings
-    except OSError as error:
-        raise UserError(f"cannot write the folder {folder} ({error.strerror}): choose another --out") from None
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"--out {folder} is not a folder that can be written: choose another --out")
+    path = folder / "config.json"
+    saved = json.loads(path.read_text()) if path.exists() else settings
     if others := differing(saved, settings):
         raise UserError(f"--out {folder} was begun with {'; '.join(others)}: give the same, or choose another --out")
 
