@@ -1,5 +1,6 @@
 """sample.py as a user meets it: a prompt, a data file, a conversation, a comparison; mistakes."""
 
+import gc
 import json
 import shutil
 import weakref
@@ -82,7 +83,11 @@ def test_a_conversation_is_measured_then_compared(tmp_path, data, capsys, monkey
         return model
 
     monkeypatch.setattr(sample, "load_model", watched)
-    run("--data", data, *TALK, "--base", "tiny", "--max_turns", "2", "--out", str(out), "--seed", "3")
+    gc.disable()  # it might tidy up by chance
+    try:
+        run("--data", data, *TALK, "--base", "tiny", "--max_turns", "2", "--out", str(out), "--seed", "3")
+    finally:
+        gc.enable()
     assert len(models) == 3
     score = capsys.readouterr().out
     assert score.startswith("AES ") and "against tiny: accuracy" in score
