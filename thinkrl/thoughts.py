@@ -207,6 +207,9 @@ def rollouts(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem]
              max_tokens: int, temperature: float, seed: int, suffix: str = "") -> list[list[Prefix]]:
     """n graded continuations behind every prefix of every chain. LS §3.1
 
+    Prefix and continuation are graded as one response, but a continuation that was cut at its limit by what it says itself: an
+    answer that the prefix only mentions on its way was not the response's last word.
+
     A chain goes through the model once: prefix i + 1 lists the pages of prefix i and its own, and the n samples of a
     prefix share them. Raises UserError if the pages do not suffice. The chains must fit the context: see `require_room`.
     """
@@ -236,7 +239,8 @@ def rollouts(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem]
         results.append([])
         for _ in thoughts:
             text, group = next(behind)
-            right = sum(grade(text + tokenizer.decode(c.tokens), problem.answer, problem.source) for c in group)
+            responses = [(text if c.finish_reason == "stop" else "") + tokenizer.decode(c.tokens) for c in group]
+            right = sum(grade(response, problem.answer, problem.source) for response in responses)
             results[-1].append(Prefix(right, n, sum(len(c.tokens) for c in group) / n))
     return results
 
@@ -330,7 +334,10 @@ def _grades(text: str, problem: Problem) -> bool:
     return grade(gradable(tagged("short", text), problem.source), problem.answer, problem.source)
 
 
-_NEWLINE_OR_LATEX = r"n(?!eq?\b|abla|u\b|ot|mid|i\b)"  # "\n" ends a line, "\neq" does not
+_NEWLINE_OR_LATEX = (  # "\n" ends a line, "\neq" does not; commands that are a word behind the n, as "\nless", are left out
+    r"n(?!(?:abla|atural|cong|e|earrow|eg|eq|ewline|geq|i|leftarrow|leq|mid|oindent|olimits|onumber|ot|otag|otin|prec|rightarrow|sim"
+    r"|subseteq|succ|supseteq|u|warrow)(?![a-zA-Z]))"
+)
 _ESCAPE = re.compile(rf'\\(\\|["/]|u[0-9a-fA-F]{{4}}|t(?![a-zA-Z])|{_NEWLINE_OR_LATEX})?')
 _SINGLE_QUOTED = re.compile(r"(?<=[{\[,:\s])'((?:[^'\\]|\\.|'(?!\s*[,:}\]]))*)'(?=\s*[,:}\]])", re.DOTALL)
 _STARTS = 20  # brackets from which reading is tried
