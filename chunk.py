@@ -7,6 +7,7 @@ the layout of OpenMath-ThoughtChunk is read too, with the blocks it brings. `--d
 
 In the folder --out:
 
+    config.json          what items are made with, from the first one on; the command that continues must bring the same
     parts/rank_R.jsonl   finished items, appended one by one: what a killed run is continued from, at any number of ranks
     annotated.json       every usable item: thoughts, accuracies behind each, importance, labels, segments
     long.json short.json alpaca rows for `train.py sft`
