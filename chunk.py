@@ -7,6 +7,7 @@ the layout of OpenMath-ThoughtChunk is read too, with the blocks it brings. `--d
 
 In the folder --out:
 
+    config.json          what items are made with, from the first one on; the command that continues must bring the same
     parts/rank_R.jsonl   finished items, appended one by one: what a killed run is continued from, at any number of ranks
     annotated.json       every usable item: thoughts, accuracies behind each, importance, labels, segments
     long.json short.json alpaca rows for `train.py sft`
@@ -38,7 +39,7 @@ class Options:
     temperature: float = option(0.7, "of the rollouts")
     max_tokens: int = option(0, "of one rollout; 0: 200 for the embedded model, else 4096")
     decay: float = option(0.25, "δ: what a thought loses that does not raise the accuracy (Eq. 1)")
-    prompts: str = option("", "JSON file with the two role prompts; empty: the model folder's, else the built-in ones")
+    prompts: str = option("", "JSON file with the role prompts and the two requests; empty: the model folder's, else the built-in")
     _instruct = "instruct model"
     instruct_model: str = option("", "model that chunks and completes; empty: the one of the rollouts")
     instruct_max_tokens: int = option(7120, "of one of its answers")
@@ -50,7 +51,8 @@ class Options:
     dtype: str = option("auto", "bfloat16 on CUDA, float32 on CPU", ("auto", "float32", "bfloat16"))
 
 
-FREE_TO_CHANGE = {"limit", "plot", "out", "items_per_batch", "device", "dtype"}
+# Role prompts are put in when the files are written, anew each time; the wording of requests decides, and is in `settings_of`.
+FREE_TO_CHANGE = {"limit", "plot", "out", "prompts", "items_per_batch", "device", "dtype"}
 
 
 def parse_options(argv: list[str]) -> Options:
@@ -62,6 +64,9 @@ def parse_options(argv: list[str]) -> Options:
     for key in ("rollouts", "items_per_batch", "instruct_max_tokens"):
         if getattr(options, key) < 1:
             raise UserError(f"--{key} is {getattr(options, key)}, it must be at least 1")
+    for key in ("limit", "max_tokens", "temperature", "instruct_temperature"):
+        if not getattr(options, key) >= 0:
+            raise UserError(f"--{key} is {getattr(options, key)}, it must be 0 or more")
     if not 0 < options.decay < 1:
         raise UserError(f"--decay {options.decay} is outside (0, 1)")
     tiny = options.model == "tiny"
@@ -92,7 +97,7 @@ from thinkrl.conversation import Prompts, load_prompts
 from thinkrl.distributed import World, agree, from_main, start, stop
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.problems import data_files, load_problems, messages, read_rows, text_field
-from thinkrl.runs import write_json
+from thinkrl.runs import open_out, write_json
 from thinkrl.sampler import Sampler
 from thinkrl.thoughts import Rejected, Thought
 from thinkrl.tokenizer import Tokenizer
@@ -112,29 +117,46 @@ class Item:
 class Tools:
     sampler: Sampler  # of the model that rollouts continue
     instruct: Sampler  # of the model that chunks and completes
+    prompts: Prompts  # how that is asked
 
 
 def chunk(options: Options, world: World) -> None:
     items = load_items(options)
+    prompts = load_prompts(options.prompts, model_path(options.model))
     if options.plot:
         thoughts.require_pyplot()
-    folder, finished = open_folder(options, world)
+    folder, settings = Path(options.out), settings_of(options, prompts)
+    finished = from_main(together(open_folder, folder, settings, world))  # one reading for all ranks, before any of them writes
     waiting = [item for item in items if item.problem.id not in finished]
-    mine = [waiting[i] for i in world.share(len(waiting))]
-    tools = load_tools(options, world) if waiting else None
-    error = ""
+    tools = together(load_tools, options, prompts, world) if waiting else None
+    if world.main:
+        write_json(folder / "config.json", settings)  # not before: a folder that nothing was written for is bound to nothing
+
+    at_once = world.size * options.items_per_batch
+    with open_part(folder, world) as part, tqdm(total=len(waiting), desc="chunk", unit="item", disable=not world.main) as bar:
+
+        def work(mine: Sequence[Item]) -> None:
+            for line in annotate(mine, tools, options):
+                part.write(json.dumps(line) + "\n")
+            part.flush()
+
+        for at in range(0, len(waiting), at_once):
+            dealt = waiting[at : at + at_once]
+            together(work, dealt[world.rank :: world.size])  # dealt one by one: neighbours in a file are often alike
+            bar.update(len(dealt))
+    if world.main:
+        merge(folder, len(items), prompts, options.plot)
+
+
+def together(function: Callable, *arguments):
+    """The function's result, when every rank has its own. A UserError of one rank is raised on all: nobody waits for long."""
+    result, error = None, ""
     try:
-        with open_part(folder, world) as part, tqdm(total=len(mine), desc="chunk", unit="item", disable=not world.main) as bar:
-            for at in range(0, len(mine), options.items_per_batch):
-                for line in annotate(mine[at : at + options.items_per_batch], tools, options):
-                    part.write(json.dumps(line) + "\n")
-                    part.flush()
-                    bar.update()
+        result = function(*arguments)
     except UserError as mistake:
         error = str(mistake)
-    agree(error)  # also: every rank has written its last line
-    if world.main:
-        merge(folder, len(items), load_prompts(options.prompts, model_path(options.model)), options.plot)
+    agree(error)
+    return result
 
 
 def load_items(options: Options) -> list[Item]:
@@ -153,14 +175,14 @@ def load_items(options: Options) -> list[Item]:
     return items[: options.limit or None]
 
 
-def load_tools(options: Options, world: World) -> Tools:
+def load_tools(options: Options, prompts: Prompts, world: World) -> Tools:
     def sampler(model: str) -> Sampler:
         path = model_path(model)
         return Sampler(load_model(path, compute_dtype(options, world), world.device), Tokenizer(path))
 
     base = sampler(options.model)
     other = options.instruct_model not in ("", options.model) and "llm" in (options.chunker, options.completer)
-    return Tools(base, sampler(options.instruct_model) if other else base)
+    return Tools(base, sampler(options.instruct_model) if other else base, prompts)
 
 
 def annotate(items: Sequence[Item], tools: Tools, options: Options) -> list[dict]:
@@ -194,7 +216,7 @@ def annotate(items: Sequence[Item], tools: Tools, options: Options) -> list[dict
     if options.completer == "llm":
         written = thoughts.complete_by_model(
             tools.instruct, tools.instruct.tokenizer, problems(chains), list(asked.values()), list(chains.values()),
-            list(labels.values()), options.instruct_max_tokens, options.instruct_temperature, options.seed)
+            list(labels.values()), options.instruct_max_tokens, options.instruct_temperature, options.seed, tools.prompts)
         texts = keep(dict(zip(chains, written)))
     else:
         texts = {i: thoughts.complete_by_block(by_id[i].problem, chain, labels[i], thoughts.split_response(by_id[i].response)[1])
@@ -226,7 +248,7 @@ def cut(by_id: dict[int, Item], tools: Tools, options: Options) -> dict[int, lis
     if ask:
         answers = thoughts.chunk_by_model(
             tools.instruct, tools.instruct.tokenizer, [by_id[i].problem for i in ask], [by_id[i].response for i in ask],
-            options.instruct_max_tokens, options.instruct_temperature, options.seed)
+            options.instruct_max_tokens, options.instruct_temperature, options.seed, tools.prompts)
         chains |= dict(zip(ask, answers))
     return chains
 
@@ -239,26 +261,23 @@ def attempt(function: Callable, *arguments):
         return reason
 
 
-def open_folder(options: Options, world: World) -> tuple[Path, set[int]]:
-    """The folder and the ids of finished items. Raises UserError on all ranks if it belongs to other options or data."""
-    folder, finished, error = Path(options.out), set(), ""
-    if world.main:
-        settings = {key: value for key, value in asdict(options).items() if key not in FREE_TO_CHANGE}
-        if options.data != "arith":
-            settings["data_crc32"] = [zlib.crc32(path.read_bytes()) for path in data_files(options.data)]
-        try:
-            (folder / "parts").mkdir(parents=True, exist_ok=True)
-            saved = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else settings
-            differing = [f"{key} {saved.get(key)!r}, now {value!r}" for key, value in settings.items() if saved.get(key) != value]
-            if differing:
-                error = f"--out {folder} was begun with {'; '.join(differing)}: give the same, or choose another --out"
-            else:
-                write_json(folder / "config.json", settings)
-                finished = {line["id"] for line in read_parts(folder)}
-        except OSError as mistake:
-            error = f"cannot write the folder {folder} ({mistake.strerror}): choose another --out"
-    agree(error)
-    return folder, from_main(finished)  # one reading for all ranks, before any of them writes
+def settings_of(options: Options, prompts: Prompts) -> dict:
+    """All that decides what is written of an item: the folder's config.json."""
+    settings = {key: value for key, value in asdict(options).items() if key not in FREE_TO_CHANGE}
+    if options.data != "arith":
+        settings["data_crc32"] = [zlib.crc32(path.read_bytes()) for path in data_files(options.data)]
+    if "llm" in (options.chunker, options.completer):
+        settings["requests_crc32"] = [zlib.crc32(text.encode()) for text in (prompts.chunk, prompts.complete)]
+    return settings
+
+
+def open_folder(folder: Path, settings: dict, world: World) -> set[int]:
+    """Ids of the finished items, on the main rank. Raises UserError if they were made with other options, data or requests."""
+    if not world.main:
+        return set()
+    open_out(folder, settings)
+    (folder / "parts").mkdir(exist_ok=True)
+    return {line["id"] for line in read_parts(folder)}
 
 
 def open_part(folder: Path, world: World):

@@ -10,6 +10,7 @@ their turns, and with --base the Accuracy-Efficiency Score against that model on
 
 from dataclasses import dataclass
 
+from thinkrl import UserError
 from thinkrl.config import command_line, option, options_help, read_options
 
 
@@ -19,10 +20,10 @@ class Options:
     model: str = option("tiny", "Hugging Face folder, or 'tiny', the embedded model")
     long: str = option("", "folder of the long-thought policy: together with --short, a conversation")
     short: str = option("", "folder of the short-thought policy")
-    base: str = option("", "folder of a model to compare with: prints AES against it")
+    base: str = option("", "folder of a model to compare with on --data: prints AES against it")
     prompt: str = option("", "answer this and print it")
     data: str = option("", "evaluate on: 'arith' (held out) | FILE.jsonl | FILE.parquet | hub:owner/name")
-    source: str = option("", "grading rule for rows that name none: arith | gsm8k | math")
+    source: str = option("", "grading rule of --prompt and of rows that name none: arith | gsm8k | math")
     limit: int = option(0, "at most this many problems; 0: all")
     system: str = option("", "system message")
     suffix: str = option("", "text appended to every question")
@@ -35,7 +36,7 @@ class Options:
     seed: int = option(42, "seed of every sampled token")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
     dtype: str = option("auto", "bfloat16 on CUDA, float32 on CPU", ("auto", "float32", "bfloat16"))
-    out: str = option("", "also write every completion to this JSONL file")
+    out: str = option("", "also write every completion on --data to this JSONL file")
 
 
 def parse_options(argv: list[str]) -> Options:
@@ -43,19 +44,36 @@ def parse_options(argv: list[str]) -> Options:
         print("\n".join(["usage: torchrun --nproc_per_node=N -- sample.py --prompt TEXT | --data FILE [--key value …]",
                          *options_help(Options)]))
         raise SystemExit(0)
-    return Options(**read_options(argv, Options))
+    options = Options(**read_options(argv, Options))
+    for key in ("n", "max_turns"):
+        if getattr(options, key) < 1:
+            raise UserError(f"--{key} is {getattr(options, key)}, it must be at least 1")
+    for key in ("limit", "max_tokens", "temperature"):
+        if not getattr(options, key) >= 0:
+            raise UserError(f"--{key} is {getattr(options, key)}, it must be 0 or more")
+    if bool(options.prompt) == bool(options.data):
+        raise UserError("give either --prompt TEXT or --data FILE")
+    if options.prompt and (options.base or options.out):
+        raise UserError("--base and --out are for --data FILE: an answer to --prompt is only printed")
+    if bool(options.long) != bool(options.short):
+        raise UserError("a conversation needs both --long DIR and --short DIR")
+    return options
 
 
 if __name__ == "__main__":  # before torch is imported
     OPTIONS = command_line("sample.py", parse_options)
 
+import gc
 import json
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from thinkrl import UserError, longshort, require_own_kernels
+from thinkrl import longshort, require_own_kernels
 from thinkrl.checkpoint import load_model
 from thinkrl.config import embedded, excuse
 from thinkrl.conversation import load_prompts
@@ -74,13 +92,16 @@ BATCH = 64  # problems per call, so that the bar moves
 Attempt = Callable[[list[Problem], int], list[Trajectory]]  # problems, n -> n attempts at each, contiguous
 
 
-def one_policy(model: str, options: Options, world: World) -> Attempt:
-    path = model_path(model)
+def policy(options: Options, world: World) -> Attempt:
+    return two_policies(options, world) if options.long else one_policy(model_path(options.model), options, world)
+
+
+def one_policy(path: Path, options: Options, world: World) -> Attempt:
     tokenizer = Tokenizer(path)
     sampler = Sampler(load_model(path, compute_dtype(options, world), world.device), tokenizer)
 
     def attempt(problems: list[Problem], n: int) -> list[Trajectory]:
-        return rollout(sampler, tokenizer, problems, group_size=n, max_tokens=limit(model, options), seed=options.seed,
+        return rollout(sampler, tokenizer, problems, group_size=n, max_tokens=limit(path, options), seed=options.seed,
                        temperature=options.temperature, address=(EVALUATION, 0), system=options.system, suffix=options.suffix)
 
     return attempt
@@ -93,7 +114,7 @@ def two_policies(options: Options, world: World) -> Attempt:
     prompts = load_prompts(options.prompts, paths["long"])
     voices = {
         role: longshort.Voice(Sampler(load_model(path, compute_dtype(options, world), world.device), tokenizers[role]),
-                              options.temperature, limit(str(path), options))
+                              options.temperature, limit(path, options))
         for role, path in paths.items()
     }
 
@@ -104,19 +125,39 @@ def two_policies(options: Options, world: World) -> Attempt:
     return attempt
 
 
-def answer(attempt: Attempt, options: Options, world: World) -> None:
+def answer(options: Options, world: World) -> None:
     """One prompt, n answers, as they came; a conversation turn by turn."""
-    for t in attempt([Problem(0, options.prompt, "0")], options.n) if world.main else []:
+    source = options.source or ("arith" if embedded(options.long or options.model) else "math")
+    for t in policy(options, world)([Problem(0, options.prompt, "0", source)], options.n) if world.main else []:
         if options.long:
             print(longshort.transcript(t, colour=sys.stdout.isatty()), f"\n[{t.tokens} tokens, {t.extra['ended']}]")
         else:
             print(f"{t.text}\n[{t.tokens} tokens, {t.turns[0].finish_reason}]")
 
 
-def measure(attempt: Attempt, options: Options, world: World) -> list[Trajectory]:
-    """n attempts at every problem, shared over the ranks; all of them on every rank."""
+def evaluate(options: Options, world: World) -> None:
+    """Measure, print and write; then the same for --base, with no other model in memory."""
+    base = model_path(options.base, "--base") if options.base else None
+    if options.out and world.main:
+        require_writable(Path(options.out))
     problems = held_out_problems(options.data, options.data, options.source)
     problems = problems[:: max(1, len(problems) // (options.limit or len(problems)))][: options.limit or len(problems)]
+    attempts = measure(policy(options, world), problems, options, world)
+    result = summarise(attempts)
+    if world.main:
+        if options.out:
+            Path(options.out).write_text("".join(json.dumps(record(t)) + "\n" for t in attempts))
+        print_numbers(result | (longshort.summary(attempts) if options.long else {}))
+    if base:
+        gc.collect()  # a sampler's layers refer to themselves: the first model is still there
+        torch.cuda.empty_cache()
+        reference = summarise(measure(one_policy(base, options, world), problems, options, world))
+        if world.main:
+            print(compared(result, reference, options.base))
+
+
+def measure(attempt: Attempt, problems: list[Problem], options: Options, world: World) -> list[Trajectory]:
+    """n attempts at every problem, shared over the ranks; all of them on every rank."""
     mine = [problems[i] for i in world.share(len(problems))]
     attempts = []
     for i in tqdm(range(0, len(mine), BATCH), desc="evaluate", unit=f"×{BATCH} problems", disable=not world.main):
@@ -124,21 +165,27 @@ def measure(attempt: Attempt, options: Options, world: World) -> list[Trajectory
     return sum(gather(attempts), [])
 
 
-def evaluate(attempt: Attempt, options: Options, world: World) -> None:
-    attempts = measure(attempt, options, world)
-    base = summarise(measure(one_policy(options.base, options, world), options, world)) if options.base else None
-    if not world.main:
-        return
-    if options.out:
-        with open(options.out, "w") as file:
-            for t in attempts:
-                file.write(json.dumps({"problem": t.problem.id, "question": t.problem.question, "gold": t.problem.answer,
-                                       "text": t.text, "answer": t.answer, "correct": t.correct, "tokens": t.tokens}) + "\n")
-    result = summarise(attempts)
-    print_numbers(result | (longshort.summary(attempts) if options.long else {}))
-    if base:
-        score = aes(result["accuracy"], result["tokens"], base["accuracy"], base["tokens"]) if base["accuracy"] else float("nan")
-        print(f"{'AES':<22} {score:.4g}   against {options.base}: accuracy {base['accuracy']:.3f}, tokens {base['tokens']:.1f}")
+def compared(result: dict, base: dict, name: str) -> str:
+    if not base["accuracy"]:
+        return f"no AES: it is relative to the accuracy of --base {name}, which is 0 here"
+    score = aes(result["accuracy"], result["tokens"], base["accuracy"], base["tokens"])
+    return f"{'AES':<22} {score:.4g}   against {name}: accuracy {base['accuracy']:.3f}, tokens {base['tokens']:.1f}"
+
+
+def record(t: Trajectory) -> dict:
+    """A line of --out."""
+    line = {"problem": t.problem.id, "question": t.problem.question, "gold": t.problem.answer, "text": t.text,
+            "answer": t.answer, "correct": t.correct, "tokens": t.tokens}
+    if "texts" in t.extra:
+        turns = [{"role": turn.role, "text": text} for turn, text in zip(t.turns, t.extra["texts"])]
+        line |= {"turns": turns, "ended": t.extra["ended"]}
+    return line
+
+
+def require_writable(file: Path) -> None:
+    """Raise UserError if --out could not be written: now, not when everything has been sampled."""
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"--out {file} cannot be written: give a file in a folder that exists")
 
 
 def print_numbers(result: dict, indent: str = "") -> None:
@@ -150,20 +197,15 @@ def print_numbers(result: dict, indent: str = "") -> None:
             print(f"{indent}{name:<22} {value:.4g}")
 
 
-def limit(model: str, options: Options) -> int:
-    return options.max_tokens or (200 if embedded(model) else 2048)
+def limit(path: Path, options: Options) -> int:
+    return options.max_tokens or (200 if embedded(str(path)) else 2048)
 
 
 def main(options: Options) -> None:
     try:
         require_own_kernels()
         world = start(options.device)
-        if bool(options.prompt) == bool(options.data):
-            raise UserError("give either --prompt TEXT or --data FILE")
-        if bool(options.long) != bool(options.short):
-            raise UserError("a conversation needs both --long DIR and --short DIR")
-        attempt = two_policies(options, world) if options.long else one_policy(options.model, options, world)
-        (answer if options.prompt else evaluate)(attempt, options, world)
+        (answer if options.prompt else evaluate)(options, world)
     except UserError as mistake:
         excuse("sample.py", mistake)
     finally:

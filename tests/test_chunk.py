@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,9 +163,58 @@ def test_other_options_or_data_do_not_mix(tmp_path, world):
         run(world, *arguments)
 
 
+def test_a_mistake_does_not_bind_the_folder(tmp_path, world):
+    """What cannot be loaded is refused before an item is worked on, and leaves the folder to the corrected command."""
+    out = tmp_path / "out"
+    arguments = ["--data", write(tmp_path / "rows.jsonl", [{"problem": "24*3?", "answer": "72", "response": THINKING}]),
+                 "--source", "arith", "--chunker", "paragraphs", "--out", str(out), *SMALL]
+    (tmp_path / "empty").mkdir()
+    for more, sentence in [(["--prompts", str(tmp_path / "typo.json")], "typo.json: no such file"),
+                           (["--model", str(tmp_path / "typo")], "typo: no such folder"),
+                           (["--model", str(tmp_path / "empty"), "--completer", "block"], "empty/config.json")]:
+        with pytest.raises(UserError, match=sentence):
+            run(world, *arguments, *more)
+        assert not (out / "config.json").exists() and not list(out.glob("parts/*"))
+    run(world, *arguments)
+    assert len(lines(out)) == 1
+
+
+def test_role_prompts_may_change_and_requests_may_not(tmp_path, world):
+    block = {"block 1": {"start": 1, "end": 1}, "block 2": {"start": 2, "end": 3}}
+    rows = [{"question": "24*3?", "answer": "72", "thought": THINKING, "block": block}]
+    arguments = ["--data", write(tmp_path / "chunked.json", rows, True), "--source", "arith", "--chunker", "llm",
+                 "--out", str(tmp_path / "out"), *SMALL]
+    run(world, *arguments)
+    before = lines(tmp_path / "out")
+    (tmp_path / "own.json").write_text(json.dumps({"long": "Think!", "short": "Finish!"}))
+    run(world, *arguments, "--prompts", str(tmp_path / "own.json"))
+    assert json.loads((tmp_path / "out" / "long.json").read_text())[0]["instruction"] == "Think!"
+    assert lines(tmp_path / "out") == before, "nothing is measured again for it"
+    (tmp_path / "own.json").write_text(json.dumps({"long": "Think!", "short": "Finish!", "chunk": "Cut {problem}: {steps}"}))
+    with pytest.raises(UserError, match="was begun with requests_crc32"):
+        run(world, *arguments, "--prompts", str(tmp_path / "own.json"))
+
+
+def test_ranks_meet_after_every_batch(tmp_path):
+    """Items are dealt one by one, and a mistake of one rank stops the others at the end of their batch, not of their work."""
+    model = shutil.copytree(TINY, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    template = "{% if '0*0' in messages[0]['content'] %}{{ no_such_thing.at_all }}{% endif %}" + settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    questions = ["24*3?", "24*3?", "24*3?", "0*0?", "24*3?", "24*3?"]  # the fourth is the second of rank 1
+    data = write(tmp_path / "rows.jsonl", [{"problem": q, "answer": "72", "response": THINKING} for q in questions])
+    done = torchrun(2, "chunk.py", "--data", data, "--source", "arith", "--chunker", "paragraphs", "--completer", "block",
+                    "--model", str(model), "--out", str(tmp_path / "out"), *SMALL)
+    assert done.returncode and "chunk.py: " in done.stderr and "the chat template refuses this conversation" in done.stderr
+    parts = [(tmp_path / "out" / "parts" / f"rank_{rank}.jsonl").read_text().splitlines() for rank in range(2)]
+    assert [[json.loads(line)["id"] for line in part] for part in parts] == [[0, 2], [1]]
+
+
 @pytest.mark.parametrize("argv, sentence", [
     (["--rollout", "4"], "unknown option '--rollout' \\(did you mean 'rollouts'"),
     (["--rollouts", "0"], "--rollouts is 0"),
+    (["--limit", "-1"], "--limit is -1, it must be 0 or more"),
+    (["--temperature", "-0.5"], "--temperature is -0.5"),
     (["--decay", "1"], "outside"),
     (["--chunker", "paragraph"], "did you mean 'paragraphs'"),
 ])

@@ -142,10 +142,14 @@ def test_prompts_come_from_file_folder_or_here(tmp_path):
     assert load_prompts(folder=tmp_path) == Prompts("L", "S", "")
     (tmp_path / "own.json").write_text('{"long": "a", "short": "b"}')
     assert load_prompts(tmp_path / "own.json", tmp_path) == Prompts("a", "b", "\n\n")
+    requests = {"chunk": "{problem} {steps}", "complete": "{problem} {solution} {missing}"}
+    (tmp_path / "own.json").write_text(json.dumps({"long": "a", "short": "b"} | requests))
+    assert load_prompts(tmp_path / "own.json") == Prompts("a", "b", **requests)
 
 
 @pytest.mark.parametrize("content", ['{"long": "a"}', '{"long": "a", "short": ""}', '{"long": "a", "short": 3}', "[]", "{",
-                                     '{"long": "a", "short": "b", "medium": "c"}'])
+                                     '{"long": "a", "short": "b", "medium": "c"}', '{"long": "a", "short": "b", "chunk": 3}',
+                                     '{"long": "a", "short": "b", "complete": "{problem} {missing}"}'])
 def test_a_bad_prompts_file_is_named(tmp_path, content):
     file = tmp_path / "p.json"
     file.write_text(content)
@@ -153,6 +157,13 @@ def test_a_bad_prompts_file_is_named(tmp_path, content):
         load_prompts(file)
     with pytest.raises(UserError, match="nowhere.json: no such file"):
         load_prompts(tmp_path / "nowhere.json")
+
+
+def test_a_request_without_its_placeholders_is_refused(tmp_path):
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps({"long": "a", "short": "b", "chunk": "Cut {problem} up, {step} by {step}"}))
+    with pytest.raises(UserError, match=r"p.json: field 'chunk' must say \{steps\} where that is to be filled in"):
+        load_prompts(file)
 
 
 def test_a_template_that_repeats_the_message_is_refused():

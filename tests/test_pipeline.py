@@ -40,8 +40,8 @@ def test_one_entry_per_round(tmp_path):
 
 def test_all_stages_and_continuing(tmp_path, capfd):
     """Two steps of cold start teach no protocol: the command does all of its work, and then says so."""
-    small = parse(["--out", str(tmp_path), "--chains", "70", "--sft_steps", "2", "--rounds", "LS", "--steps_per_round", "1",
-                   "--eval_problems", "20"])
+    arguments = ["--out", str(tmp_path), "--chains", "70", "--sft_steps", "2", "--steps_per_round", "1", "--eval_problems", "20"]
+    small = parse([*arguments, "--rounds", "LS"])
     with pytest.raises(SystemExit) as stopped:
         pipeline.main(small)
     assert stopped.value.code == 1 and "ended at its first turn" in capfd.readouterr().err
@@ -52,11 +52,27 @@ def test_all_stages_and_continuing(tmp_path, capfd):
     same = ("steps", "problems_per_step", "group_size", "temperature", "seed", "lr", "eval_problems")
     assert [grpo[key] for key in same] == [base[key] for key in same], "the same budget"
     with pytest.raises(SystemExit):
-        pipeline.main(small)
+        pipeline.main(parse([*arguments, "--rounds", "LS", "--ranks", "1"]))
     said = capfd.readouterr().out
     assert "== 1 chunk" in said and "== 2" not in said and "== 3" not in said, "finished stages are not done again"
+    with pytest.raises(SystemExit) as stopped:
+        pipeline.main(parse([*arguments, "--rounds", "LLS"]))
+    said = capfd.readouterr()
+    assert stopped.value.code == 2 and "was begun with rounds 'LS', now 'LLS': give the same, or choose another" in said.err
+    assert not said.out and json.loads((tmp_path / "summary.json").read_text()) == summary, "no pair's number under another's name"
 
 
 def test_a_wrong_schedule_before_anything_runs():
     with pytest.raises(pipeline.UserError, match="unknown letter X"):
         parse(["--rounds", "LXS"])
+    with pytest.raises(pipeline.UserError, match="--sft_steps is 0, it must be at least 1"):
+        parse(["--sft_steps", "0"])
+
+
+def test_a_folder_belongs_to_its_options(tmp_path):
+    folder = pipeline.open_folder(parse(["--out", str(tmp_path / "out")]))
+    assert pipeline.open_folder(parse(["--out", str(folder), "--ranks", "1"])) == folder, "the number of ranks decides nothing"
+    with pytest.raises(pipeline.UserError, match="was begun with seed 42, now 43; chains 800, now 70: give the same"):
+        pipeline.open_folder(parse(["--out", str(folder), "--seed", "43", "--chains", "70"]))
+    with pytest.raises(pipeline.UserError, match="config.json is not a folder that can be written: choose another --out"):
+        pipeline.open_folder(parse(["--out", str(folder / "config.json")]))

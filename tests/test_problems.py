@@ -73,6 +73,8 @@ def test_verl_parquet(tmp_path):
 
 GOOD = {"problem": "1+1?", "answer": "2"}
 CHOICE = {"problem": "1+1?", "options": ["2", "3", "4", "5"], "answer": "2"}
+GPQA = {"Question": "1+1?", **dict(zip(GPQA_OPTIONS, ("right", "wrong", "worse", "worst")))}
+LISTED = {"problem": "1+1?\nCandidate answer: (1) two, or so, or (2) f(3), or (3) 4, or (4) five", "answer": "two, or so"}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,15 @@ CHOICE = {"problem": "1+1?", "options": ["2", "3", "4", "5"], "answer": "2"}
         (CHOICE | {"answer": "7"}, "d.jsonl:2: field 'answer' must be one of the options"),
         (CHOICE | {"options": ["2", "2"]}, "d.jsonl:2: field 'options' must be a list of 2 to 26 different texts"),
         (CHOICE | {"options": "2, 3"}, "d.jsonl:2: field 'options'"),
+        (CHOICE | {"options": ["2", "3", " "]}, "d.jsonl:2: field 'options'"),
+        (CHOICE | {"options": ["2", 3]}, "d.jsonl:2: field 'options'"),
+        (GPQA | {"Incorrect Answer 2": ""}, "d.jsonl:2: fields .*'Incorrect Answer 2'.* must be different texts, none"),
+        (GPQA | {"Incorrect Answer 2": "worst "}, "d.jsonl:2: fields 'Correct Answer', "),
+        ({k: v for k, v in GPQA.items() if k != "Incorrect Answer 3"}, "d.jsonl:2: fields 'Correct Answer', "),
+        (LISTED | {"problem": LISTED["problem"].replace("(4)", "(3)")}, "d.jsonl:2: field 'problem' must list its"),
+        (LISTED | {"problem": LISTED["problem"].replace(" five", "")}, "d.jsonl:2: field 'problem' must list its"),
+        (LISTED | {"problem": "1+1? Candidate answer: (1) two, so (2) three"}, "d.jsonl:2: field 'problem' must list"),
+        (LISTED | {"answer": "(1)"}, "d.jsonl:2: field 'answer' must be one of the options"),
         (VERL | {"reward_model": {"style": "rule"}}, "d.jsonl:2: field 'reward_model.ground_truth' is missing"),
         (VERL | {"reward_model": "42"}, "d.jsonl:2: field 'reward_model.ground_truth' is missing"),
         (VERL | {"reward_model": {"ground_truth": "x"}}, "d.jsonl:2: field 'reward_model.ground_truth': 'x' is not a number"),
@@ -106,7 +117,7 @@ def test_a_malformed_row_is_named(tmp_path, row, message):
 
 def test_options_are_shuffled_the_same_way_every_time(tmp_path):
     """In the published GPQA file the right option is the first, 198 times of 198."""
-    rows = [{"Question": f"{i}+1?", **dict(zip(GPQA_OPTIONS, ("right", "wrong", "worse", "worst")))} for i in range(200)]
+    rows = [GPQA | {"Question": f"{i}+1?"} for i in range(200)]
     problems = load_problems(write(tmp_path / "gpqa.jsonl", *rows))
     assert all(f"({p.answer}) right" in p.question and p.source == "math" for p in problems)
     letters = Counter(p.answer for p in problems)
@@ -115,6 +126,17 @@ def test_options_are_shuffled_the_same_way_every_time(tmp_path):
     [asked] = load_problems(write(tmp_path / "one.jsonl", CHOICE))
     assert sorted(line[4:] for line in asked.question.splitlines()[1:5]) == ["2", "3", "4", "5"]
     assert grade(rf"It is \boxed{{({asked.answer})}}.", asked.answer, asked.source)
+
+
+def test_options_inside_the_question_are_shuffled_too(tmp_path):
+    """The layout of the Long⊗Short paper's GPQA file: as the same options in a field of their own."""
+    [listed] = load_problems(write(tmp_path / "listed.jsonl", LISTED | {"source": "gpqa"}))
+    [apart] = load_problems(write(tmp_path / "apart.jsonl", {"problem": "1+1?", "options": ["two, or so", "f(3)", "4", "five"],
+                                                             "answer": "two, or so", "source": "gpqa"}))
+    assert listed == apart and f"({listed.answer}) two, or so" in listed.question and "Candidate" not in listed.question
+    places = Counter(p.answer for p in load_problems(write(tmp_path / "many.jsonl", *(
+        LISTED | {"problem": LISTED["problem"].replace("1+1", f"{i}+1")} for i in range(200)))))
+    assert set(places) == set("ABCD") and max(places.values()) < 80
 
 
 def test_unusable_files(tmp_path):

@@ -30,8 +30,8 @@ def user(text):
 def test_layouts(tmp_path, row, messages, completion):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n\n")
     (tmp_path / "alpaca.json").write_text(json.dumps([row, row]))
-    assert load_rows(tmp_path / "rows.jsonl") == [Row(messages, completion)]
-    assert load_rows(tmp_path / "alpaca.json") == [Row(messages, completion)] * 2
+    assert load_rows(tmp_path / "rows.jsonl") == [Row(messages, completion, where=f"{tmp_path}/rows.jsonl:1")]
+    assert [row[:2] for row in load_rows(tmp_path / "alpaca.json")] == [(messages, completion)] * 2
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,15 @@ def test_samples_train_the_completion_and_its_end(tokenizer):
     assert row.tokens.tolist() == [4, 1, 5, 2, 3, 4, 0, 1, 5, 2, 0, 3]
     assert row.mask.tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1]
     assert row.ids == ["1", "0"]
+
+
+def test_a_row_beyond_the_context_is_named(tokenizer, tmp_path):
+    rows = [{"prompt": "ab", "completion": "c"}, {"prompt": "ab", "completion": "ca"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = load_rows(tmp_path / "rows.jsonl")
+    assert [len(sample) for sample in samples(rows, tokenizer, context=7)] == [6, 7]
+    with pytest.raises(UserError, match="rows.jsonl:2: prompt and completion have 7 tokens, more than the model's context of 6"):
+        samples(rows, tokenizer, context=6)
 
 
 def test_nll_by_hand():

@@ -154,6 +154,9 @@ def test_reads_what_json_writes(value):
     (r'[{"content": "so \frac{1}{2} \times 3 \neq \boxed{7}\nThen \\pi"}]',
      [{"content": "so \\frac{1}{2} \\times 3 \\neq \\boxed{7}\nThen \\pi"}]),
     ('{"a": "two\nlines"}', {"a": "two\nlines"}),
+    (r'["\neg p \nleq \nearrow \newline \nabla f \nu_1 + \nu \neq3 \ne 4 \notin S \not= 5"]',
+     [r"\neg p \nleq \nearrow \newline \nabla f \nu_1 + \nu \neq3 \ne 4 \notin S \not= 5"]),
+    (r'["so\nother\nnext\nuntil\negative\n\nequals\n2"]', ["so\nother\nnext\nuntil\negative\n\nequals\n2"]),
     ('As in [] and {x}: {"a": 1} and more {', {"a": 1}),
     ("{'a': 'it is John's \"x\"'}", {"a": 'it is John\'s "x"'}),
 ])
@@ -231,6 +234,19 @@ def test_completion_is_matched_by_place():
     assert "t2" not in asked and "t4" not in asked, "short thoughts are named, not shown"
 
 
+def test_requests_in_other_words():
+    """Only the placeholders are filled in, once: braces of the text and of what is filled in stay."""
+    prompts = Prompts("L", "S", chunk='Q {problem}\n{steps}\n{"start": 1}', complete="{problem} {solution} {missing} {x}")
+    model = Scripted([GOOD])
+    problem = Problem(7, "x in {steps}?", "3", "math")
+    thoughts.chunk_by_model(model, Letters(), [problem], ["a\n\nb"], 100, 0.1, seed=0, prompts=prompts)
+    assert model.asked == [['Q x in {steps}?\nStep 1: a\nStep 2: b\n{"start": 1}']]
+    chain = [Thought("t1", ""), Thought("t2", "", "check")]
+    model = Scripted(['["so \\boxed{3}"]'])
+    thoughts.complete_by_model(model, Letters(), [problem], ["q"], [chain], [["long", "short"]], 100, 0.1, seed=0, prompts=prompts)
+    assert model.asked == [['q {"part 1": "t1"\n"part 2": "check"} part 2 (check) {x}']]
+
+
 def test_completion_must_have_every_part():
     assert thoughts.read_completion([{"thought": "a", "content": "x"}, "y"], 2) == ["x", "y"]
     assert thoughts.read_completion({"part 2": "x", "part 4": "y"}, 2) == ["x", "y"]
@@ -305,6 +321,21 @@ def test_rollouts_are_those_of_the_prefix_alone(tiny):
         [group] = tiny.generate([prompt], n=4, max_tokens=40, temperature=1.0, seed=5, keys=keys)
         right = sum(thoughts.grade(text + tiny.tokenizer.decode(c.tokens), "72", "arith") for c in group)
         assert prefix == Prefix(right, 4, sum(len(c.tokens) for c in group) / 4)
+
+
+def test_a_cut_continuation_is_graded_by_what_it_says_itself(tiny):
+    """The chain mentions the answer at once. Cut in its thinking, the model has not given it; at its own end, it has."""
+    problem = Problem(3, "24*3?", "72", "arith")
+    chain = [Thought("", "<answer>72</answer><think>"), *thoughts.tags(RESPONSE)]
+    chain[1] = Thought(chain[1].text, chain[1].prefix.removeprefix("<think>"))
+
+    def accuracies(chain: list[Thought], max_tokens: int) -> list[float]:
+        [prefixes] = thoughts.rollouts(tiny, tiny.tokenizer, [problem], [chain], 1, max_tokens, temperature=0.0, seed=0)
+        return [prefix.accuracy for prefix in prefixes]
+
+    assert accuracies(chain, max_tokens=3) == [0, 0, 0, 0]
+    assert accuracies(chain, max_tokens=100)[-1] == 1
+    assert accuracies([Thought("", RESPONSE)], max_tokens=3) == [1], "what is left is to end"
 
 
 def test_chains_that_cannot_be_rolled_out(tiny):

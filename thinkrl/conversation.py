@@ -50,13 +50,48 @@ class Codec(Protocol):
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str: ...
 
 
+_CHUNK_REQUEST = """\
+Below are a mathematics problem and a student's way to its solution, cut into numbered steps. Describe how the student thought, \
+as a sequence of blocks: a block is a run of neighbouring steps that pursue one purpose, such as understanding the problem, \
+setting up equations, a calculation, or checking a result.
+
+Problem:
+{problem}
+
+Steps:
+{steps}
+
+Name each block's purpose in a few general words. The first block starts at step 1, each further block starts at the step after \
+the end of the one before, and the last block ends at step {count}. Answer with this JSON and nothing else:
+{"block 1": {"start": 1, "end": 2, "block type": "understanding the problem"}, "block 2": {...}, ...}"""
+
+_COMPLETE_REQUEST = """\
+Below are a mathematics problem and a solution with gaps. The solution is a JSON object of numbered parts: some are written out, \
+of the others only the purpose is named. Write the missing parts, briefly, so that the whole reads as one solution; \
+the last part ends with the final answer, in the form that the problem asks for.
+
+Problem:
+{problem}
+
+Solution with gaps:
+{solution}
+
+Write these parts, in this order, and no others: {missing}. Each of them is one entry, however many steps it takes. \
+Answer with this JSON and nothing else:
+{"completed": [{"part": "{first}", "content": "..."}, ...]}"""
+
+PLACEHOLDERS = {"chunk": ("{problem}", "{steps}"), "complete": ("{problem}", "{solution}", "{missing}")}  # none can be spared
+
+
 @dataclass(frozen=True)
 class Prompts:
-    """Γ of both roles, and what stands between the parts of a conversation."""
+    """Γ of both roles, what stands between the parts of a conversation, and what chunk.py asks its instruct model."""
 
     long: str
     short: str
     joiner: str = JOINER
+    chunk: str = _CHUNK_REQUEST  # with {problem}, {steps} and {count}, the number of steps
+    complete: str = _COMPLETE_REQUEST  # with {problem}, {solution}, {missing} and {first}, the first missing part
 
     def __getitem__(self, role: str) -> str:
         return {"long": self.long, "short": self.short}[role]
@@ -84,7 +119,8 @@ BUILT_IN = Prompts(
 def load_prompts(path: str | Path = "", folder: str | Path = "") -> Prompts:
     """The prompts of the file `path`; if that is empty, of prompts.json in the model's `folder`; without one, the built-in ones.
 
-    The file is a JSON object: {"long": Γ_long, "short": Γ_short} and, optionally, "joiner". Raises UserError for any other.
+    The file is a JSON object: {"long": Γ_long, "short": Γ_short} and, optionally, "joiner", "chunk" and "complete", the latter two
+    with their `PLACEHOLDERS`. Raises UserError for any other.
     """
     file = Path(path) if path else Path(folder) / "prompts.json"
     if not file.is_file():
@@ -97,10 +133,13 @@ def load_prompts(path: str | Path = "", folder: str | Path = "") -> Prompts:
         raise UserError(f"{file}: not valid JSON ({error})") from None
     known = [f.name for f in fields(Prompts)]
     if not isinstance(content, dict) or not set(ROLES) <= content.keys() <= set(known):
-        raise UserError(f"{file}: an object with the texts 'long', 'short' and, if wanted, 'joiner' is expected")
+        raise UserError(f"{file}: an object with the texts 'long', 'short' and, if wanted, 'joiner', 'chunk' and 'complete' "
+                        "is expected")
     for name, text in content.items():
         if not isinstance(text, str) or (name in ROLES and not text.strip()):
             raise UserError(f"{file}: field {name!r} must be a text{'' if name == 'joiner' else ' that is not empty'}")
+        if lacking := [place for place in PLACEHOLDERS.get(name, ()) if place not in text]:
+            raise UserError(f"{file}: field {name!r} must say {' and '.join(lacking)} where that is to be filled in")
     return Prompts(**content)
 
 

@@ -7,23 +7,24 @@
     3 rounds       L and S are trained in turns -> L1⊗S0, L2⊗S0, L2⊗S1, …                              train.py longshort
     4 baseline     the base policy under plain GRPO, for as many steps of as many problems and attempts  train.py grpo
 
-Each stage is one torchrun. What is finished is not done again, so a killed pipeline is continued by the same command. It ends
-with a table and summary.json in the folder --out: the base policy, the chains it started from, one entry per round, GRPO. All
-are measured on the same held-out problems at T = 1 and greedily; tokens are those of both roles and of all turns.
+Each stage is one torchrun. What is finished is not done again, so a killed pipeline is continued by the same command, and by no
+other: the options stand in config.json. It ends with a table and summary.json in the folder --out: the base policy, the chains it
+started from, one entry per round, GRPO. All are measured on the same held-out problems at T = 1 and greedily; tokens are those of
+both roles and of all turns.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from thinkrl import UserError
 from thinkrl.config import command_line, excuse, option, options_help, read_options, schedule
 from thinkrl.evaluate import aes
 from thinkrl.longshort import pair_name
-from thinkrl.runs import ROOT, finished, torchrun, write_json
+from thinkrl.runs import ROOT, finished, open_out, torchrun, write_json
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,28 @@ class Options:
     eval_problems: int = option(500, "held-out problems, at most 500")
 
 
+FREE_TO_CHANGE = {"out", "ranks"}
+
+
 def parse(argv: list[str]) -> Options:
     if "--help" in argv or "-h" in argv:
         print("\n".join(["usage: python -m thinkrl.pipeline [--key value …]", *options_help(Options)]))
         raise SystemExit(0)
     options = Options(**read_options(argv, Options))
+    for key in ("ranks", "chains", "rollout_tokens", "sft_steps", "steps_per_round", "eval_problems"):
+        if getattr(options, key) < 1:
+            raise UserError(f"--{key} is {getattr(options, key)}, it must be at least 1")
     schedule(options.rounds)
     return options
+
+
+def open_folder(options: Options) -> Path:
+    """The folder `out`, with the options in its config.json. Raises UserError if its stages were run with others."""
+    folder = Path(options.out)
+    settings = {key: value for key, value in asdict(options).items() if key not in FREE_TO_CHANGE}
+    open_out(folder, settings)
+    write_json(folder / "config.json", settings)
+    return folder
 
 
 def run_stages(options: Options) -> None:
@@ -126,9 +142,11 @@ def require_exchanges(summary: dict) -> None:
 
 
 def main(options: Options) -> None:
-    folder = Path(options.out)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = open_folder(options)
+    except UserError as mistake:
+        excuse("pipeline", mistake)
+    try:
         run_stages(options)
         summary = collect(folder, options.rounds)
         write_json(folder / "summary.json", summary)

@@ -7,8 +7,9 @@
 
 An answer may come inside a solution, behind the marker of its grading rule ("… #### 42"). A row names its rule in `source`
 or `data_source`; rows that name none take the caller's, else `gsm8k` if the answer has its marker, else `math`.
-A row with `options` (or GPQA's columns "Correct Answer", "Incorrect Answer 1" …) is multiple choice: its options are lettered in
-an order that follows from the question alone, and the gold answer is a letter. Published files keep the right one first.
+A row with `options` (or GPQA's columns "Correct Answer", "Incorrect Answer 1" …, or a question that ends in "Candidate answer:
+(1) …, or (2) …") is multiple choice: its options are lettered in an order that follows from the question alone, and the gold
+answer is a letter. Published files keep the right one first.
 Everything is read and checked before the first step: what cannot be read stops the run with file, row and field.
 """
 
@@ -18,6 +19,7 @@ import functools
 import importlib.util
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import ascii_uppercase
@@ -39,6 +41,7 @@ INSTRUCTIONS = {
 }
 
 
+CANDIDATES = re.compile(r"\s*Candidate answers?:\s*(?=\(1\))")  # what stands before the options in Long⊗Short's GPQA file
 GPQA_OPTIONS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
 
@@ -193,7 +196,8 @@ def _problem(index: int, row: dict, where: str, default: str) -> Problem:
         question, system = text_field(row, where, "problem", "question", "Question"), text_field(row, where, "system")
         answer, gold_field = text_field(row, where, "answer", "Correct Answer"), "answer"
         solution = text_field(row, where, "solution")
-        if options := _options(row, where):
+        question, options = _options(question, row, where)
+        if options:
             question, answer = _lettered(question, options, answer, where)
             solution = ""  # it speaks of the options in another order
     if not question:
@@ -212,19 +216,35 @@ def _problem(index: int, row: dict, where: str, default: str) -> Problem:
     return Problem(index, question, gold, source, text_field(row, where, "level"), solution or answer, system)
 
 
-def _options(row: dict, where: str) -> list[str]:
-    """The options of a multiple-choice row; none for any other."""
-    if "options" not in row:
-        return [text_field(row, where, name) for name in GPQA_OPTIONS] if GPQA_OPTIONS[0] in row else []
-    options = row["options"]
-    texts = isinstance(options, list) and all(isinstance(option, str) for option in options)
-    if not texts or not 2 <= len(set(options)) == len(options) <= len(ascii_uppercase):
-        raise UserError(f"{where}: field 'options' must be a list of 2 to {len(ascii_uppercase)} different texts")
-    return options
+def _options(question: str, row: dict, where: str) -> tuple[str, list[str]]:
+    """The question without its options, and these; none for a row that is not multiple choice."""
+    if "options" in row:
+        options, needed = row["options"], f"field 'options' must be a list of 2 to {len(ascii_uppercase)} different texts"
+    elif GPQA_OPTIONS[0] in row:
+        options = [text_field(row, where, name) for name in GPQA_OPTIONS]
+        needed = f"fields {', '.join(map(repr, GPQA_OPTIONS))} must be different texts, none of them empty"
+    elif found := CANDIDATES.search(question):
+        options = _candidates(question[found.end() :])
+        needed = "field 'problem' must list its candidate answers as '(1) …, or (2) …, or (3) …', with different texts"
+        question = question[: found.start()]
+    else:
+        return question, []
+    options = [text.strip() if isinstance(text, str) else "" for text in options] if isinstance(options, list) else []
+    if not all(options) or not 2 <= len(set(options)) == len(options) <= len(ascii_uppercase):
+        raise UserError(f"{where}: {needed}")
+    return question, options
+
+
+def _candidates(text: str) -> list[str]:
+    """The options of "(1) …, or (2) …, or (3) …"; none if their numbers do not count up."""
+    _, *parts = re.split(r"(?:^|,\s*or\s*)\((\d+)\)", text)
+    numbers, options = parts[::2], parts[1::2]
+    return options if numbers == [str(i) for i in range(1, len(options) + 1)] else []
 
 
 def _lettered(question: str, options: list[str], answer: str, where: str) -> tuple[str, str]:
     """The question with its options as (A), (B), … in an order of its own, and the letter of the right one."""
+    answer = answer.strip()
     if answer not in options:
         raise UserError(f"{where}: field 'answer' must be one of the options, to the letter: {answer!r} is none of them")
     order = random.Random(f"options/{question}").sample(options, len(options))

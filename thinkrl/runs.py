@@ -6,6 +6,7 @@ and refuses anything else; `--resume PATH` names the folder. Files are written u
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -56,6 +57,26 @@ def torchrun(ranks: int, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
 
 
+def open_out(folder: Path, settings: dict) -> None:
+    """Make the folder that --out names, or find it begun with these settings: its config.json, which the caller writes.
+
+    Raises UserError if they are others, or if there can be no such folder.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"--out {folder} is not a folder that can be written: choose another --out")
+    path = folder / "config.json"
+    saved = json.loads(path.read_text()) if path.exists() else settings
+    if others := differing(saved, settings):
+        raise UserError(f"--out {folder} was begun with {'; '.join(others)}: give the same, or choose another --out")
+
+
+def differing(saved: dict, now: dict) -> list[str]:
+    """'lr 0.1, now 0.2' for each of these values that is not as saved."""
+    return [f"{key} {saved.get(key)!r}, now {value!r}" for key, value in now.items() if saved.get(key) != value]
+
+
 def write_json(path: Path, value) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
@@ -102,10 +123,9 @@ def finished(folder: Path) -> bool:
 
 
 def _differing(folder: Path, config: Config) -> list[str]:
-    """'lr 0.1, now 0.2' for each option that decides the result and is not as saved."""
-    saved, now = json.loads((folder / "config.json").read_text()), as_dict(config)
-    return [f"{key} {saved.get(key)!r}, now {now[key]!r}" for key in now
-            if key not in FREE_TO_CHANGE and saved.get(key) != now[key]]
+    """What `differing` says of the options that decide the result."""
+    decisive = {key: value for key, value in as_dict(config).items() if key not in FREE_TO_CHANGE}
+    return differing(json.loads((folder / "config.json").read_text()), decisive)
 
 
 def _create(folder: Path, config: Config) -> None:

@@ -32,6 +32,7 @@ class Row(NamedTuple):
     messages: list[dict[str, str]]  # the chat up to the completion
     completion: str
     prompt: Callable[[Tokenizer], list[int]] | None = None  # builds the ids instead of the chat template
+    where: str = ""  # "file:row"
 
 
 def load_rows(path: str | Path) -> list[Row]:
@@ -49,18 +50,24 @@ def load_rows(path: str | Path) -> list[Row]:
         system = text_field(fields, where, "system")
         chat = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
         prompt = partial(example_prompt, fields, where) if "conversation" in fields else None
-        rows.append(Row(chat, completion, prompt))
+        rows.append(Row(chat, completion, prompt, where))
     return rows
 
 
-def samples(rows: list[Row], tokenizer: Tokenizer) -> list[Sample]:
-    """Rows as ids, ready to pack. The advantage is unused and 0; ids are places in `rows`, from 0."""
+def samples(rows: list[Row], tokenizer: Tokenizer, context: int | None = None) -> list[Sample]:
+    """Rows as ids, ready to pack. The advantage is unused and 0; ids are places in `rows`, from 0.
+
+    context: the model's; raises UserError for a row that is longer.
+    """
     out = []
     for i, row in enumerate(rows):
         completion = [*tokenizer.encode(row.completion), tokenizer.eos_id]
         zeros = torch.zeros(len(completion))
         prompt = row.prompt(tokenizer) if row.prompt else tokenizer.encode_chat(row.messages)
         out.append(Sample(prompt, completion, zeros, zeros, str(i)))
+        if context is not None and len(out[-1]) > context:
+            raise UserError(f"{row.where}: prompt and completion have {len(out[-1])} tokens, more than the model's context of "
+                            f"{context}: shorten the row, or leave it out")
     return out
 
 

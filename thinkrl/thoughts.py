@@ -111,26 +111,15 @@ def tags(response: str) -> list[Thought]:
     return [Thought(without_tags(m[2]), reasoning[start : m.end()]) for m, start in zip(found, starts)]
 
 
-_CHUNK_REQUEST = """\
-Below are a mathematics problem and a student's way to its solution, cut into numbered steps. Describe how the student thought, \
-as a sequence of blocks: a block is a run of neighbouring steps that pursue one purpose, such as understanding the problem, \
-setting up equations, a calculation, or checking a result.
-
-Problem:
-{problem}
-
-Steps:
-{steps}
-
-Name each block's purpose in a few general words. The first block starts at step 1, each further block starts at the step after \
-the end of the one before, and the last block ends at step {count}. Answer with this JSON and nothing else:
-{{"block 1": {{"start": 1, "end": 2, "block type": "understanding the problem"}}, "block 2": {{...}}, ...}}"""
-
-
-def chunk_request(problem: str, steps: Sequence[str]) -> str:
+def chunk_request(problem: str, steps: Sequence[str], prompts: Prompts = BUILT_IN) -> str:
     """What the instruct model is asked, with the steps numbered from 1."""
     numbered = "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps, start=1))
-    return _CHUNK_REQUEST.format(problem=problem, steps=numbered, count=len(steps))
+    return _filled(prompts.chunk, problem=problem, steps=numbered, count=str(len(steps)))
+
+
+def _filled(text: str, **values: str) -> str:
+    """The text with {name} replaced by each value, once; any other brace is a brace."""
+    return re.sub(rf"{{({'|'.join(values)})}}", lambda place: values[place[1]], text)
 
 
 def read_blocks(answer: object, steps: Sequence[str], extend: bool = False) -> list[Thought]:
@@ -167,10 +156,11 @@ def given_blocks(blocks: dict | None, response: str) -> list[Thought]:
 
 
 def chunk_by_model(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem], responses: Sequence[str],
-                   max_tokens: int, temperature: float, seed: int) -> list[list[Thought] | Rejected]:
+                   max_tokens: int, temperature: float, seed: int,
+                   prompts: Prompts = BUILT_IN) -> list[list[Thought] | Rejected]:
     """The thoughts of each response, by an instruct model; Rejected where none of `TRIES` answers can be used."""
     steps = [split_response(response)[0].split(STEP) for response in responses]
-    requests = [chunk_request(problem.question, s) for problem, s in zip(problems, steps)]
+    requests = [chunk_request(problem.question, s, prompts) for problem, s in zip(problems, steps)]
 
     def read(i: int, text: str) -> list[Thought]:
         return read_blocks(read_json(text), steps[i])
@@ -217,6 +207,9 @@ def rollouts(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem]
              max_tokens: int, temperature: float, seed: int, suffix: str = "") -> list[list[Prefix]]:
     """n graded continuations behind every prefix of every chain. LS §3.1
 
+    Prefix and continuation are graded as one response, but a continuation that was cut at its limit by what it says itself: an
+    answer that the prefix only mentions on its way was not the response's last word.
+
     A chain goes through the model once: prefix i + 1 lists the pages of prefix i and its own, and the n samples of a
     prefix share them. Raises UserError if the pages do not suffice. The chains must fit the context: see `require_room`.
     """
@@ -246,7 +239,8 @@ def rollouts(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem]
         results.append([])
         for _ in thoughts:
             text, group = next(behind)
-            right = sum(grade(text + tokenizer.decode(c.tokens), problem.answer, problem.source) for c in group)
+            responses = [(text if c.finish_reason == "stop" else "") + tokenizer.decode(c.tokens) for c in group]
+            right = sum(grade(response, problem.answer, problem.source) for response in responses)
             results[-1].append(Prefix(right, n, sum(len(c.tokens) for c in group) / n))
     return results
 
@@ -273,23 +267,7 @@ def complete_by_block(problem: Problem, thoughts: Sequence[Thought], labels: Seq
     return texts
 
 
-_COMPLETION_REQUEST = """\
-Below are a mathematics problem and a solution with gaps. The solution is a JSON object of numbered parts: some are written out, \
-of the others only the purpose is named. Write the missing parts, briefly, so that the whole reads as one solution; \
-the last part ends with the final answer, in the form that the problem asks for.
-
-Problem:
-{problem}
-
-Solution with gaps:
-{solution}
-
-Write these parts, in this order, and no others: {missing}. Each of them is one entry, however many steps it takes. \
-Answer with this JSON and nothing else:
-{{"completed": [{{"part": "{first}", "content": "..."}}, ...]}}"""
-
-
-def completion_request(question: str, thoughts: Sequence[Thought], labels: Sequence[str]) -> str:
+def completion_request(question: str, thoughts: Sequence[Thought], labels: Sequence[str], prompts: Prompts = BUILT_IN) -> str:
     """What the instruct model is asked: long segments verbatim, of the short ones only the block types."""
     parts, missing = {}, []
     for number, (role, indices) in enumerate(runs(labels), start=1):
@@ -300,8 +278,8 @@ def completion_request(question: str, thoughts: Sequence[Thought], labels: Seque
             parts[f"part {number}"] = "; ".join(kind or "next steps" for kind, _ in groupby(kinds))
             missing.append(f"part {number} ({parts[f'part {number}']})")
     solution = "\n".join(f'"{name}": {json.dumps(text, ensure_ascii=False)}' for name, text in parts.items())
-    return _COMPLETION_REQUEST.format(problem=question, solution=f"{{{solution}}}", missing=", ".join(missing),
-                                      first=missing[0].partition(" (")[0])
+    return _filled(prompts.complete, problem=question, solution=f"{{{solution}}}", missing=", ".join(missing),
+                   first=missing[0].partition(" (")[0])
 
 
 def read_completion(answer: object, count: int) -> list[str]:
@@ -323,9 +301,9 @@ def read_completion(answer: object, count: int) -> list[str]:
 
 def complete_by_model(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem], questions: Sequence[str],
                       chains: Sequence[Sequence[Thought]], labels: Sequence[Sequence[str]], max_tokens: int,
-                      temperature: float, seed: int) -> list[list[str] | Rejected]:
+                      temperature: float, seed: int, prompts: Prompts = BUILT_IN) -> list[list[str] | Rejected]:
     """The segments' texts of each chain, the short ones written by an instruct model. LS §4.1"""
-    requests = [completion_request(*item) for item in zip(questions, chains, labels)]
+    requests = [completion_request(*item, prompts) for item in zip(questions, chains, labels)]
 
     def read(i: int, text: str) -> list[str]:
         parts = runs(labels[i])
@@ -356,7 +334,10 @@ def _grades(text: str, problem: Problem) -> bool:
     return grade(gradable(tagged("short", text), problem.source), problem.answer, problem.source)
 
 
-_NEWLINE_OR_LATEX = r"n(?!eq?\b|abla|u\b|ot|mid|i\b)"  # "\n" ends a line, "\neq" does not
+_NEWLINE_OR_LATEX = (  # "\n" ends a line, "\neq" does not; commands that are a word behind the n, as "\nless", are left out
+    r"n(?!(?:abla|atural|cong|e|earrow|eg|eq|ewline|geq|i|leftarrow|leq|mid|oindent|olimits|onumber|ot|otag|otin|prec|rightarrow|sim"
+    r"|subseteq|succ|supseteq|u|warrow)(?![a-zA-Z]))"
+)
 _ESCAPE = re.compile(rf'\\(\\|["/]|u[0-9a-fA-F]{{4}}|t(?![a-zA-Z])|{_NEWLINE_OR_LATEX})?')
 _SINGLE_QUOTED = re.compile(r"(?<=[{\[,:\s])'((?:[^'\\]|\\.|'(?!\s*[,:}\]]))*)'(?=\s*[,:}\]])", re.DOTALL)
 _STARTS = 20  # brackets from which reading is tried
