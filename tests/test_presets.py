@@ -157,7 +157,7 @@ def listen(monkeypatch, pair, **texts: list[str]) -> list[tuple]:
     return asked
 
 
-def test_the_trained_role_the_partner_and_an_evaluation_are_sampled_differently(world, monkeypatch):
+def test_trained_role_partner_and_evaluation_are_sampled_differently(world, monkeypatch):
     pair = pair_of(world, "--rollout", "single_exchange", "--temperature", "0.9", "--max_tokens", "12",
                    "--partner_temperature", "0.3", "--partner_max_tokens", "8")
     asked = listen(monkeypatch, pair)
@@ -181,24 +181,24 @@ def test_brevity_is_paid_within_a_group_and_more_from_step_to_step(world, monkey
 
 
 @pytest.mark.parametrize("options, paid", [
-    ([], [0 + 1 + 0, 1 + 1 - 0.5]),
-    (["--symmetric_length"], [0 + 1 + 0.5, 1 + 1 - 0.5]),  # brief and wrong is paid too
-    (["--strict_format"], [0 + 1 + 0, 1 + 0 - 0.5]),  # the second thought holds a "<"
-    (["--format_coef", "3"], [0 + 3 + 0, 1 + 3 - 0.5]),
-], ids=str)
+    ("", [0 + 1 + 0, 1 + 1 - 0.5]),
+    ("--symmetric_length", [0 + 1 + 0.5, 1 + 1 - 0.5]),  # brief and wrong is paid too
+    ("--strict_format", [0 + 1 + 0, 1 + 0 - 0.5]),  # the second thought holds a "<"
+    ("--format_coef 3", [0 + 3 + 0, 1 + 3 - 0.5]),
+])
 def test_options_of_the_role_reward(world, monkeypatch, options, paid):
     """Outcome, format and length at the end of a round, where µ is 1: a brief thought that fails, a longer one that succeeds."""
-    pair = pair_of(world, "--length_coef", "1", *options)
+    pair = pair_of(world, "--length_coef", "1", *options.split())
     listen(monkeypatch, pair, long=["<think>1</think>", "<think><episode_1>1</episode_1></think>"],
            short=["<answer>5</answer>", "<answer>6</answer>"])
     assert [t.reward for t in pair.rollout(SIX[:1], 2, Tally())] == paid
 
 
 @pytest.mark.parametrize("options, turns, ended", [
-    ([], 10, "turns"), (["--max_turns", "3"], 6, "turns"), (["--rollout", "single_exchange"], 2, "answered"),
-], ids=str)
+    ("", 10, "turns"), ("--max_turns 3", 6, "turns"), ("--rollout single_exchange", 2, "answered"),
+])
 def test_how_long_a_conversation_goes_on(world, monkeypatch, options, turns, ended):
-    pair = pair_of(world, *options)
+    pair = pair_of(world, *options.split())
     listen(monkeypatch, pair, long=["<think>1</think>"], short=["<answer>1</rethink>"])
     for talk in pair.rollout(SIX, 0, Tally()) + pair.attempt(SIX, 1, 0.0, (EVALUATION, 0)):
         assert (len(talk.turns), talk.extra["ended"]) == (turns, ended)
