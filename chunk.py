@@ -178,10 +178,11 @@ def load_items(options: Options) -> list[Item]:
 def load_tools(options: Options, prompts: Prompts, world: World) -> Tools:
     def sampler(model: str) -> Sampler:
         path = model_path(model)
-        return Sampler(load_model(path, compute_dtype(options, world), world.device), Tokenizer(path))
+        return Sampler(load_model(path, compute_dtype(options, world), world.device), Tokenizer(path),
+                       memory_share=0.4 if other else 0.8)
 
-    base = sampler(options.model)
     other = options.instruct_model not in ("", options.model) and "llm" in (options.chunker, options.completer)
+    base = sampler(options.model)
     return Tools(base, sampler(options.instruct_model) if other else base, prompts)
 
 

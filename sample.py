@@ -76,7 +76,7 @@ from tqdm import tqdm
 from thinkrl import longshort, require_own_kernels
 from thinkrl.checkpoint import load_model
 from thinkrl.config import embedded, excuse
-from thinkrl.conversation import load_prompts
+from thinkrl.conversation import shared_prompts
 from thinkrl.distributed import World, gather, start, stop
 from thinkrl.evaluate import aes, summarise
 from thinkrl.learner import compute_dtype, model_path
@@ -111,10 +111,10 @@ def two_policies(options: Options, world: World) -> Attempt:
     paths = {"long": model_path(options.long, "--long"), "short": model_path(options.short, "--short")}
     tokenizers = {role: Tokenizer(path) for role, path in paths.items()}
     longshort.require_same_tokenizer(tokenizers["long"], tokenizers["short"])
-    prompts = load_prompts(options.prompts, paths["long"])
+    prompts = shared_prompts(options.prompts, *paths.values())
     voices = {
-        role: longshort.Voice(Sampler(load_model(path, compute_dtype(options, world), world.device), tokenizers[role]),
-                              options.temperature, limit(path, options))
+        role: longshort.Voice(Sampler(load_model(path, compute_dtype(options, world), world.device), tokenizers[role],
+                                      memory_share=0.4), options.temperature, limit(path, options))
         for role, path in paths.items()
     }
 

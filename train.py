@@ -20,8 +20,9 @@ from torch import Tensor
 
 from kernels.logprob import linear_logprob
 from thinkrl import UserError, longshort, require_own_kernels
-from thinkrl.checkpoint import load_model
+from thinkrl.checkpoint import load_model, read_config
 from thinkrl.config import Config, as_dict, excuse
+from thinkrl.conversation import load_prompts, require_prompts
 from thinkrl.distributed import World, gather, global_max, global_sum, run_and_exit, shard, start, stop
 from thinkrl.episodes import segment
 from thinkrl.evaluate import summarise, summary_table
@@ -232,9 +233,13 @@ def supervised(config: Config, world: World) -> None:
     """sft: next-token loss on the completion part of rows. The same packs, the same descent."""
     path = model_path(config.model)
     tokenizer = Tokenizer(path)
-    stream = Stream(sft_samples(load_rows(config.data), tokenizer), config.seed)
+    rows, prompts = load_rows(config.data), load_prompts(config.prompts, path)
+    stream = Stream(sft_samples(rows, tokenizer, read_config(path).max_positions), config.seed)
     require_a_problem_each(stream, config, world)
-    learners = {"policy": new_learner(path, config, world, tokenizer, samplers=0)}
+    turns = [row for row in rows if row.conversation]
+    for row in turns:
+        require_prompts(row.conversation, row.where, prompts)
+    learners = {"policy": new_learner(path, config, world, tokenizer, samplers=0, prompts=prompts if turns else None)}
     run = open_run(config, world)
     first, _ = restore(run.folder, learners)
     log = Log(run.folder, world.main, first, config.steps, config.wandb, config.tensorboard, as_dict(config))
@@ -270,7 +275,7 @@ def train_prm(config: Config, world: World) -> None:
     segment([], tokenizer, config.episodes)
     stream = Stream(load_problems(config.data, config.source), config.seed)
     require_a_problem_each(stream, config, world)
-    sampler = Sampler(load_model(path, dtype, world.device), tokenizer)
+    sampler = Sampler(load_model(path, dtype, world.device), tokenizer, config.kv_pages or None)
     require_room(stream.take(0, config.problems_per_step) if callable(stream.rows) else stream.rows, tokenizer,
                  sampler.model.config.max_positions, 2 * config.max_tokens, config.system, config.suffix)  # a prefix, continued
     model = shard(new_prm(path), world, dtype, config.replicate, config.activation_checkpointing)

@@ -42,7 +42,7 @@ def replay(world, shapes, budget: int, aggregate: str, level: str, cap: float, u
     mine = [samples[i] for i in world.share(len(samples))]
     tally = Tally()
     packs = train.level(pack(mine, budget), world)
-    loss, grad_norm = train.update(Learner(policy, optimizer, None, reference), packs, config.lr, config, world, tally)
+    loss, grad_norm = train.update(Learner(policy, None, optimizer, None, reference), packs, config.lr, config, world, tally)
     _, means = tally.reduce()
     weights = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {"loss": loss, "grad_norm": grad_norm, "means": means, "weights": weights, "packs": len(packs)}

@@ -15,6 +15,9 @@ from thinkrl.conversation import (
     example_prompt,
     gradable,
     load_prompts,
+    require_prompts,
+    save_prompts,
+    shared_prompts,
     tagged,
     user_text,
     well_formed,
@@ -173,3 +176,20 @@ def test_a_template_that_repeats_the_message_is_refused():
 
     with pytest.raises(UserError, match="2 times"):
         build("long", "?", [], Twice())
+
+
+def test_prompts_travel_with_the_policy(tmp_path):
+    prompts = Prompts("think", "answer", joiner="+")
+    for role in ("long", "short"):
+        (tmp_path / role).mkdir()
+        save_prompts(prompts, tmp_path / role)
+    assert shared_prompts("", tmp_path / "long", tmp_path / "short") == prompts
+    row = example("short", "1*1?", ["<think>1</think>"], "<answer>1</answer>", prompts)
+    require_prompts(row, "rows.json:1", prompts)
+    for other in (Prompts("think", "Answer", joiner="+"), Prompts("think", "answer", joiner=" ")):
+        with pytest.raises(UserError, match="rows.json:1: written with other role prompts .* --prompts"):
+            require_prompts(row, "rows.json:1", other)
+        save_prompts(other, tmp_path / "short")
+        with pytest.raises(UserError, match="have been trained with different prompts.json"):
+            shared_prompts("", tmp_path / "long", tmp_path / "short")
+        assert shared_prompts(tmp_path / "long" / "prompts.json", tmp_path / "long", tmp_path / "short") == prompts

@@ -1,6 +1,8 @@
 """The protocol with scripted roles and with the embedded model; rewards, own turns, rounds."""
 
+import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from thinkrl import UserError
 from thinkrl.checkpoint import load_model
-from thinkrl.conversation import Prompts, build
+from thinkrl.conversation import Prompts, build, load_prompts
 from thinkrl.grpo import group_advantages
 from thinkrl.learner import TINY
 from thinkrl.longshort import (
@@ -167,6 +169,11 @@ def test_total_reward():
     assert rewards[2] == rewards[3] == RoleReward(outcome=0, format=1, length=0, total=3), "equal lengths, and no other problem's"
 
 
+def test_brevity_is_relative_to_the_group():
+    talks = [attempt(("long", "1" * n), sample=n % 2) for n in (1, 2, 101, 102)]
+    assert [r.length for r in role_rewards(talks, "long", 2, length_coef=1.0)] == [0.5, -0.5, 0.5, -0.5]
+
+
 def test_who_never_spoke_earns_nothing_and_sets_no_length():
     talks = [attempt(("long", "x"), correct=False), *(
         attempt(("long", "<think>a</think>"), ("short", f"<answer>{'4' * n}</answer>"), sample=n) for n in (1, 2))]
@@ -241,6 +248,22 @@ def test_the_real_sampler_holds_a_conversation(tiny):
     counts = summary(talks)
     assert sum(counts["ended"].values()) == pytest.approx(1) and 1 <= counts["turns"]["min"] <= counts["turns"]["max"] <= 2
     assert counts["long_tokens"] + counts["short_tokens"] == pytest.approx(sum(t.tokens for t in talks) / 12)
+
+
+def test_a_turn_ends_at_any_stop_id_of_the_checkpoint(tiny, tmp_path):
+    """generation_config.json may name several. Here one of them is "<episode_1>", with which a thought goes on otherwise."""
+    for file in TINY.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    end = tiny.tokenizer.encode("<episode_1>")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, *end]}))
+    talks = []
+    for tokenizer in (tiny.tokenizer, Tokenizer(tmp_path)):
+        voice = Voice(Sampler(tiny.model, tokenizer, num_pages=20), 0.0, 6)
+        talks += converse({"long": voice, "short": voice}, [Problem(0, "2*3?", "6")], load_prompts(folder=TINY), group_size=1,
+                          seed=3, address=(0, 1))
+    (plain, *_), (stopped, *_) = (talk.turns for talk in talks)
+    assert talks[1].extra == {"texts": ["<think><episode_1>"], "ended": "malformed"} and stopped.finish_reason == "stop"
+    assert len(plain.completion) == 6 and plain.completion[:2] == stopped.completion
 
 
 def test_transcript():

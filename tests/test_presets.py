@@ -1,5 +1,8 @@
 """Presets inside the step, on the embedded model: what each of them pays, and that its options reach the reward."""
 
+import dataclasses
+import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,13 +10,18 @@ import torch
 
 import thinkrl.compression
 import train
-from thinkrl import presets
+from thinkrl import UserError, presets
 from thinkrl.arith import heldout
+from thinkrl.checkpoint import save_hf
 from thinkrl.config import parse
 from thinkrl.distributed import World, start
 from thinkrl.learner import TINY
 from thinkrl.metrics import DEFINITIONS, Tally
-from thinkrl.types import pack
+from thinkrl.model import ModelConfig, Transformer
+from thinkrl.rollout import EVALUATION
+from thinkrl.sampler import Completion, Sampler
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import Problem, pack
 
 PROBLEMS = heldout()[40:240:100]  # one of two digits, one of three
 
@@ -122,3 +130,121 @@ def test_an_l2t_step_trains(world, default):
     packs = train.level(pack(preset.samples(trajectories, advantages, 0), 4096), world)
     loss, grad_norm = train.update(learner, packs, 1e-3, preset.config, world, tally)
     assert grad_norm > 0 and not torch.equal(before, learner.policy.head_weight.full_tensor())
+
+
+# Long⊗Short: the long role's round is steps 0 to 2, the short role's 3 to 5
+
+SIX = [Problem(0, "2*3?", "6"), Problem(1, "1*6?", "6")]
+
+
+def pair_of(world, *argv: str) -> presets.LongShort:
+    return train.LongShort(parse(["longshort", "--rounds", "LS", "--steps_per_round", "3", "--group_size", "2", *argv]), world)
+
+
+def listen(monkeypatch, pair, **texts: list[str]) -> list[tuple]:
+    """(role, temperature, max_tokens) of every call of a sampler. Roles that are given texts say these, in order, over and over."""
+    asked, generate, spoken = [], Sampler.generate, {role: itertools.cycle(own) for role, own in texts.items()}
+
+    def heard(sampler, prompts, n, **options):
+        role = next(role for role, learner in pair.learners.items() if learner.sampler is sampler)
+        asked.append((role, options["temperature"], options["max_tokens"]))
+        if role not in spoken:
+            return generate(sampler, prompts, n, **options)
+        ids = [pair.tokenizer.encode(next(spoken[role])) for _ in range(len(prompts) * n)]
+        return [[Completion(own, [-0.5] * len(own), "stop") for own in ids[i : i + n]] for i in range(0, len(ids), n)]
+
+    monkeypatch.setattr(Sampler, "generate", heard)
+    return asked
+
+
+def test_trained_role_partner_and_evaluation_are_sampled_differently(world, monkeypatch):
+    pair = pair_of(world, "--rollout", "single_exchange", "--temperature", "0.9", "--max_tokens", "12",
+                   "--partner_temperature", "0.3", "--partner_max_tokens", "8")
+    asked = listen(monkeypatch, pair)
+    pair.rollout(SIX, 0, Tally())
+    pair.rollout(SIX, 3, Tally())
+    assert asked == [("long", 0.9, 12), ("short", 0.3, 8), ("long", 0.3, 8), ("short", 0.9, 12)]
+    asked.clear()
+    first, second = pair.attempt(SIX[:1], 2, 0.0, (EVALUATION, 0))
+    assert asked == [("long", 0.0, 12), ("short", 0.0, 12)]
+    assert first.extra["texts"] == second.extra["texts"], "greedy"
+
+
+def test_brevity_is_paid_within_a_group_and_more_from_step_to_step(world, monkeypatch):
+    """Everybody is right (1) and well formed (1); the briefer half of a group gets µ/2 more than that, the other µ/2 less."""
+    pair = pair_of(world, "--length_coef", "2")
+    listen(monkeypatch, pair, long=["<think>1</think>", "<think>12</think>", "<think>1234</think>", "<think>12345</think>"],
+           short=["<answer>2*3=6\n6</answer>", "<answer>6</answer>"])
+    paid = [[t.reward for t in pair.rollout(SIX, step, Tally())] for step in range(6)]
+    assert paid[:3] == [[2, 2, 2, 2], [2.5, 1.5, 2.5, 1.5], [3, 1, 3, 1]]
+    assert paid[3:] == [[2, 2, 2, 2], [1.5, 2.5, 1.5, 2.5], [1, 3, 1, 3]], "µ is 0 again; now the short turns count"
+
+
+@pytest.mark.parametrize("options, paid", [
+    ("", [0 + 1 + 0, 1 + 1 - 0.5]),
+    ("--symmetric_length", [0 + 1 + 0.5, 1 + 1 - 0.5]),  # brief and wrong is paid too
+    ("--strict_format", [0 + 1 + 0, 1 + 0 - 0.5]),  # the second thought holds a "<"
+    ("--format_coef 3", [0 + 3 + 0, 1 + 3 - 0.5]),
+])
+def test_options_of_the_role_reward(world, monkeypatch, options, paid):
+    """Outcome, format and length at the end of a round, where µ is 1: a brief thought that fails, a longer one that succeeds."""
+    pair = pair_of(world, "--length_coef", "1", *options.split())
+    listen(monkeypatch, pair, long=["<think>1</think>", "<think><episode_1>1</episode_1></think>"],
+           short=["<answer>5</answer>", "<answer>6</answer>"])
+    assert [t.reward for t in pair.rollout(SIX[:1], 2, Tally())] == paid
+
+
+@pytest.mark.parametrize("options, turns, ended", [
+    ("", 10, "turns"), ("--max_turns 3", 6, "turns"), ("--rollout single_exchange", 2, "answered"),
+])
+def test_how_long_a_conversation_goes_on(world, monkeypatch, options, turns, ended):
+    pair = pair_of(world, *options.split())
+    listen(monkeypatch, pair, long=["<think>1</think>"], short=["<answer>1</rethink>"])
+    for talk in pair.rollout(SIX, 0, Tally()) + pair.attempt(SIX, 1, 0.0, (EVALUATION, 0)):
+        assert (len(talk.turns), talk.extra["ended"]) == (turns, ended)
+
+
+def test_the_learning_rate_starts_anew_with_every_round(world):
+    pair = pair_of(world, "--lr", "1", "--schedule", "cosine")
+    assert [pair.learning_rate(step) for step in range(6)] == pytest.approx([1, 1, 0.5, 1, 1, 0.5])
+
+
+def test_roles_with_different_tokenizers_are_refused(world, tmp_path):
+    for file in TINY.glob("*.json"):
+        text = file.read_text()
+        (tmp_path / file.name).write_text(text.replace('"+"', '"\0"').replace('"-"', '"+"').replace('"\0"', '"-"'))
+    (tmp_path / "model.safetensors").symlink_to(TINY / "model.safetensors")
+    with pytest.raises(UserError, match="different tokenizers"):
+        pair_of(world, "--long", "tiny", "--short", str(tmp_path))
+
+
+def test_two_sizes_of_one_family_train_each_other(world, tmp_path):
+    """The embedded model thinks, one a third as wide with random weights replies; each is trained for one step."""
+    known = ModelConfig.from_hf(json.loads((TINY / "config.json").read_text()))
+    narrow = dataclasses.replace(known, width=32, layers=2, heads=2, kv_heads=1, mlp_width=48)
+    save_hf(Transformer.random(narrow), Tokenizer(TINY), tmp_path / "narrow")
+    pair = pair_of(world, "--long", "tiny", "--short", str(tmp_path / "narrow"), "--rollout", "single_exchange",
+                   "--max_tokens", "16", "--partner_max_tokens", "16", "--kl_coef", "0.1")
+    assert [pair.learners[role].policy.head_weight.shape for role in ("long", "short")] == [(72, 96), (72, 32)]
+
+    def weights(role: str) -> torch.Tensor:
+        return pair.learners[role].policy.head_weight.full_tensor().clone()
+
+    for step, role, partner in ((0, "long", "short"), (3, "short", "long")):
+        tally, own, other, learner = Tally(), weights(role), weights(partner), pair.learner(step)
+        talks = pair.rollout(SIX, step, tally)
+        talks[0].reward += 10  # so that there is something to learn, whatever they wrote
+        packs = train.level(pack(pair.samples(talks, pair.advantages(talks, step, tally), step), 4096), world)
+        _, grad_norm = train.update(learner, packs, 1e-3, pair.config, world, tally)
+        learner.sampler.load_weights(learner.policy)
+        assert grad_norm > 0 and not torch.equal(own, weights(role)) and torch.equal(other, weights(partner))
+        assert torch.equal(learner.sampler.model.head_weight, weights(role))
+        mismatch, tokens = tally.pairs["mismatch"]
+        assert tokens == sum(len(t.turns[role == "short"].completion) for t in talks) and mismatch / tokens < 1e-5
+
+
+def test_published_longshort_values_on_a_real_model():
+    for argv in (["--model", "some/folder"], ["--long", "some/L0", "--short", "some/S0"]):
+        c = parse(["longshort", *argv])
+        assert (c.partner_temperature, c.rounds, c.max_turns, c.rollout) == (0.3, "LLSLSL", 5, "full")
+        assert c.steps == 6 * c.steps_per_round

@@ -160,7 +160,8 @@ PRESET_VALUES: dict[str, dict] = {
     "longshort": dict(lr=5e-6, schedule="cosine", warmup=0.1, kl_coef=0.04, temperature=0.9, group_size=8,
                       problems_per_step=96, max_tokens=1024),
     "sft": dict(lr=1e-5, schedule="cosine", warmup=0.1, problems_per_step=64, group_size=1, data=""),
-    "prm": dict(lr=1e-5, schedule="cosine", warmup=0.1, problems_per_step=32, group_size=8),
+    # l2t's prompt, or it would judge completions that l2t never sees
+    "prm": dict(lr=1e-5, schedule="cosine", warmup=0.1, problems_per_step=32, group_size=8, system=EPISODES_SYSTEM),
 }
 _EMBEDDED_RL = dict(steps=200, problems_per_step=16, group_size=8, max_tokens=200, lr=2e-4, warmup=0.05,
                     schedule="constant", weight_decay=0.0, kl_coef=0.0, micro_batch_tokens=4096, save_every=0,
@@ -176,7 +177,7 @@ EMBEDDED_VALUES: dict[str, dict] = {
 }
 PROFILE_VALUES: dict[str, dict] = {
     "": {},
-    "paper": dict(statistic="token_trunc_mean", credit="paper", compression="rank1"),
+    "paper": dict(statistic="token_trunc_mean", credit="paper", compression="rank1", aggregate="sequence"),
     "code": dict(alpha=1.0, beta=0.0, gain="prm", compression="none", statistic="return_sum", credit="uniform",
                  released_sum=True, malformed_penalty=0.01),
     "grpo": dict(alpha=0.0, statistic="return_sum", credit="uniform", gain="none", compression="none"),
@@ -279,6 +280,12 @@ def _check(config: Config) -> None:
            "SVD core as a share of the model's width")
     refuse(config.gain == "prm" and config.preset == "l2t" and not config.prm,
            "--gain prm needs --prm PATH, a step reward model made by train.py prm")
+    refuse(config.preset != "grpo" and (config.length_penalty or config.episode_price),
+           "--length_penalty and --episode_price are controls: they belong to train.py grpo")
+    refuse(config.preset != "l2t" and config.profile, f"--profile {config.profile} is one of train.py l2t")
+    refuse(config.preset == "l2t" and config.temperature != 1 and config.compression != "none",
+           f"--temperature {config.temperature}: the Fisher information behind the penalty is that of tokens sampled at "
+           "temperature 1; keep it, or use --compression none")
     refuse(not 0 < config.keep <= 1, f"--keep {config.keep} is outside (0, 1]")
     refuse(config.preset == "sft" and not config.data, "train.py sft needs --data FILE.jsonl or an alpaca JSON list")
     refuse(config.preset == "longshort" and bool(config.long) != bool(config.short),

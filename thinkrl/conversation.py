@@ -143,6 +143,25 @@ def load_prompts(path: str | Path = "", folder: str | Path = "") -> Prompts:
     return Prompts(**content)
 
 
+def shared_prompts(path: str | Path, long: str | Path, short: str | Path) -> Prompts:
+    """The prompts of two policies that are to talk: those of `path`, else of the long one's folder, where the short one's agree."""
+    prompts = load_prompts(path, long)
+    if not path and _roles(load_prompts("", short)) != _roles(prompts):
+        raise UserError(f"{long} and {short} have been trained with different prompts.json: give the right ones by --prompts FILE")
+    return prompts
+
+
+def save_prompts(prompts: Prompts, folder: str | Path) -> None:
+    """prompts.json beside a policy's weights: what `load_prompts` finds there."""
+    text = json.dumps(_roles(prompts), indent=2, ensure_ascii=False) + "\n"
+    (Path(folder) / "prompts.json").write_text(text, encoding="utf-8")
+
+
+def _roles(prompts: Prompts) -> dict[str, str]:
+    """What a policy is trained with; the requests to an instruct model are not."""
+    return {"long": prompts.long, "short": prompts.short, "joiner": prompts.joiner}
+
+
 def tagged(role: str, text: str, last: bool = True) -> str:
     """A segment: the text in its role's tags. Among the short ones only the last closes with `</answer>`."""
     if role == "long":
@@ -210,6 +229,14 @@ def example_prompt(row: dict, where: str, tokenizer: Codec) -> list[int]:
         raise UserError(f"{where}: field 'conversation' needs role, question, history and joiner, and the row an instruction")
     prompts = Prompts(row["instruction"], row["instruction"], parts["joiner"])
     return build(parts["role"], parts["question"], parts["history"], tokenizer, prompts)
+
+
+def require_prompts(row: dict, where: str, prompts: Prompts) -> None:
+    """Raise UserError if a cold-start row, which `example_prompt` can read, was written with other role prompts than these."""
+    parts = row["conversation"]
+    if (row["instruction"], parts["joiner"]) != (prompts[parts["role"]], prompts.joiner):
+        raise UserError(f"{where}: written with other role prompts than those that would be saved with the policy: give the file "
+                        "that chunk.py had by --prompts")
 
 
 def well_formed(text: str, role: str, strict: bool = False) -> bool:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from thinkrl import UserError
 from thinkrl.checkpoint import latest_step, load_model, load_step, point_latest, save_hf, save_step
 from thinkrl.config import Config
+from thinkrl.conversation import Prompts, save_prompts
 from thinkrl.distributed import World, shard
 from thinkrl.model import Transformer
 from thinkrl.sampler import Sampler
@@ -27,6 +29,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     sampler: Sampler | None  # this rank's whole copy of the weights, in the compute dtype; None where nothing is sampled
     reference: Transformer | None = None  # frozen start policy, sharded; None without a KL term
+    prompts: Prompts | None = None  # of the roles, where it learns one: saved beside its weights
 
     def refer_to_itself(self) -> None:
         """The reference becomes the policy of now: Long⊗Short does this at the start of a round."""
@@ -51,7 +54,8 @@ def compute_dtype(config: Config, world: World) -> torch.dtype:
     return getattr(torch, config.dtype)
 
 
-def new_learner(path: Path, config: Config, world: World, tokenizer: Tokenizer, samplers: int = 1) -> Learner:
+def new_learner(path: Path, config: Config, world: World, tokenizer: Tokenizer, samplers: int = 1,
+                prompts: Prompts | None = None) -> Learner:
     """samplers: how many take KV pages beside each other on a device; 0: nothing is sampled."""
     dtype = compute_dtype(config, world)
 
@@ -63,7 +67,7 @@ def new_learner(path: Path, config: Config, world: World, tokenizer: Tokenizer, 
     if samplers:
         sampler = Sampler(load_model(path, dtype, world.device), tokenizer, config.kv_pages or None, memory_share=0.8 / samplers)
     reference = sharded().requires_grad_(False) if config.kl_coef else None
-    return Learner(policy, tokenizer, new_optimizer(policy, config), sampler, reference)
+    return Learner(policy, tokenizer, new_optimizer(policy, config), sampler, reference, prompts)
 
 
 def new_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -92,7 +96,10 @@ def save(folder: Path, step: int, learners: dict[str, Learner], state: dict, con
     """
     path = save_step(folder, step, _modules(learners), _optimizers(learners), state)
     for name, learner in learners.items():
-        export(learner.policy, learner.tokenizer, path / {"policy": "hf", "prm": "prm"}.get(name, f"hf_{name}"))
+        own = path / {"policy": "hf", "prm": "prm"}.get(name, f"hf_{name}")
+        export(learner.policy, learner.tokenizer, own)
+        if learner.prompts and dist.get_rank() == 0:
+            save_prompts(learner.prompts, own)
     point_latest(folder, step, keep=config.keep_checkpoints)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from thinkrl import longshort
 from thinkrl.compression import Proxy, normalise_compression
 from thinkrl.config import Config
-from thinkrl.conversation import load_prompts
+from thinkrl.conversation import shared_prompts
 from thinkrl.distributed import World, global_max, global_sum
 from thinkrl.episodes import Episodes, segment
 from thinkrl.gain import Gain, Probe, make_probe, room_behind
@@ -206,8 +206,9 @@ class LongShort:
                  for role in ("long", "short")}
         tokenizers = {role: Tokenizer(path) for role, path in paths.items()}
         longshort.require_same_tokenizer(tokenizers["long"], tokenizers["short"])
-        self.prompts = load_prompts(config.prompts, paths["long"])
-        self.learners = {role: new_learner(path, config, world, tokenizers[role], samplers=2) for role, path in paths.items()}
+        self.prompts = shared_prompts(config.prompts, *paths.values())
+        self.learners = {role: new_learner(path, config, world, tokenizers[role], samplers=2, prompts=self.prompts)
+                         for role, path in paths.items()}
 
     def at(self, step: int) -> longshort.Round:
         return longshort.round_at(step, self.config.rounds, self.config.steps_per_round, self.config.length_coef)

@@ -10,8 +10,6 @@ carry their conversation, and their prompt's ids are built as in reinforcement l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +29,8 @@ COMPLETION = ("completion", "response", "output", "answer")
 class Row(NamedTuple):
     messages: list[dict[str, str]]  # the chat up to the completion
     completion: str
-    prompt: Callable[[Tokenizer], list[int]] | None = None  # builds the ids instead of the chat template
     where: str = ""  # "file:row"
+    conversation: dict | None = None  # the row, if it is one of chunk.py's: its parts make the prompt's ids
 
 
 def load_rows(path: str | Path) -> list[Row]:
@@ -49,8 +47,7 @@ def load_rows(path: str | Path) -> list[Row]:
                 raise UserError(f"{where}: field {names[0]!r} (or {', '.join(names[1:])}) is missing or empty")
         system = text_field(fields, where, "system")
         chat = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
-        prompt = partial(example_prompt, fields, where) if "conversation" in fields else None
-        rows.append(Row(chat, completion, prompt, where))
+        rows.append(Row(chat, completion, where, fields if "conversation" in fields else None))
     return rows
 
 
@@ -63,7 +60,8 @@ def samples(rows: list[Row], tokenizer: Tokenizer, context: int | None = None) -
     for i, row in enumerate(rows):
         completion = [*tokenizer.encode(row.completion), tokenizer.eos_id]
         zeros = torch.zeros(len(completion))
-        prompt = row.prompt(tokenizer) if row.prompt else tokenizer.encode_chat(row.messages)
+        told = row.conversation
+        prompt = example_prompt(told, row.where, tokenizer) if told else tokenizer.encode_chat(row.messages)
         out.append(Sample(prompt, completion, zeros, zeros, str(i)))
         if context is not None and len(out[-1]) > context:
             raise UserError(f"{row.where}: prompt and completion have {len(out[-1])} tokens, more than the model's context of "
