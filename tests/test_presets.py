@@ -150,7 +150,7 @@ def listen(monkeypatch, pair, **texts: list[str]) -> list[tuple]:
         asked.append((role, options["temperature"], options["max_tokens"]))
         if role not in spoken:
             return generate(sampler, prompts, n, **options)
-        ids = [pair.tokenizer.encode(next(spoken[role])) for _ in range(len(prompts) * n)]
+        ids = [pair.learners[role].tokenizer.encode(next(spoken[role])) for _ in range(len(prompts) * n)]
         return [[Completion(own, [-0.5] * len(own), "stop") for own in ids[i : i + n]] for i in range(0, len(ids), n)]
 
     monkeypatch.setattr(Sampler, "generate", heard)
