@@ -48,7 +48,7 @@ tiny: .venv/done ## rebuild the embedded model from its problem generator
 		--lr 3e-3 --warmup 0.03 --name tiny-sft
 	cp runs/tiny-sft/checkpoints/step_1000/hf/model.safetensors thinkrl/assets/tiny/
 
-compare: .venv/done ## L2T against GRPO and its controls, 3 seeds each (40 minutes on two cores)
+compare: .venv/done ## L2T against GRPO and its controls, 3 seeds each (most of an hour on two cores)
 	$(BIN)/python -m thinkrl.compare $(ARGS)
 
 longshort: .venv/done ## Long⊗Short on the embedded model: chunk, cold start, six rounds, GRPO beside it (14 minutes on two cores)

@@ -33,6 +33,7 @@ RECIPES = {
     "l2t_paper": "l2t --profile paper",  # Alg. 1 to the letter
     "l2t_to_go": "l2t --credit to_go",  # episodes' returns-to-go against the baseline of their state
     "l2t_to_go_continue": "l2t --credit to_go --gain continue --gain_samples 1",  # the same, J from continuations
+    "l2t_to_go_none": "l2t --credit to_go --gain none",  # the same, compression alone
 }
 
 
@@ -97,9 +98,9 @@ def collect(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]:
         row = {"seed": int(seed), "steps": last[-1]["step"], "seconds_per_step": _mean([r["seconds"] for r in last])}
         row |= _measures(summary["after"])
         row["curve"] = sorted([result["step"], result["accuracy"], result["tokens"]] for result in summary.values())
-        for key in ("episodes", "malformed"):
-            if key in last[-1]:
-                row[key] = _mean([r[key] for r in last])
+        if "episodes" in last[-1]:
+            row |= {key: _mean([r[key] for r in last]) for key in ("episodes", "malformed")}
+            row["tokens_per_episode"] = _mean([r["tokens"] / r["episodes"] for r in last])
         for key, value in row.items():
             out.setdefault(key, []).append(value)
     return out
@@ -108,8 +109,9 @@ def collect(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]:
 def _measures(result: dict) -> dict:
     row = {"accuracy": result["accuracy"], "tokens": result["tokens"], "truncated": result["truncated"],
            "greedy_accuracy": result["greedy"]["accuracy"], "greedy_tokens": result["greedy"]["tokens"]}
-    for level, part in result["by_level"].items():
-        row |= {f"accuracy {level}": part["accuracy"], f"tokens {level}": part["tokens"]}
+    for prefix, by_level in ("", result["by_level"]), ("greedy_", result["greedy"]["by_level"]):
+        for level, part in by_level.items():
+            row |= {f"{prefix}accuracy {level}": part["accuracy"], f"{prefix}tokens {level}": part["tokens"]}
     return row
 
 
