@@ -236,9 +236,9 @@ def supervised(config: Config, world: World) -> None:
     rows, prompts = load_rows(config.data), load_prompts(config.prompts, path)
     stream = Stream(sft_samples(rows, tokenizer, read_config(path).max_positions), config.seed)
     require_a_problem_each(stream, config, world)
-    turns = [row for row in rows if row.conversation]
-    for row in turns:
-        require_prompts(row.conversation, row.where, prompts)
+    turns = [each for each in rows if each.conversation]
+    for turn in turns:
+        require_prompts(turn.conversation, turn.where, prompts)
     learners = {"policy": new_learner(path, config, world, tokenizer, samplers=0, prompts=prompts if turns else None)}
     run = open_run(config, world)
     first, _ = restore(run.folder, learners)
