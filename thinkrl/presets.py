@@ -143,7 +143,7 @@ class L2T(Grpo):
         tally.add("penalty_seconds", clock.seconds)
         penalty = normalise_compression(raw, c.kappa, global_sum)
         for t, e, j, C, C_hat in zip(trajectories, episodes, J, raw, penalty):
-            r_prg = released_reward(j, e.lengths, e.malformed) if c.released_sum else process_reward(j, C_hat, c.beta)
+            r_prg = released_reward(j, e.prefixes, e.malformed) if c.released_sum else process_reward(j, C_hat, c.beta)
             t.turns[0].hidden = None
             t.reward = t.outcome_reward - c.malformed_penalty * e.malformed
             t.extra |= {"ends": (e.ends + 1).tolist(), "J": j.tolist(), "compression": C.tolist(), "penalty": C_hat.tolist(),
