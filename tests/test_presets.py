@@ -1,7 +1,5 @@
 """Presets inside the step, on the embedded model: what each of them pays, and that its options reach the reward."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -14,6 +12,7 @@ from thinkrl.distributed import World, start
 from thinkrl.episodes import segment
 from thinkrl.learner import TINY
 from thinkrl.metrics import DEFINITIONS, Tally
+from thinkrl.prm import new_prm
 from thinkrl.types import pack
 
 PROBLEMS = heldout()[40:240:100]  # one of two digits, one of three
@@ -95,7 +94,7 @@ def test_every_option_changes_what_is_paid(world, default, options):
 
 
 def test_profile_code_sums_gains_by_length(world, monkeypatch):
-    monkeypatch.setattr(presets, "load_prm", lambda *_: SimpleNamespace(separator=None))
+    monkeypatch.setattr(presets, "load_prm", lambda *_: new_prm(TINY))
     monkeypatch.setattr(presets, "model_path", lambda *_: TINY)
     monkeypatch.setattr(presets, "score_completions", lambda model, prompts, completions, prefixes: [
         torch.linspace(0, 1, len(p)) for p in prefixes])
