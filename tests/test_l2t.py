@@ -22,6 +22,7 @@ from thinkrl.grpo import group_advantages
 from thinkrl.l2t import (
     episode_rewards,
     process_reward,
+    released_reward,
     returns_to_go,
     to_go_advantages,
     token_advantages,
@@ -221,6 +222,14 @@ def test_to_go_s_baseline_ignores_its_own_completion():
         A = to_go_advantages(to_go, J, [ids] * 4)
         # D_0 = own - 1, and D_3 - D_2 = (2 - (own + 1) / 3) - (1 - (own + 2) / 3) = 4 / 3: the common scale cancels
         assert math.isclose(A[0][0] / (A[3][0] - A[2][0]), (own - 1) / (4 / 3), rel_tol=1e-9)
+
+
+def test_the_released_sum_counts_from_closing_tag_to_closing_tag():
+    """Of a completion whose tags close at tokens 4 and 7 and whose answer and stop token follow, the second episode has 3."""
+    J = torch.tensor([0.5, 0.9, 0.95], dtype=torch.float64)
+    torch.testing.assert_close(released_reward(J, [1, 5, 8], False), torch.tensor([0.0, 3 * 0.05], dtype=torch.float64))
+    assert released_reward(J, [1, 5, 8], True).tolist() == [0.0, 0.0]
+    assert released_reward(J[:1], [0], False).tolist() == [], "an empty completion"
 
 
 def test_misuse_is_explained():

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +14,11 @@ from thinkrl.arith import heldout
 from thinkrl.checkpoint import save_hf
 from thinkrl.config import parse
 from thinkrl.distributed import World, start
+from thinkrl.episodes import segment
 from thinkrl.learner import TINY
 from thinkrl.metrics import DEFINITIONS, Tally
 from thinkrl.model import ModelConfig, Transformer
+from thinkrl.prm import new_prm
 from thinkrl.rollout import EVALUATION
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -102,13 +103,14 @@ def test_every_option_changes_what_is_paid(world, default, options):
 
 
 def test_profile_code_sums_gains_by_length(world, monkeypatch):
-    monkeypatch.setattr(presets, "load_prm", lambda *_: SimpleNamespace(separator=None))
+    monkeypatch.setattr(presets, "load_prm", lambda *_: new_prm(TINY))
     monkeypatch.setattr(presets, "model_path", lambda *_: TINY)
     monkeypatch.setattr(presets, "score_completions", lambda model, prompts, completions, prefixes: [
         torch.linspace(0, 1, len(p)) for p in prefixes])
-    _, trajectories, _, _ = step_of(world, "l2t", "--profile", "code", "--prm", "x")
+    preset, trajectories, _, _ = step_of(world, "l2t", "--profile", "code", "--prm", "x")
     for t in trajectories:
-        K, lengths = len(t.extra["ends"]), [b - a for a, b in zip([0, *t.extra["ends"]], t.extra["ends"])]
+        prefixes = segment(t.turns[0].completion, preset.tokenizer).prefixes
+        K, lengths = len(t.extra["ends"]), [b - a for a, b in zip(prefixes, prefixes[1:])]
         expected = [0.0] * K if t.extra["malformed"] else [0.0, *(n / K for n in lengths[1:])]
         assert t.extra["process_reward"] == pytest.approx(expected, abs=1e-6)
         assert t.reward == pytest.approx(t.outcome_reward - 0.01 * t.extra["malformed"])

@@ -20,6 +20,8 @@ from thinkrl.prm import (
     pack_loss,
     prefix_labels,
     prm_loss,
+    require_context,
+    require_same_ids,
     retell,
     samples,
     save_prm,
@@ -109,6 +111,15 @@ def test_scores_in_packs_equal_each_prefix_alone(separator):
             torch.testing.assert_close(values, torch.tensor(alone(*attempt)), atol=1e-6, rtol=1e-5)
     if separator is None:
         assert J[2][1] == J[2][2], "equal prefixes, equal scores"
+
+
+@pytest.mark.parametrize("separator", [None, ID["<extra_0>"]])
+def test_forwards_are_the_tokens_that_the_model_reads(separator):
+    model = random_prm(two_layers=separator is not None, separator=separator)
+    seen = []
+    model.body.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    score_completions(model, [ids("a b ?")], [ids("a 4 b 5 a b <answer> 5 </answer> <eos>")], [[0, 2, 5]])
+    assert model.forwards == sum(seen) == (8 if separator is None else 4 + 8 + 2), "J_0's row, and a separator behind each step"
 
 
 def attempt(problem: Problem, prompt: str, completion: str, sample=0) -> Trajectory:
@@ -316,9 +327,39 @@ def test_a_separator_model_survives_saving(qwen_prm, tmp_path):
 
 
 def test_retelling_leaves_the_tags_out(tokenizer):
-    prompt, completion, prefixes = retell("a?", ["<episode_1> 4\n</episode_1>", "b 5"], tokenizer)
+    prompt, completion, prefixes = retell("a?", ["<episode_1> 4\n</episode_1>", "b 5"], tokenizer, 128)
     assert tokenizer.decode(prompt).endswith("a?")
     assert (tokenizer.decode(completion), prefixes) == ("4b 5", [0, 1, 4])
+
+
+def test_what_reaches_beyond_the_context_is_not_told(tokenizer):
+    steps = ["4", "b 5", "a", "b"]
+    prompt, *whole = retell("a?", steps, tokenizer, 128)
+    assert whole[1] == [0, 1, 4, 5, 6]
+    for context, told in ((10, 4), (9, 3), (8, 3), (7, 2), (6, 2), (5, 1), (2, 1), (1, 0)):
+        _, completion, prefixes = retell("a?", steps, tokenizer, len(prompt) + context)
+        assert (completion, prefixes) == (whole[0][: prefixes[-1]], whole[1][: told + 1]), "with its separators it must fit"
+
+
+def test_foreign_ids_are_refused(tmp_path, tokenizer):
+    require_same_ids(tokenizer, tokenizer)
+    for pieces in (PIECES[::-1], PIECES[:-1]):
+        with pytest.raises(UserError, match="tokenizer writes them: (id 0 is '<eos>' and|13 and 12 ids)"):
+            require_same_ids(tokenizer, write_tokenizer(tmp_path / "foreign", pieces))
+
+
+@pytest.mark.parametrize("separator, needed", [(None, 2 + 30), (ID["<extra_0>"], 3 + 1)])
+def test_a_short_context_is_refused(separator, needed, tokenizer):
+    """The ids' reader needs room for a whole completion; told in its own words, "a\n?" is three tokens without the prompt's."""
+    problems, prompts = [Problem(0, "", "5"), Problem(7, "a\n?", "5")], [ids("a"), ids("a ?")]
+    needed += len(retell("", [], tokenizer, 128)[0]) if separator is not None else 0
+    for context in (needed, needed - 1):
+        model = random_prm(separator=separator, config=replace(CONFIG, max_positions=context))
+        if context == needed:
+            require_context(model, tokenizer, problems, prompts, 30)
+            continue
+        with pytest.raises(UserError, match=f"problem 7 .* exceed the reward model's context of {context}"):
+            require_context(model, tokenizer, problems, prompts, 30)
 
 
 def test_mistakes_are_named(qwen_prm, tmp_path, tokenizer):

@@ -191,7 +191,8 @@ class Proxy:
 
     F is the mean over completion tokens of squared temperature-1 score gradients, unweighted by any advantage, of steps before
     this one, each step fading by `decay`; N is the faded number of those tokens. The first step, and the first after a
-    refresh, which starts F anew in the new basis, use their own tokens instead.
+    refresh, which starts F anew in the new basis, use their own tokens instead. `layers` has gradients of episodes only: there
+    N F is the sum of *their* squares, equal in expectation, since the scores of an episode's tokens are uncorrelated.
 
     model       whole on this rank, in the weights that sampled (the sampler's own copy)
     drift       keep the starting weights, for compression="drift"; in a bf16 copy, drift below its rounding is lost

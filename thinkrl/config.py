@@ -123,7 +123,8 @@ class Config:
     refresh_every: int = option(50, "optimizer steps between SVD refreshes")
     kappa: float = option(0.05, "what the mean completion pays in total normalised compression")
     fisher_decay: float = option(0.95, "running average of the diagonal Fisher, per step")
-    released_sum: bool = option(False, "as the released code sums: an episode's gain once per token, the first one's not at all")
+    released_sum: bool = option(False, "as the released code sums: an episode's gain once per token from closing tag to "
+                                "closing tag, the first one's not at all")
     malformed_penalty: float = option(0.0, "subtracted from the outcome when episode tags are malformed")
 
     _longshort = group("longshort")

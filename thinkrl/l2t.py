@@ -37,12 +37,13 @@ def process_reward(J: Tensor, C: Tensor, beta: float) -> Tensor:
     return J.diff() - beta * C  # L2T Eq. 3
 
 
-def released_reward(J: Tensor, lengths: Tensor, malformed: bool) -> Tensor:
-    """What the released code sums per episode [K]: the gain J_k - J_{k-1} once for each token, nothing for the first episode.
+def released_reward(J: Tensor, prefixes: Sequence[int], malformed: bool) -> Tensor:
+    """What the released code sums per episode [K]: the gain J_k - J_{k-1} once for each token from closing tag to closing tag.
 
-    Nothing at all where the tags are malformed. A longer episode earns more: this is not Eq. 3, it is `--profile code`.
+    prefixes are `Episodes.prefixes`, so what follows the last tag weighs nothing. Nothing for the first episode, nothing at
+    all where the tags are malformed. A longer episode earns more: this is not Eq. 3, it is `--profile code`.
     """
-    gain = J.diff() * lengths
+    gain = J.diff() * torch.tensor(prefixes).diff()
     return torch.zeros_like(gain) if malformed else torch.where(torch.arange(len(gain)) > 0, gain, 0.0)
 
 

@@ -36,7 +36,7 @@ from thinkrl.conversation import ANSWERED, BUILT_IN, ROLES, STOPS, Prompts, buil
 from thinkrl.grading import extract, grade
 from thinkrl.problems import messages
 from thinkrl.sampler import Sampler
-from thinkrl.tokenizer import Tokenizer
+from thinkrl.tokenizer import Tokenizer, difference
 from thinkrl.types import Problem, Sample, Trajectory, Turn
 
 
@@ -131,14 +131,9 @@ def require_room(problems: Sequence[Problem], tokenizer: Tokenizer, context: int
 
 def require_same_tokenizer(long: Tokenizer, short: Tokenizer) -> None:
     """Raise UserError unless both roles read the same ids the same way: one's ids stand in the other's prompts."""
-    a, b = long.pieces, short.pieces
-    probe = BUILT_IN.long + BUILT_IN.short
-    if a == b and long.encode(probe) == short.encode(probe):
-        return
-    where = next((f"id {i} is {x!r} and {y!r}" for i, (x, y) in enumerate(zip(a, b)) if x != y),
-                 f"{len(a)} and {len(b)} ids" if len(a) != len(b) else "the same text is cut differently")
-    raise UserError(f"the two roles have different tokenizers, {long.path} and {short.path}: {where}; train both from models of "
-                    "one family")
+    if where := difference(long, short, BUILT_IN.long + BUILT_IN.short):
+        raise UserError(f"the two roles have different tokenizers, {long.path} and {short.path}: {where}; train both from models "
+                        "of one family")
 
 
 def format_reward(text: str, role: str, strict: bool = False) -> float:

@@ -33,7 +33,7 @@ DEFINITIONS = {
     "seconds": "wall-clock of the step, rollout to weight sync",
     "tokens_per_second": "sampled tokens of all ranks / seconds",
     "rollout_seconds": "time of it spent sampling and, under l2t, on probes and the penalty",
-    "probe_tokens": "l2t: token-forwards spent on probes per step, all ranks",
+    "probe_tokens": "l2t: token-forwards spent on probes per step, by the policy or the reward model, all ranks",
     "probe_seconds": "l2t: time spent on probes, cutting into episodes included (mean over ranks)",
     "episodes": "l2t: mean episodes K per completion",
     "malformed": "l2t: share of completions whose episode tags are malformed",

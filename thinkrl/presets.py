@@ -29,8 +29,8 @@ from thinkrl.grpo import group_advantages
 from thinkrl.l2t import episode_rewards, process_reward, released_reward, returns_to_go, token_advantages, token_rewards
 from thinkrl.learner import Learner, compute_dtype, learning_rate, model_path, new_learner
 from thinkrl.metrics import Stopwatch, Tally, correlation
-from thinkrl.prm import load_prm, retell, score_completions
-from thinkrl.rollout import PROBE, TRAINING, require_room, rollout
+from thinkrl.prm import load_prm, require_context, require_same_ids, retell, score_completions
+from thinkrl.rollout import PROBE, TRAINING, prompt_ids, require_room, rollout
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample, Trajectory
 
@@ -99,6 +99,8 @@ class L2T(Grpo):
         if config.gain == "prm":
             path = model_path(config.prm, "--prm")
             self.prm, self.prm_tokenizer = load_prm(path, compute_dtype(config, world), world.device), Tokenizer(path)
+            if self.prm.separator is None:
+                require_same_ids(self.tokenizer, self.prm_tokenizer)
         self.proxy = None
         if config.compression != "none":
             self.proxy = Proxy(self.learners["policy"].sampler.model, config.proxy, config.rank_share, config.fisher_decay,
@@ -108,10 +110,13 @@ class L2T(Grpo):
         return make_probe(self.tokenizer, problem.answer, self.config.probe_prefix, self.config.probe_suffix)
 
     def require_room(self, problems: list[Problem]) -> None:
-        """Behind the longest completion there must be room for what the gain puts there."""
+        """Behind the longest completion there must be room for what the gain puts there; a reward model has a context too."""
         c = self.config
         probed = c.gain in ("forced", "mc", "continue")
         super().require_room(problems, room_behind(c.gain, [self.probe(p) for p in problems], c.max_tokens) if probed else 0)
+        if self.prm is not None:
+            prompts = [prompt_ids(problem, self.tokenizer, c.system, c.suffix) for problem in problems]
+            require_context(self.prm, self.prm_tokenizer, problems, prompts, c.max_tokens)
 
     def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Trajectory]:
         c, sampler = self.config, self.learners["policy"].sampler
@@ -143,7 +148,7 @@ class L2T(Grpo):
         tally.add("penalty_seconds", clock.seconds)
         penalty = normalise_compression(raw, c.kappa, global_sum)
         for t, e, j, C, C_hat in zip(trajectories, episodes, J, raw, penalty):
-            r_prg = released_reward(j, e.lengths, e.malformed) if c.released_sum else process_reward(j, C_hat, c.beta)
+            r_prg = released_reward(j, e.prefixes, e.malformed) if c.released_sum else process_reward(j, C_hat, c.beta)
             t.turns[0].hidden = None
             t.reward = t.outcome_reward - c.malformed_penalty * e.malformed
             t.extra |= {"ends": (e.ends + 1).tolist(), "J": j.tolist(), "compression": C.tolist(), "penalty": C_hat.tolist(),
@@ -156,19 +161,23 @@ class L2T(Grpo):
         return trajectories
 
     def score_steps(self, trajectories: list[Trajectory], episodes: list[Episodes]) -> tuple[list[Tensor], int]:
-        """J by the step reward model, in its own vocabulary if it brings one, and the tokens it read; zeros for --gain none."""
+        """J by the step reward model, in its own vocabulary if it brings one, and the tokens it read; zeros for --gain none.
+
+        Where it could read no further, J stays as it was.
+        """
         if self.prm is None:
             return [torch.zeros(len(e) + 1, dtype=torch.float64) for e in episodes], 0
-        told = []
+        told, before = [], self.prm.forwards
         for t, e in zip(trajectories, episodes):
             prompt, completion = t.turns[0].prompt, t.turns[0].completion
             if self.prm.separator is None:
                 told.append((prompt, completion, e.prefixes))
             else:
                 steps = [self.tokenizer.decode(completion[a:b]) for a, b in pairwise(e.prefixes)]
-                told.append(retell(t.problem.question, steps, self.prm_tokenizer))
-        J = [scores.double() for scores in score_completions(self.prm, *zip(*told))] if told else []
-        return J, sum(len(prompt) + len(completion) for prompt, completion, _ in told)
+                told.append(retell(t.problem.question, steps, self.prm_tokenizer, self.prm.config.max_positions))
+        scores = score_completions(self.prm, *zip(*told)) if told else []
+        J = [torch.cat([s, s[-1:].expand(len(e) + 1 - len(s))]).double() for s, e in zip(scores, episodes)]
+        return J, self.prm.forwards - before
 
     def advantages(self, trajectories: list[Trajectory], step: int, tally: Tally) -> list[Tensor]:
         c, out = self.config, []

@@ -7,15 +7,17 @@ A prefix is the prompt and the first episodes of a completion, so the K+1 probab
 fill J_0, …, J_K of the fitting gain (`--gain prm`). The labels are Monte-Carlo estimates of the same expectation, and with
 M > 1 they are soft: the cross-entropy is then least where P is the policy's chance, not where it is a verdict.
 
-Two kinds of checkpoint differ in three points:
+Two kinds of checkpoint differ in four points:
 
                   made here                          Qwen2.5-Math-PRM and its like
     head          one linear layer, D -> 2           two, D -> D -> 2, with ReLU between
     read at       the prefix's own last token        a separator token `<extra_0>` put behind every step
     J_0           at the end of the prompt           at a separator behind the prompt, in a row of its own
+    vocabulary    the policy's, whose ids it reads   its own: attempts are told again in its words (`retell`)
 
-Reading: separator models were trained without a J_0. It is asked for in a row of its own because an empty step in front
-would stand in the context of all later ones.
+Readings: separator models were trained without a J_0. It is asked for in a row of its own because an empty step in front
+would stand in the context of all later ones. How long an attempt is in their words shows when it is told, so a step that
+reaches beyond their context is not read, nor any after it: J stays where it was, and those episodes gain nothing.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ from thinkrl.checkpoint import appearing, fill, hf_layout, read_json, tensor_fil
 from thinkrl.grading import grade
 from thinkrl.model import ModelConfig, Transformer
 from thinkrl.sampler import Sampler
-from thinkrl.tokenizer import Tokenizer
-from thinkrl.types import Pack, Sample, Trajectory
+from thinkrl.tokenizer import Tokenizer, difference
+from thinkrl.types import Pack, Problem, Sample, Trajectory
 
 SEPARATOR = "<extra_0>"
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # what separator models were trained under
@@ -54,11 +56,12 @@ class StepRewardModel(nn.Module):
 
     Under FSDP the score head is in the root unit, so `logits` comes after `forward`.
     separator  id of the token behind each step, where the score is read; None: no such token, see above
+    forwards   tokens that went through the model so far
     """
 
     def __init__(self, config: ModelConfig, two_layers: bool = False, separator: int | None = None):
         super().__init__()
-        self.separator = separator
+        self.separator, self.forwards = separator, 0
         self.body = Transformer(replace(config, tied=True))  # tied: no LM head is allocated
         D = config.width
         self.score = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 2)) if two_layers else nn.Linear(D, 2)
@@ -74,6 +77,7 @@ class StepRewardModel(nn.Module):
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Hidden states [T, D] of packed tokens [T] int64, cu_seqlens int32 [S+1]."""
+        self.forwards += len(tokens)
         return self.body(tokens, cu_seqlens)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -160,18 +164,46 @@ def _score_rows(model: StepRewardModel, rows: list[Row], budget: int) -> Iterato
         yield from scores.cpu().split([len(positions) for _, positions in batch])
 
 
-def retell(question: str, steps: list[str], tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+def retell(question: str, steps: list[str], tokenizer: Tokenizer, context: int) -> tuple[list[int], list[int], list[int]]:
     """(prompt, completion, prefixes) of an attempt in the words and ids of a separator model, for `score_completions`.
 
     steps are the episodes' texts, of which the tags are left out; each is encoded apart, as the separators between them
-    would have it. `tokenizer` is the reward model's own.
+    would have it. `tokenizer` and `context` are the reward model's own; steps that do not fit, separators included, are
+    left out, with their prefixes.
     """
-    prompt = tokenizer.encode_chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}])
-    completion, prefixes = [], [0]
+    prompt, completion, prefixes = _told_prompt(question, tokenizer), [], [0]
     for step in steps:
-        completion += tokenizer.encode(TAG.sub("", step).strip())
+        ids = tokenizer.encode(TAG.sub("", step).strip())
+        if len(prompt) + len(completion) + len(ids) + len(prefixes) > context:
+            break
+        completion += ids
         prefixes.append(len(completion))
     return prompt, completion, prefixes
+
+
+def _told_prompt(question: str, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode_chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}])
+
+
+def require_same_ids(policy: Tokenizer, prm: Tokenizer) -> None:
+    """Raise UserError unless a model without separators reads the policy's ids as the policy writes them."""
+    if where := difference(policy, prm, SYSTEM):
+        raise UserError(f"the reward model {prm.path} reads ids otherwise than the policy {policy.path} writes them: {where}; "
+                        "train one from this policy, by train.py prm")
+
+
+def require_context(model: StepRewardModel, tokenizer: Tokenizer, problems: Sequence[Problem], prompts: Sequence[list[int]],
+                    max_tokens: int) -> None:
+    """Raise UserError before the first step if the reward model's context is too short for a prompt and what must follow.
+
+    That is a whole completion, or, told to a separator model, the separator at which J_0 is read.
+    """
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if model.separator is not None:
+            prompt, max_tokens = _told_prompt(problem.question, tokenizer), 1
+        if len(prompt) + max_tokens > model.config.max_positions:
+            raise UserError(f"problem {problem.id} (counted from 0): a prompt of {len(prompt)} tokens and {max_tokens} more exceed "
+                            f"the reward model's context of {model.config.max_positions}; lower --max_tokens, or use another --prm")
 
 
 def prefix_labels(

@@ -179,6 +179,14 @@ class Tokenizer:
                 shutil.copyfile(self.path / name, Path(path) / name)
 
 
+def difference(a: Tokenizer, b: Tokenizer, text: str) -> str:
+    """Where two tokenizers read ids differently or cut `text` differently, in words; empty where ids may pass between them."""
+    if a.pieces != b.pieces:
+        differing = (f"id {i} is {x!r} and {y!r}" for i, (x, y) in enumerate(zip(a.pieces, b.pieces)) if x != y)
+        return next(differing, f"{len(a.pieces)} and {len(b.pieces)} ids")
+    return "" if a.encode(text) == b.encode(text) else "the same text is cut differently"
+
+
 class StopStrings:
     """Where a completion ends, for a set of stop strings.
 

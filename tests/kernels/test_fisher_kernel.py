@@ -121,18 +121,29 @@ def test_tokens_of_other_episodes_cannot_leak(op):
 
 
 @pytest.mark.parametrize("op", [*QUADRATICS[1:3], *GHOSTS[1:3]])
+def test_slots_are_summed_in_fp64(op):
+    """Two tokens in different tiles and rows: 2^24 + 1, which fp32 does not have."""
+    x, g = torch.zeros(2, 65, 129, device=DEVICE)
+    x[0, 0], g[0, 0] = 4096, 1
+    x[64, 128] = g[64, 128] = 1
+    assert op(x, g, torch.tensor([0, 65])).tolist() == [2.0**24 + 1]
+
+
+@pytest.mark.parametrize("op, weighted", [*((op, weighted) for op in QUADRATICS[1:3] for weighted in (False, True)),
+                                          *((op, False) for op in GHOSTS[1:3])])
 @pytest.mark.parametrize("D1, D2", [(37, 21), (16, 16), (64, 5)])
-def test_shuffled_responses_give_the_same_bits(op, D1, D2):
+def test_shuffled_responses_give_the_same_bits(op, weighted, D1, D2):
     lengths = [5, 1, 0, 17, 16, 3, 30, 2, 9, 12]
-    x, g, _ = factors(sum(lengths), D1, D2)
-    values = op(x, g, torch.tensor([0, *lengths]).cumsum(0))
-    assert torch.equal(values, op(x, g, torch.tensor([0, *lengths]).cumsum(0)))
+    x, g, weight = factors(sum(lengths), D1, D2)
+    fixed = (weight,) if weighted else ()
+    values = op(x, g, torch.tensor([0, *lengths]).cumsum(0), *fixed)
+    assert torch.equal(values, op(x, g, torch.tensor([0, *lengths]).cumsum(0), *fixed))
     for seed in range(3):
         order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
         pieces = [(xs, gs) for xs, gs in zip(x.split(lengths), g.split(lengths))]
         shuffled_x, shuffled_g = (torch.cat([pieces[k][part] for k in order]) for part in (0, 1))
         cu = torch.tensor([0, *(lengths[k] for k in order)]).cumsum(0)
-        assert torch.equal(op(shuffled_x, shuffled_g, cu), values[order]), seed
+        assert torch.equal(op(shuffled_x, shuffled_g, cu, *fixed), values[order]), seed
 
 
 def test_gradients_are_made_in_bounded_chunks(monkeypatch):

@@ -1,0 +1,27 @@
+"""Run under torchrun by test_l2t_preset.py: each rank pays its share of the problems; rank 0 writes what all of them paid."""
+
+import sys
+
+import torch
+
+from thinkrl.arith import heldout
+from thinkrl.config import parse
+from thinkrl.distributed import gather, run_and_exit, start, stop
+from thinkrl.metrics import Tally
+from thinkrl.presets import L2T
+
+PROBLEMS = heldout()[40:240:100]  # one of two digits, one of three
+SMALL = ["l2t", "--group_size", "4", "--problems_per_step", "2", "--max_tokens", "100"]
+
+
+def main(out: str) -> None:
+    world = start("cpu")
+    trajectories = L2T(parse(SMALL), world).rollout([PROBLEMS[i] for i in world.share(len(PROBLEMS))], 0, Tally())
+    paid = {name: sum(gather([t.extra[name] for t in trajectories]), []) for name in ("compression", "penalty")}
+    if world.main:
+        torch.save(paid, out)
+    stop()
+
+
+if __name__ == "__main__":
+    run_and_exit(main, sys.argv[1])

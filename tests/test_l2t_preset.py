@@ -1,0 +1,228 @@
+"""What the L2T preset hands to its parts, on the embedded model: options, prefixes, log-probs, steps, ranks."""
+
+import json
+import re
+import string
+from dataclasses import replace
+
+import pytest
+import torch
+from l2t_ranks import PROBLEMS, SMALL
+from test_distributed import torchrun
+from test_prm import CONFIG, random_prm, write_tokenizer
+
+from kernels.fisher import episode_quadratic_ref
+from thinkrl import UserError
+from thinkrl.compression import DAMPING, Row
+from thinkrl.config import parse
+from thinkrl.distributed import World, start
+from thinkrl.episodes import segment
+from thinkrl.l2t import episode_rewards, group_normalise, returns_to_go, surprise, to_go_advantages, token_rewards, truncated_mean
+from thinkrl.learner import TINY
+from thinkrl.metrics import Tally
+from thinkrl.presets import L2T
+from thinkrl.prm import SEPARATOR, SYSTEM, StepRewardModel, new_prm, save_prm
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import Trajectory
+
+ALPHA = 0.8
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return start("cpu")
+
+
+def preset_of(world: World, *options: str) -> L2T:
+    return L2T(parse([*SMALL, *options]), world)
+
+
+def rolled(preset: L2T, step: int = 0) -> tuple[list[Trajectory], Tally]:
+    tally = Tally()
+    return preset.rollout(PROBLEMS, step, tally), tally
+
+
+@pytest.fixture(scope="module")
+def written(world) -> list[Trajectory]:
+    """By default options. Other credits and statistics are applied to the same trajectories."""
+    return rolled(preset_of(world))[0]
+
+
+def advantages(world: World, trajectories: list[Trajectory], *options: str) -> list[torch.Tensor]:
+    return preset_of(world, *options).advantages(trajectories, 0, Tally())
+
+
+def column(t: Trajectory, name: str) -> torch.Tensor:
+    return torch.tensor(t.extra[name], dtype=torch.int64 if name == "episode_ids" else torch.float64)
+
+
+def test_credit_follows_the_surprise_of_the_sampler(world, written):
+    """Alg. 1 l. 11: inside an episode, advantages are to each other as the surprises are."""
+    for t, advantage in zip(written, advantages(world, written, "--profile", "paper")):
+        ratio = advantage / surprise(torch.tensor(t.turns[0].logprobs))
+        for k in range(len(t.extra["ends"])):
+            own = ratio[column(t, "episode_ids") == k]
+            assert own.abs().min() > 0
+            torch.testing.assert_close(own, own[:1].expand(len(own)), rtol=1e-4, atol=0)
+
+
+def test_to_go_credit_gets_each_state_s_own_prediction(world, written):
+    expected = []
+    for group in (written[:4], written[4:]):
+        to_go = [returns_to_go(t.reward, column(t, "process_reward"), ALPHA) for t in group]
+        expected += to_go_advantages(to_go, [column(t, "J") for t in group], [column(t, "episode_ids") for t in group])
+    for advantage, values in zip(advantages(world, written, "--credit", "to_go"), expected, strict=True):
+        torch.testing.assert_close(advantage, values.float())
+
+
+def test_keep_reaches_the_truncated_mean(world, written):
+    options = ["--statistic", "token_trunc_mean", "--credit", "uniform", "--keep", "0.5"]
+    rewards = [token_rewards(episode_rewards(t.reward, column(t, "process_reward"), ALPHA), column(t, "episode_ids"),
+                             torch.tensor(t.turns[0].logprobs)) for t in written]
+    means = torch.stack([truncated_mean(r, 0.5) for r in rewards]).split(4)
+    expected = torch.cat([group_normalise(group, 1e-8) for group in means]).float()
+    torch.testing.assert_close(torch.stack([a[0] for a in advantages(world, written, *options)]), expected)
+
+
+def test_max_ratio_clips_guarded_credit(world, written):
+    even = torch.cat(advantages(world, written)).abs()
+    guarded = torch.cat(advantages(world, written, "--credit", "guarded", "--max_ratio", "1.5")).abs()
+    assert guarded.max() > 0 and (guarded <= 1.5 * even + 1e-6).all() and (guarded > 1.4 * even + 1e-6).any()
+
+
+def test_gain_samples_is_the_number_of_continuations(world):
+    trajectories, _ = rolled(preset_of(world, "--gain", "continue", "--gain_samples", "3"))
+    thirds = torch.cat([3 * column(t, "J") for t in trajectories])
+    torch.testing.assert_close(thirds, thirds.round())
+    assert ((thirds > 0) & (thirds < 3)).any(), "not all prefixes are certain"
+
+
+def test_the_basis_has_its_rank_and_is_refreshed_in_time(world):
+    preset = preset_of(world, "--rank_share", "0.25", "--refresh_every", "2", "--fisher_decay", "0.25")
+    bases, tokens = [], []
+    for step in range(3):
+        trajectories, _ = rolled(preset, step)
+        bases.append(preset.proxy.V)
+        tokens.append(sum(t.tokens for t in trajectories))
+        if step == 1:
+            assert preset.proxy.count == 0.25 * tokens[0] + tokens[1], "the first step's Fisher has faded"
+    assert bases[0].shape == (96, 24)
+    assert bases[1] is bases[0] and bases[2] is not bases[0] and preset.proxy.count == tokens[2]
+
+
+def test_penalty_tokens_are_those_of_one_step(world):
+    preset = preset_of(world, "--proxy", "last_block", "--max_tokens", "20")
+    rolled(preset)
+    trajectories, tally = rolled(preset, 1)
+    assert tally.pairs["penalty_tokens"] == [sum(len(t.turns[0].prompt) + t.tokens for t in trajectories), 1]
+
+
+def test_malformed_completions_are_counted(world):
+    trajectories, tally = rolled(preset_of(world, "--max_tokens", "30"))
+    assert tally.pairs["malformed"] == [sum(t.extra["malformed"] for t in trajectories), len(trajectories)]
+    assert any(t.extra["malformed"] for t in trajectories), "an episode is left open"
+
+
+def test_the_natural_step_divides_by_the_mean_fisher(world):
+    preset = preset_of(world, "--compression", "natural", "--proxy", "lm_head")
+    trajectories, _ = rolled(preset)
+    turns = [t.turns[0] for t in trajectories]
+    with torch.no_grad():
+        row = Row.of(turns, [segment(turn.completion, preset.tokenizer) for turn in turns])
+        [(x, g)] = (tuple(f.double() for f in pair) for pair in preset.proxy.factors(row))
+    fisher = g.T.square() @ x.square() / len(x)
+    expected = episode_quadratic_ref(x, g, row.cu_episodes, 1 / (fisher + DAMPING)) ** 2
+    torch.testing.assert_close(torch.cat([column(t, "compression") for t in trajectories]), expected, rtol=1e-3, atol=0)
+
+
+def save_own(folder, **changes) -> str:
+    """A reward model on the embedded model's body, its head no longer undecided."""
+    model = new_prm(TINY)
+    with torch.no_grad():
+        model.score.weight.normal_(generator=torch.Generator().manual_seed(0))
+    save_prm(model, Tokenizer(TINY), folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return str(folder)
+
+
+def save_separator(folder, context: int = 1024) -> str:
+    """A reward model with a separator and a vocabulary of its own, in which words are spelled."""
+    tokenizer = write_tokenizer(folder, ["<eos>", SEPARATOR, *string.printable])
+    model = random_prm(True, tokenizer.encode(SEPARATOR)[0], config=replace(CONFIG, vocab_size=102, max_positions=context))
+    save_prm(model, tokenizer, folder)
+    return str(folder)
+
+
+def scores(model: StepRewardModel, row: list[int], positions: list[int]) -> torch.Tensor:
+    cu_seqlens = torch.tensor([0, len(row)], dtype=torch.int32)
+    with torch.no_grad():
+        return model.step_scores(torch.tensor(row), cu_seqlens, torch.tensor(positions)).double()
+
+
+def test_a_reward_model_never_sees_the_answer(world, tmp_path):
+    preset, seen = preset_of(world, "--gain", "prm", "--prm", save_own(tmp_path)), []
+    preset.prm.body.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[0].tolist()))
+    trajectories, tally = rolled(preset)
+    assert any("<answer>" in t.text for t in trajectories) and preset.tokenizer.encode("<answer>")[0] not in seen
+    assert tally.pairs["probe_tokens"] == [len(seen), 1]
+    for t in trajectories:
+        turn = t.turns[0]
+        counts = segment(turn.completion, preset.tokenizer).prefixes
+        expected = scores(preset.prm, turn.prompt + turn.completion, [len(turn.prompt) + n - 1 for n in counts])
+        torch.testing.assert_close(column(t, "J"), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_separator_model_is_told_one_step_per_episode(world, tmp_path):
+    preset = preset_of(world, "--gain", "prm", "--prm", save_separator(tmp_path))
+    trajectories, tally = rolled(preset)
+    own, read, several = Tokenizer(tmp_path), 0, 0
+    separator = own.encode(SEPARATOR)
+    for t in trajectories:
+        if t.extra["malformed"]:
+            continue
+        prompt = own.encode_chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": t.problem.question}])
+        row, positions = [*prompt], []
+        for step in re.findall(r"<episode_\d+>(.*?)</episode_\d+>", t.text, re.DOTALL):
+            row += own.encode(step.strip()) + separator
+            positions.append(len(row) - 1)
+        expected = torch.cat([scores(preset.prm, prompt + separator, [len(prompt)]), scores(preset.prm, row, positions)])
+        torch.testing.assert_close(column(t, "J"), expected, atol=1e-5, rtol=1e-4)
+        read += len(prompt) + 1 + len(row)
+        several += len(positions) > 1
+    assert several and read <= tally.pairs["probe_tokens"][0]
+
+
+def test_beyond_a_separator_model_s_context_nothing_is_gained(world, tmp_path):
+    long, short = (rolled(preset_of(world, "--gain", "prm", "--prm", save_separator(tmp_path / str(context), context)))[0]
+                   for context in (1024, 110))
+    held = 0
+    for whole, t in zip((column(t, "J") for t in long), short):
+        J = column(t, "J")
+        known = 1 + int((J[:-1] != J[1:]).sum())
+        torch.testing.assert_close(J, torch.cat([whole[:known], whole[known - 1].expand(len(whole) - known)]))
+        held += known < len(J)
+    assert 0 < held
+
+
+def test_a_reward_model_that_cannot_read_the_policy_is_refused(world, tmp_path):
+    foreign = tmp_path / "foreign"
+    save_prm(random_prm(), write_tokenizer(foreign), foreign)
+    with pytest.raises(UserError, match="reads ids otherwise than the policy"):
+        preset_of(world, "--gain", "prm", "--prm", str(foreign))
+    preset = preset_of(world, "--gain", "prm", "--prm", save_own(tmp_path / "short", max_position_embeddings=100))
+    with pytest.raises(UserError, match="exceed the reward model's context of 100"):
+        preset.require_room(PROBLEMS)
+    preset = preset_of(world, "--gain", "prm", "--prm", save_separator(tmp_path / "other", context=40))
+    with pytest.raises(UserError, match="exceed the reward model's context of 40"):
+        preset.require_room(PROBLEMS)
+
+
+def test_two_ranks_pay_what_one_pays(written, tmp_path):
+    """The Fisher and the mean that normalises are those of all ranks, each of which wrote one group."""
+    done = torchrun(2, "tests/l2t_ranks.py", str(tmp_path / "penalties"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("compression", "penalty"):
+        theirs = torch.load(tmp_path / "penalties")[name]
+        for t, values in zip(written, theirs, strict=True):
+            torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), column(t, name), rtol=1e-4, atol=0)
