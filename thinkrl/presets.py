@@ -23,7 +23,7 @@ from thinkrl.config import Config
 from thinkrl.conversation import load_prompts
 from thinkrl.distributed import World, global_max, global_sum
 from thinkrl.episodes import Episodes, segment
-from thinkrl.gain import Gain, Probe, make_probe, room_behind
+from thinkrl.gain import Gain, Probe, forcing, make_probe, room_behind
 from thinkrl.grading import grade
 from thinkrl.grpo import group_advantages
 from thinkrl.l2t import episode_rewards, process_reward, released_reward, returns_to_go, token_advantages, token_rewards
@@ -104,18 +104,19 @@ class L2T(Grpo):
             self.proxy = Proxy(self.learners["policy"].sampler.model, config.proxy, config.rank_share, config.fisher_decay,
                                config.refresh_every, drift=config.compression == "drift", seed=config.seed)
 
-    def probe(self, problem: Problem) -> Probe:
-        return make_probe(self.tokenizer, problem.answer, self.config.probe_prefix, self.config.probe_suffix)
+    def probes(self, problems: list[Problem]) -> list[Probe]:
+        """What asks for each problem's answer, if the gain is one that forces it."""
+        c = self.config
+        return [make_probe(self.tokenizer, p.answer, *forcing(p, c.probe_prefix, c.probe_suffix)) for p in problems
+                if c.gain in ("forced", "mc")]
 
     def require_room(self, problems: list[Problem]) -> None:
         """Behind the longest completion there must be room for what the gain puts there."""
-        c = self.config
-        probed = c.gain in ("forced", "mc", "continue")
-        super().require_room(problems, room_behind(c.gain, [self.probe(p) for p in problems], c.max_tokens) if probed else 0)
+        super().require_room(problems, room_behind(self.config.gain, self.probes(problems), self.config.max_tokens))
 
     def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Trajectory]:
         c, sampler = self.config, self.learners["policy"].sampler
-        gain = Gain(sampler, [self.probe(p) for p in problems], self.cut, c.gain if c.gain in ("mc", "continue") else "forced",
+        gain = Gain(sampler, self.probes(problems), self.cut, c.gain if c.gain in ("mc", "continue") else "forced",
                     samples=c.gain_samples, max_tokens=c.max_tokens, seed=c.seed, keys=[(PROBE, step, p.id) for p in problems],
                     grade=lambda i, text: grade(text, problems[i].answer, problems[i].source))
         probed = c.gain in ("forced", "mc", "continue")
