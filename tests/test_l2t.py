@@ -701,6 +701,23 @@ def test_every_prefix_draws_its_own_numbers(kind):
     assert len(texts) == len(set(texts)) == 4 * 3
 
 
+@pytest.mark.parametrize("kind, num_pages", [("forced", 10), ("mc", 13), ("continue", 16)])
+def test_the_smallest_pool_gives_the_same_gains(kind, num_pages):
+    """As many pages as the longest probe needs alone: rows, prompts and forks that wait have to make room for each other."""
+    def gains(num_pages, max_rows):
+        sampler = Sampler(tiny_model(dtype=torch.float32, scale=2.0), Digits(), num_pages, page_size=4, max_rows=max_rows)
+        gain = Gain(sampler, [make_probe(Digits(), "42", "<a>", "</a>")] * 2, every(6), kind, samples=3, max_tokens=30,
+                    grade=lambda prompt, text: text[-1] in "02468", keys=[(5, 0), (5, 1)])
+        sampler.generate([[1, 2, 3, 4, 5], [7]], n=3, max_tokens=30, stop_ids=[], on_finish=gain.on_finish)
+        assert gain.forwards > 0 or max_rows != 6, "what waits is asked as soon as pages get short"
+        J = [J for _, J in gain.results()]
+        assert sampler.pool.free_pages == num_pages and not sampler.idle
+        return torch.cat(J)
+
+    for max_rows in (1, 6):
+        torch.testing.assert_close(gains(num_pages, max_rows), gains(4000, 256), atol=1e-6 * (kind == "forced"), rtol=0)
+
+
 def test_misused_nouns_are_explained():
     with pytest.raises(ValueError, match="forced, mc or continue"):
         Gain(None, [], None, "prm")

@@ -120,12 +120,12 @@ class Gain:
     """J_0, …, J_K of every completion of a `Sampler.generate` call, from forks of its pages. Its `on_finish` is the hook.
 
     forced     probability of the gold answer behind each prefix, teacher-forced: K+1 short suffixes, no second look at the
-               prompt or the completion, once for all samples with that prefix (J_0 above all). Scored while others still
-               decode, as soon as a forward is full or pages get short
+               prompt or the completion, once for all samples with that prefix (J_0 above all)
     mc         share of correct ones among `samples` answers sampled behind the forcing text, to a stop id or their limit
     continue   share of correct ones among `samples` continuations to the end, each as long as a completion may be
 
-    The last two sample after the call, when `results` is asked for; until then forks of all completions hold pages.
+    The forks wait until a forward of forced answers is full, pages get short or `results` is asked for, and give their pages up
+    where a live completion finds no other. When they are asked does not change what is sampled: its randomness has an address.
     probes     one per prompt of the call; none for continue
     segment    completion tokens -> Episodes
     grade      (prompt index, text of an answer or of a completion) -> bool, for mc and continue
@@ -157,19 +157,20 @@ class Gain:
             keys.append((prompt, *tokens[:n]) if self.kind == "forced" else (prompt, sample, k))
             if keys[-1] not in self._J and keys[-1] not in self._waiting:
                 fork = pages.fork(len(pages.tokens) - len(tokens) + n)
+                self.sampler.idle.add(fork)
                 self._waiting[keys[-1]] = _Prefix(prompt, sample, k, tokens[:n], fork)
         self._seen[prompt, sample] = episodes, keys
+        pool, suffixes = self.sampler.pool, 0  # tokens of forced answers; what is to be sampled gains by waiting for more
         if self.kind == "forced":
-            probe, pool = self.probes[prompt], self.sampler.pool
-            full = len(self._waiting) * len(probe.forced + probe.gold) >= self.sampler.max_tokens_per_forward
-            if full or 4 * pool.free_pages < pool.num_pages:
-                self._score()
+            suffixes = len(self._waiting) * len(self.probes[prompt].forced + self.probes[prompt].gold)
+        if suffixes >= self.sampler.max_tokens_per_forward or 4 * pool.free_pages < pool.num_pages:
+            self._flush()
 
     def results(self) -> list[tuple[Episodes, Tensor]]:
         """(Episodes, J [K+1] fp64) of all completions seen, prompt by prompt, sample by sample."""
         if self._waiting:
             with self._metered():
-                self._score() if self.kind == "forced" else self._sample()
+                self._flush()
         J = {place: torch.tensor([self._J[key] for key in keys], dtype=torch.float64) for place, (_, keys) in self._seen.items()}
         return [(self._seen[place][0], J[place]) for place in sorted(J)]
 
@@ -179,6 +180,10 @@ class Gain:
         yield
         self.seconds += time.perf_counter() - start
         self.forwards += self.sampler.forwards.total - forwards
+
+    def _flush(self) -> None:
+        """J of all that waits."""
+        self._score() if self.kind == "forced" else self._sample()
 
     def _score(self) -> None:
         waiting, self._waiting = self._waiting, {}
