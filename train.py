@@ -53,7 +53,7 @@ def train(config: Config, world: World) -> None:
     stream = Stream(load_problems(config.data, config.source), config.seed)
     require_a_problem_each(stream, config, world)
     preset = {"grpo": Grpo, "l2t": L2T, "longshort": LongShort}[config.preset](config, world)
-    preset.require_room(stream.take(0, config.problems_per_step) if callable(stream.rows) else stream.rows)
+    preset.require_trainable(stream.take(0, config.problems_per_step) if callable(stream.rows) else stream.rows)
     held_out = spread(held_out_problems(config.eval_data, config.data, config.source), config.eval_problems)
     preset.require_room(held_out)
     run = open_run(config, world)

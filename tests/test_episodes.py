@@ -5,7 +5,8 @@ import pytest
 import tokenizers
 import torch
 
-from thinkrl.episodes import ANSWER, CLOSE, TAG, segment, trace, trace_ref
+from thinkrl.episodes import CLOSE, TAG, segment, trace, trace_ref
+from thinkrl.grading import RULES, extract, grade
 from thinkrl.types import UserError
 
 
@@ -136,7 +137,7 @@ def test_positions_of_the_worked_example():
         ("<answer>5</answer><eos>", ["<answer>5</answer><eos>"], ["", ""], True),
         ("ab\\boxed{5}", ["ab\\boxed{5}"], ["", "ab"], True),
         ("ab\n\n#### 5\n\n", ["ab\n\n#### 5\n\n"], ["", "ab\n\n"], True),
-        ("#### 5a", ["#### 5a"], ["", "#### 5a"], True),  # a headline
+        ("#### a", ["#### a"], ["", "#### a"], True),  # a headline
         ("ab<eos>", ["ab<eos>"], ["", "ab"], True),
         # tags in the answer are words like any others
         (
@@ -205,7 +206,7 @@ def test_characters_spread_over_tokens_are_there_with_their_last_byte():
 
 def pieces_of_tags(rng):
     """A random jumble of tags, parts of tags, and text."""
-    words = ["a ", "1+2=3", "→", "</", "episode_1>", "\n\n", "#### 7\n", "\\boxed{3}", "<answer>5</answer>"]
+    words = ["a ", "1+2=3", "→", "</", "episode_1>", "\n\n", "#### 7\n", "#### So 8 a\n", "\\fbox {3}", "<answer>5</answer>"]
     parts = [*TAGS, "<think>", CLOSE, *words]
     return "".join(rng.choices(parts, k=rng.randint(1, 14))) + rng.choice(["", "<eos>"])
 
@@ -226,10 +227,30 @@ def test_every_token_has_one_episode_and_no_probe_sees_the_answer(how):
         assert (e.cuts <= e.ends).all() and all(a <= b for a, b in itertools.pairwise([e.start, *e.cuts.tolist()])), text
         seen = BPE.decode(tokens[: e.prefixes[-1]])
         assert CLOSE not in seen and "<eos>" not in seen, text
-        if CLOSE not in text and ANSWER.search(text):
-            assert not ANSWER.search(seen), text
+        for answer, rule in ((extract(text, rule), rule) for rule in RULES if CLOSE not in text):
+            assert answer is None or extract(seen, rule) != answer, text
         if how == "tags" and not e.malformed:
             assert [m[0] for m in TAG.finditer(text.split(CLOSE)[0])][: 2 * K] == TAGS[: 2 * K], text
+
+
+@pytest.mark.parametrize(
+    "rule, answer",
+    [
+        *(("gsm8k", f"#### {form}") for form in ("42", "42 dollars", "**42**", "The answer is 42", "42%", "+42", "42. Done", "$42",
+                                                "84/2", "42 dollars\n\nYes, 42.0:\n\n#### 42")),
+        *(("math", form) for form in (r"\boxed{42}", r"\boxed {42}", r"\fbox{42}", "\\boxed\n{42}", r"$\boxed{42}$, so \boxed{42")),
+        ("arith", "<answer>42</answer>"),
+    ],
+)  # fmt: skip
+def test_no_probe_sees_what_the_grader_reads(rule, answer):
+    thinking = f"{chain(['1+2=3'])}\n\n#### Step 2\n\nso 3\n\n"
+    tokens = BPE.encode(thinking + answer)
+    assert grade(thinking + answer, "42", rule)
+    for how in ("tags", "paragraphs", "fixed:4"):
+        seen = BPE.decode(tokens[: segment(tokens, BPE, how).prefixes[-1]])
+        assert not grade(seen, "42", rule), how
+        if rule == "gsm8k" and how != "tags":
+            assert "so 3" in seen, "a headline before the answer is thinking"
 
 
 def test_fast_and_incremental_traces_agree():

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from thinkrl import compression as compression_module
+from thinkrl import distributed
+from thinkrl.arith import heldout
+from thinkrl.checkpoint import load_model
 from thinkrl.compression import (
     DAMPING,
     Proxy,
@@ -16,8 +19,10 @@ from thinkrl.compression import (
     svd_basis,
     svd_factors,
 )
+from thinkrl.config import parse
 from thinkrl.episodes import Episodes, segment
-from thinkrl.gain import Gain, Probe, answer_probability, make_probe, predicted_correctness_ref, room_behind
+from thinkrl.gain import Gain, Probe, answer_probability, forcing, make_probe, predicted_correctness_ref, room_behind
+from thinkrl.grading import grade
 from thinkrl.grpo import group_advantages
 from thinkrl.l2t import (
     episode_rewards,
@@ -29,9 +34,13 @@ from thinkrl.l2t import (
     token_rewards,
     truncated_mean,
 )
+from thinkrl.learner import TINY
 from thinkrl.model import ModelConfig, Transformer
+from thinkrl.presets import L2T
+from thinkrl.problems import messages
 from thinkrl.sampler import Sampler
-from thinkrl.types import Turn, UserError
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import Problem, Turn, UserError
 
 # Three rollouts of one problem: surprise of each token, last token of each episode, outcome, J_0..J_K, C_k
 GROUP = [
@@ -535,7 +544,7 @@ class Digits:
     """Ids are the digits 0-9 and three marks."""
 
     words = (*"0123456789", "<a>", "</a>", "<eos>")
-    stop_ids = [12]
+    eos_id, stop_ids = 12, [12]
     pieces = list(words)
 
     def encode(self, text):
@@ -554,12 +563,42 @@ class Digits:
 
 def test_a_probe_scores_the_answer_and_its_terminator():
     probe = make_probe(Digits(), "42", "<a>", "</a>")
-    assert probe == Probe([10], [4, 2, 11], "</a>")
+    assert probe == Probe([10], [4, 2, 11])
+    assert make_probe(Digits(), "42", "<a>", "") == Probe([10], [4, 2, 12]), "the end of the completion ends the answer"
     assert [room_behind(kind, [probe, Probe([10, 10], [1, 11])], 50) for kind in ("forced", "mc", "continue")] == [5, 16, 50]
     logprob = torch.tensor([-9.0, math.log(0.5), math.log(0.4), math.log(0.25)])
     assert answer_probability(logprob, probe) == pytest.approx(0.05)
     with pytest.raises(UserError, match="tokenizes to nothing"):
         make_probe(Digits(), "", "<a>", "</a>")
+
+
+@pytest.mark.parametrize("source, gold", [("arith", "42"), ("gsm8k", "1,000"), ("openai/gsm8k", "-3"), ("math", r"\frac{3}{4}")])
+def test_what_forces_the_answer_follows_the_grading_rule(source, gold):
+    problem = Problem(7, "?", gold, source)
+    prefix, suffix = forcing(problem)
+    assert prefix.strip().startswith("</think>") and grade(prefix + gold + suffix, gold, source)
+    marked = prefix.replace("</think>", "</think> So:")
+    assert forcing(problem, marked) == (marked, suffix) and forcing(problem, suffix=f"{suffix}.") == (prefix, f"{suffix}.")
+    with pytest.raises(UserError, match=r"problem 7 .* --probe_prefix and --probe_suffix"):
+        forcing(problem, "The answer is ")
+
+
+def test_the_preset_s_probe_is_the_rule_s_and_ends_the_answer():
+    problem, wanted = Problem(0, "374*6?", "2244"), {
+        (): ["</think><answer>", "2244</answer>"],
+        ("--probe_prefix", "<answer>"): ["<answer>", "2244</answer>"],
+        ("--probe_suffix", "</answer>\n"): ["</think><answer>", "2244</answer>\n"],
+    }
+    world = distributed.start("cpu")
+    try:
+        for options, texts in wanted.items():
+            preset = L2T(parse(["l2t", *options]), world)
+            [probe] = preset.probes([problem])
+            assert [preset.tokenizer.decode(ids) for ids in (probe.forced, probe.gold)] == texts
+        with pytest.raises(UserError, match="arith grading does not find the gold answer"):
+            L2T(parse(["l2t", "--probe_suffix", "."]), world).require_trainable([problem])
+    finally:
+        distributed.stop()
 
 
 def every(n):
@@ -598,7 +637,7 @@ def test_probes_cost_a_fifth_of_full_forwards():
     assert len(episodes) == 10 and len(completion.tokens) == 1000
     seen = []
     model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    torch.testing.assert_close(J, predicted_correctness_ref(model, prompt, completion.tokens, episodes, probe), atol=1e-5, rtol=0)
+    torch.testing.assert_close(J, predicted_correctness_ref(model, prompt, completion.tokens, episodes, probe), atol=0, rtol=1e-5)
     forwards = sampler.forwards
     trunk = forwards.prefill + forwards.decode
     print(f"\ntoken-forwards: {sum(seen)} full, {forwards.probe} for probes, {forwards.probe + trunk} with the trunk")
@@ -627,6 +666,8 @@ def test_sampled_gains_estimate_the_probability_of_being_right(kind):
 
     groups, results = estimate()
     assert sampler.pool.free_pages == 4000
+    if kind == "mc":
+        assert any("</a>" in text[:-4] for _, text, _ in graded), "a terminator may stand inside an answer too: it ends nothing"
     assert len(graded) == 40 * sum(len(J) for _, J in results)
     assert sum(40 * float(J.sum()) for _, J in results) == pytest.approx(sum(right for *_, right in graded))
     completions = [completion for group in groups for completion in group]
@@ -640,6 +681,50 @@ def test_sampled_gains_estimate_the_probability_of_being_right(kind):
     J = torch.cat([J for _, J in results])
     assert 0.2 < J.mean() < 0.8 and J.std() > 0
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(results, estimate()[1]))  # the same address, the same draws
+
+
+def test_a_sampled_answer_is_right_as_often_as_the_forced_one_is_probable():
+    """On the embedded model, which knows how to answer behind its forcing text and nowhere else."""
+    tokenizer, problems = Tokenizer(TINY), heldout()[150:500:90]
+    sampler, J = Sampler(load_model(TINY), tokenizer), {}
+    for kind in ("forced", "mc"):
+        gain = Gain(sampler, [make_probe(tokenizer, p.answer, *forcing(p)) for p in problems],
+                    lambda tokens: segment(tokens, tokenizer), kind, samples=200, keys=[(p.id,) for p in problems],
+                    grade=lambda i, text: grade(text, problems[i].answer, problems[i].source))
+        sampler.generate([tokenizer.encode_chat(messages(p)) for p in problems], max_tokens=200, on_finish=gain.on_finish)
+        J[kind] = torch.cat([J for _, J in gain.results()])
+    torch.testing.assert_close(J["mc"], J["forced"], atol=0.15, rtol=0)  # four standard deviations
+    assert J["forced"].max() > 0.9 and ((J["forced"] > 0.2) & (J["forced"] < 0.8)).any()
+
+
+@pytest.mark.parametrize("kind", ["mc", "continue"])
+def test_every_prefix_draws_its_own_numbers(kind):
+    """Four probes of the same prefix, as after an empty thinking: what is sampled differs, or their J would share their noise."""
+    texts = []
+    sampler = Sampler(tiny_model(dtype=torch.float32, scale=2.0), Digits(), num_pages=400, page_size=4)
+    same = Episodes(torch.tensor([0, 1, 2, 2, 2]), torch.tensor([0, 1, 4]), torch.tensor([-1, -1, -1]))
+    gain = Gain(sampler, [make_probe(Digits(), "42", "<a>", "</a>")], lambda tokens: same, kind, samples=3, max_tokens=10,
+                grade=lambda prompt, text: texts.append(text) is None, keys=[(5, 0)])
+    sampler.generate([[1, 2, 3]], max_tokens=5, stop_ids=[], on_finish=gain.on_finish)
+    gain.results()
+    assert len(texts) == len(set(texts)) == 4 * 3
+
+
+@pytest.mark.parametrize("kind, num_pages", [("forced", 10), ("mc", 13), ("continue", 16)])
+def test_the_smallest_pool_gives_the_same_gains(kind, num_pages):
+    """As many pages as the longest probe needs alone: rows, prompts and forks that wait have to make room for each other."""
+    def gains(num_pages, max_rows):
+        sampler = Sampler(tiny_model(dtype=torch.float32, scale=2.0), Digits(), num_pages, page_size=4, max_rows=max_rows)
+        gain = Gain(sampler, [make_probe(Digits(), "42", "<a>", "</a>")] * 2, every(6), kind, samples=3, max_tokens=30,
+                    grade=lambda prompt, text: text[-1] in "02468", keys=[(5, 0), (5, 1)])
+        sampler.generate([[1, 2, 3, 4, 5], [7]], n=3, max_tokens=30, stop_ids=[], on_finish=gain.on_finish)
+        assert gain.forwards > 0 or max_rows != 6, "what waits is asked as soon as pages get short"
+        J = [J for _, J in gain.results()]
+        assert sampler.pool.free_pages == num_pages and not sampler.idle
+        return torch.cat(J)
+
+    for max_rows in (1, 6):
+        torch.testing.assert_close(gains(num_pages, max_rows), gains(4000, 256), atol=1e-6 * (kind == "forced"), rtol=0)
 
 
 def test_misused_nouns_are_explained():

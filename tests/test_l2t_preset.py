@@ -212,10 +212,10 @@ def test_a_reward_model_that_cannot_read_the_policy_is_refused(world, tmp_path):
         preset_of(world, "--gain", "prm", "--prm", str(foreign))
     preset = preset_of(world, "--gain", "prm", "--prm", save_own(tmp_path / "short", max_position_embeddings=100))
     with pytest.raises(UserError, match="exceed the reward model's context of 100"):
-        preset.require_room(PROBLEMS)
+        preset.require_trainable(PROBLEMS)
     preset = preset_of(world, "--gain", "prm", "--prm", save_separator(tmp_path / "other", context=40))
     with pytest.raises(UserError, match="exceed the reward model's context of 40"):
-        preset.require_room(PROBLEMS)
+        preset.require_trainable(PROBLEMS)
 
 
 def test_two_ranks_pay_what_one_pays(written, tmp_path):

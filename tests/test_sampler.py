@@ -350,6 +350,20 @@ def test_a_callback_may_sample_from_the_forks_it_made(model):
     assert sampler.forwards.prefill > sum(map(len, PROMPTS)), "nothing gave way: the test shows less than it says"
 
 
+def test_an_idle_fork_gives_its_pages_back_and_is_recomputed(model):
+    sampler, options = Sampler(model, num_pages=4), dict(max_tokens=20, stop_ids=[])
+    kept = sampler.prefill(list(range(40)))
+    [expected] = sampler.score([kept.fork()], [[1, 2]])
+    with pytest.raises(UserError, match="release forks"):
+        sampler.generate([[1] * 30], **options)
+    sampler.idle.add(kept)
+    sampler.generate([[1] * 30], **options)
+    assert sampler.pool.free_pages == 4, "a page that nobody else could give was needed"
+    [recomputed] = sampler.score([kept], [[1, 2]])
+    torch.testing.assert_close(recomputed, expected)
+    assert sampler.pool.free_pages == 4
+
+
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),

@@ -111,8 +111,8 @@ class Config:
     gain: str = option("forced", "J_k: gold probability of a forced answer | M sampled forced answers | "
                        "M continuations to the end | step reward model | 0", ("forced", "mc", "continue", "prm", "none"))
     gain_samples: int = option(4, "M of --gain mc and continue")
-    probe_prefix: str = option("\n</think>\n\nThe final answer is \\boxed{", "answer-forcing text put before the gold answer")
-    probe_suffix: str = option("}", "terminator after the gold answer, part of the probability")
+    probe_prefix: str = option("", "answer-forcing text put before the gold answer; empty: by its grading rule")
+    probe_suffix: str = option("", "terminator after the gold answer, part of the probability; empty: by its grading rule")
     prm: str = option("", "folder of the step reward model for --gain prm")
     compression: str = option("diag", "C_k: PAC-Bayes with diagonal Fisher | the paper's Eq. 4 as printed | natural step | "
                               "drift from the start", ("diag", "rank1", "natural", "drift", "none"))

@@ -22,7 +22,9 @@ A tag is no fixed sequence of tokens: a real vocabulary may write "</episode_1><
 looked for in the decoded text, each character is traced back to the token that completes it, and a token that straddles a
 boundary belongs to the earlier episode.
 
-An answer that nothing announces (no `</think>`, `<answer>`, `\\boxed{`, or number behind `####`) cannot be told from thinking.
+Without `</think>` thinking ends where the answer is announced in any form that a grader reads: `<answer>`, a box, a number
+behind `####`. Of the lines with `####` those announce it that give the number of the last one, which is the one graded; the
+others are headlines. An answer that nothing announces cannot be told from thinking.
 
 Readings: an episode is closed by the tag of its own number with no other tag between. Text before an episode belongs to
 it; what follows the last closed episode joins it, unless a tag was opened there and never closed: then that is an episode
@@ -42,12 +44,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from thinkrl.grading import canonical, extract
 from thinkrl.types import UserError
 
 TAG = re.compile(r"<(/?)episode_(\d+)>")
 OPEN, CLOSE = "<think>", "</think>"
-# Without </think> an announced answer ends the thinking. "####" must stand before a number alone: it also starts a headline.
-ANSWER = re.compile(r"<answer>|\\boxed\{|####[ \t]*[-$]?\d[\d,.]*[ \t]*(?=\n|<|$)")
+ANSWER = re.compile(r"<answer>|\\(?:boxed|fbox)\s*\{")
+HASHES = re.compile(r"####.*")
 BLANK_LINE = re.compile(r"\n(?:[ \t]*\n)+")
 
 
@@ -142,13 +145,20 @@ def _thinking(tokens: list[int], tokenizer: Codec, text: str, reached: list[int]
     limit = text.find(CLOSE)
     hidden_from = limit + len(CLOSE)
     if limit < 0:
-        answer = ANSWER.search(text)
-        limit = answer.start() if answer else len(text)
+        limit = _announcement(text)
         hidden_from = limit + 1
     last = bisect_left(reached, hidden_from) - 1
     stop_ids = getattr(tokenizer, "stop_ids", ())
     stopped = next((t for t, token in enumerate(tokens) if token in stop_ids), len(tokens))
     return limit, min(last, stopped - 1)
+
+
+def _announcement(text: str) -> int:
+    """Where the text begins to say its answer, in characters; its length if it does not."""
+    found = [(line.start(), extract(line[0], "gsm8k")) for line in HASHES.finditer(text)]
+    numbers = [(start, canonical(number, "gsm8k")) for start, number in found if number is not None]
+    starts = [start for start, number in numbers if number == numbers[-1][1]]
+    return min([len(text), *starts, *(marker.start() for marker in ANSWER.finditer(text))])
 
 
 def _tags(text: str) -> tuple[list[int], bool]:

@@ -22,13 +22,19 @@ from kernels.logprob import linear_logprob
 from thinkrl import UserError
 from thinkrl.checkpoint import load_model
 from thinkrl.episodes import Episodes, segment
-from thinkrl.grading import grade
+from thinkrl.grading import grade, rule_set
 from thinkrl.model import Transformer
 from thinkrl.pages import Pages
 from thinkrl.problems import messages
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem
+
+FORCING = {  # by grading rule: what asks for the answer, and what ends it; "": the end of the completion does
+    "arith": ("</think><answer>", "</answer>"),
+    "gsm8k": ("\n</think>\n\n#### ", ""),
+    "math": ("\n</think>\n\nThe final answer is \\boxed{", "}"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,18 +43,33 @@ class Probe:
 
     forced: list[int]
     gold: list[int]  # the gold answer and its terminator: without the terminator 1 would score on the way to 12
-    terminator: str = ""
+
+
+def forcing(problem: Problem, prefix: str = "", suffix: str = "") -> tuple[str, str]:
+    """The text before and behind the problem's gold answer; what is not given is its grading rule's.
+
+    Raises UserError if the gold answer in that text is not graded right: then no sampled one ever would be.
+    """
+    rule = rule_set(problem.source)
+    prefix, suffix = prefix or FORCING[rule][0], suffix or FORCING[rule][1]
+    forced = prefix + problem.answer + suffix
+    if not grade(forced, problem.answer, problem.source):
+        raise UserError(f"problem {problem.id} (counted from 0): {rule} grading does not find the gold answer in the forced "
+                        f"{forced!r}; choose --probe_prefix and --probe_suffix that it reads, such as {FORCING[rule]}")
+    return prefix, suffix
 
 
 def make_probe(tokenizer: Tokenizer, answer: str, prefix: str, suffix: str) -> Probe:
-    """Probe for one problem: `prefix` forces the answer, `suffix` ends it. Each part is encoded by itself.
+    """Probe for one problem: `prefix` forces the answer, `suffix` or else the end of the completion ends it.
+
+    Each part is encoded by itself.
 
     Raises UserError for an answer without tokens: its probability would be that of the terminator.
     """
     gold = tokenizer.encode(answer)
     if not gold:
         raise UserError(f"the gold answer {answer!r} tokenizes to nothing: a fitting gain needs an answer to score")
-    return Probe(tokenizer.encode(prefix), gold + tokenizer.encode(suffix), suffix)
+    return Probe(tokenizer.encode(prefix), gold + (tokenizer.encode(suffix) or [tokenizer.eos_id]))
 
 
 def room_behind(kind: str, probes: Sequence[Probe], max_tokens: int) -> int:
@@ -99,13 +120,13 @@ class Gain:
     """J_0, …, J_K of every completion of a `Sampler.generate` call, from forks of its pages. Its `on_finish` is the hook.
 
     forced     probability of the gold answer behind each prefix, teacher-forced: K+1 short suffixes, no second look at the
-               prompt or the completion, once for all samples with that prefix (J_0 above all). Scored while others still
-               decode, as soon as a forward is full or pages get short
-    mc         share of correct ones among `samples` answers sampled behind the forcing text
+               prompt or the completion, once for all samples with that prefix (J_0 above all)
+    mc         share of correct ones among `samples` answers sampled behind the forcing text, to a stop id or their limit
     continue   share of correct ones among `samples` continuations to the end, each as long as a completion may be
 
-    The last two sample after the call, when `results` is asked for; until then forks of all completions hold pages.
-    probes     one per prompt of the call
+    The forks wait until a forward of forced answers is full, pages get short or `results` is asked for, and give their pages up
+    where a live completion finds no other. When they are asked does not change what is sampled: its randomness has an address.
+    probes     one per prompt of the call; none for continue
     segment    completion tokens -> Episodes
     grade      (prompt index, text of an answer or of a completion) -> bool, for mc and continue
     keys       per prompt, the address of its randomness; what is sampled adds (sample, k, m)
@@ -136,19 +157,20 @@ class Gain:
             keys.append((prompt, *tokens[:n]) if self.kind == "forced" else (prompt, sample, k))
             if keys[-1] not in self._J and keys[-1] not in self._waiting:
                 fork = pages.fork(len(pages.tokens) - len(tokens) + n)
+                self.sampler.idle.add(fork)
                 self._waiting[keys[-1]] = _Prefix(prompt, sample, k, tokens[:n], fork)
         self._seen[prompt, sample] = episodes, keys
+        pool, suffixes = self.sampler.pool, 0  # tokens of forced answers; what is to be sampled gains by waiting for more
         if self.kind == "forced":
-            probe, pool = self.probes[prompt], self.sampler.pool
-            full = len(self._waiting) * len(probe.forced + probe.gold) >= self.sampler.max_tokens_per_forward
-            if full or 4 * pool.free_pages < pool.num_pages:
-                self._score()
+            suffixes = len(self._waiting) * len(self.probes[prompt].forced + self.probes[prompt].gold)
+        if suffixes >= self.sampler.max_tokens_per_forward or 4 * pool.free_pages < pool.num_pages:
+            self._flush()
 
     def results(self) -> list[tuple[Episodes, Tensor]]:
         """(Episodes, J [K+1] fp64) of all completions seen, prompt by prompt, sample by sample."""
         if self._waiting:
             with self._metered():
-                self._score() if self.kind == "forced" else self._sample()
+                self._flush()
         J = {place: torch.tensor([self._J[key] for key in keys], dtype=torch.float64) for place, (_, keys) in self._seen.items()}
         return [(self._seen[place][0], J[place]) for place in sorted(J)]
 
@@ -158,6 +180,10 @@ class Gain:
         yield
         self.seconds += time.perf_counter() - start
         self.forwards += self.sampler.forwards.total - forwards
+
+    def _flush(self) -> None:
+        """J of all that waits."""
+        self._score() if self.kind == "forced" else self._sample()
 
     def _score(self) -> None:
         waiting, self._waiting = self._waiting, {}
@@ -170,14 +196,14 @@ class Gain:
         waiting, self._waiting = self._waiting, {}
         prefixes = list(waiting.values())
         if self.kind == "mc":
-            forced, stop = [self.probes[p.prompt].forced for p in prefixes], [self.probes[0].terminator]
-            longest = _answer_limit(self.probes)
+            # no stop string: the "}" that ends an answer also stands inside it
+            forced, longest = [self.probes[p.prompt].forced for p in prefixes], _answer_limit(self.probes)
         else:
-            forced, stop, longest = [[] for _ in prefixes], [], self.max_tokens
+            forced, longest = [[] for _ in prefixes], self.max_tokens
         keys = [(*self.keys[p.prompt], p.sample, p.k, m) for p in prefixes for m in range(self.samples)]
         try:
-            answers = self.sampler.generate(forced, self.samples, max_tokens=longest, stop=[s for s in stop if s],
-                                            seed=self.seed, keys=keys, prefix=[p.fork for p in prefixes])
+            answers = self.sampler.generate(forced, self.samples, max_tokens=longest, seed=self.seed, keys=keys,
+                                            prefix=[p.fork for p in prefixes])
         finally:
             for p in prefixes:
                 p.fork.release()
@@ -192,7 +218,7 @@ def show(model_folder: str, problems: Sequence[Problem], samples: int = 8) -> No
     """Print J_0 … J_K along one completion of each problem, by every estimator that needs no reward model."""
     tokenizer = Tokenizer(model_folder)
     sampler = Sampler(load_model(model_folder), tokenizer)
-    probes = [make_probe(tokenizer, p.answer, "</think><answer>", "</answer>") for p in problems]
+    probes = [make_probe(tokenizer, p.answer, *forcing(p)) for p in problems]
     keys = [(p.id,) for p in problems]
     rows = {}
     for kind in ("forced", "mc", "continue"):

@@ -23,7 +23,7 @@ from thinkrl.config import Config
 from thinkrl.conversation import shared_prompts
 from thinkrl.distributed import World, global_max, global_sum
 from thinkrl.episodes import Episodes, segment
-from thinkrl.gain import Gain, Probe, make_probe, room_behind
+from thinkrl.gain import Gain, Probe, forcing, make_probe, room_behind
 from thinkrl.grading import grade
 from thinkrl.grpo import group_advantages
 from thinkrl.l2t import episode_rewards, process_reward, released_reward, returns_to_go, token_advantages, token_rewards
@@ -55,8 +55,13 @@ class Grpo:
         return learning_rate(step, self.config.steps, self.config)
 
     def require_room(self, problems: list[Problem], more: int = 0) -> None:
+        """Raise UserError before the first step if a problem and its completion, `more` tokens included, exceed the context."""
         c, model = self.config, self.learners["policy"].policy
         require_room(problems, self.tokenizer, model.config.max_positions, c.max_tokens + more, c.system, c.suffix)
+
+    def require_trainable(self, problems: list[Problem]) -> None:
+        """`require_room` for problems to train on, of which a preset may want more."""
+        self.require_room(problems)
 
     def attempt(self, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...], **hooks) -> list[Trajectory]:
         c = self.config
@@ -106,21 +111,23 @@ class L2T(Grpo):
             self.proxy = Proxy(self.learners["policy"].sampler.model, config.proxy, config.rank_share, config.fisher_decay,
                                config.refresh_every, drift=config.compression == "drift", seed=config.seed)
 
-    def probe(self, problem: Problem) -> Probe:
-        return make_probe(self.tokenizer, problem.answer, self.config.probe_prefix, self.config.probe_suffix)
+    def probes(self, problems: list[Problem]) -> list[Probe]:
+        """What asks for each problem's answer, if the gain is one that forces it."""
+        c = self.config
+        return [make_probe(self.tokenizer, p.answer, *forcing(p, c.probe_prefix, c.probe_suffix)) for p in problems
+                if c.gain in ("forced", "mc")]
 
-    def require_room(self, problems: list[Problem]) -> None:
+    def require_trainable(self, problems: list[Problem]) -> None:
         """Behind the longest completion there must be room for what the gain puts there; a reward model has a context too."""
         c = self.config
-        probed = c.gain in ("forced", "mc", "continue")
-        super().require_room(problems, room_behind(c.gain, [self.probe(p) for p in problems], c.max_tokens) if probed else 0)
+        self.require_room(problems, more=room_behind(c.gain, self.probes(problems), c.max_tokens))
         if self.prm is not None:
             prompts = [prompt_ids(problem, self.tokenizer, c.system, c.suffix) for problem in problems]
             require_context(self.prm, self.prm_tokenizer, problems, prompts, c.max_tokens)
 
     def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Trajectory]:
         c, sampler = self.config, self.learners["policy"].sampler
-        gain = Gain(sampler, [self.probe(p) for p in problems], self.cut, c.gain if c.gain in ("mc", "continue") else "forced",
+        gain = Gain(sampler, self.probes(problems), self.cut, c.gain if c.gain in ("mc", "continue") else "forced",
                     samples=c.gain_samples, max_tokens=c.max_tokens, seed=c.seed, keys=[(PROBE, step, p.id) for p in problems],
                     grade=lambda i, text: grade(text, problems[i].answer, problems[i].source))
         probed = c.gain in ("forced", "mc", "continue")
@@ -151,9 +158,9 @@ class L2T(Grpo):
             r_prg = released_reward(j, e.prefixes, e.malformed) if c.released_sum else process_reward(j, C_hat, c.beta)
             t.turns[0].hidden = None
             t.reward = t.outcome_reward - c.malformed_penalty * e.malformed
-            t.extra |= {"ends": (e.ends + 1).tolist(), "J": j.tolist(), "compression": C.tolist(), "penalty": C_hat.tolist(),
-                        "process_reward": r_prg.tolist(), "malformed": e.malformed}
-            t.extra["episode_ids"] = e.ids.tolist()
+            t.extra |= {"ends": (e.ends + 1).tolist(), "episode_ids": e.ids.tolist(), "malformed": e.malformed, "J": j.tolist(),
+                        "fitting_gain": j.diff().tolist(), "compression": C.tolist(), "penalty": C_hat.tolist(),
+                        "process_reward": r_prg.tolist()}
             tally.add_all({"episodes": (len(e), 1), "malformed": (e.malformed, 1), "fitting_gain": (j[-1] - j[0], 1),
                            "compression": (C.sum(), 1), "penalty": (C_hat.sum(), 1), "process_reward": (r_prg.sum(), 1)})
         lengths = torch.cat([e.lengths for e in episodes]) if episodes else torch.zeros(0)
@@ -241,6 +248,8 @@ class LongShort:
         voice = self.learners["long"].sampler
         longshort.require_room(problems, voice.tokenizer, voice.model.config.max_positions, self.config.max_tokens, self.prompts,
                                self.config.suffix)
+
+    require_trainable = require_room
 
     def converse(self, problems: list[Problem], n: int, voices: dict[str, longshort.Voice], address: tuple) -> list[Trajectory]:
         c = self.config

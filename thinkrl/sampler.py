@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,9 @@ class Sampler:
     memory_share   that share, on CUDA (of the host's memory it is a quarter)
     max_rows    completions that decode at the same time
     max_tokens_per_forward   prefill and probes are cut into forwards of this size
+
+    `idle` are the forks that their owner keeps for later and adds here: where nobody else can give way, they give their pages
+    back and are recomputed from their tokens when they are used.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Sampler:
         self.look_every = LOOK_EVERY if self.device.type == "cuda" else 1
         self.forwards = TokenForwards()
         self._pool: PagePool | None = None
+        self.idle: weakref.WeakSet[Pages] = weakref.WeakSet()
         self._calls: list[_Call] = []  # in progress, one inside a callback of the other: these can give pages back
         self._matchers: dict[tuple[str, ...], StopStrings] = {}
         for module in model.modules():
@@ -173,7 +178,7 @@ class Sampler:
         keys           one tuple of ints per completion, prompt by prompt: the address of its randomness; None gives
                        (prompt, sample)
         on_finish      called with each completion before its pages are freed. It may fork them, score forks, sample
-                       from forks, and keep forks beyond the call (a kept fork holds its pages until released)
+                       from forks, and keep forks beyond the call (a kept fork holds its pages until released, or idle)
         prefix         one sequence per prompt, from `prefill` or a fork: prompts[i], which may then be empty, continues
                        prefix[i] on its pages. The prefix stays the caller's, to be released by the caller
         return_hidden  keep the hidden state behind every log-prob, len(tokens) × D numbers per completion
@@ -239,6 +244,7 @@ class Sampler:
             while len(results) < len(forks):
                 batch, size = [], 0
                 for fork, suffix in zip(forks[len(results) :], suffixes[len(results) :]):
+                    self.idle.discard(fork)
                     fed = fork.unfed + suffix[:-1]  # what the last suffix token would predict is not asked for
                     if batch and size + len(fed) > self.max_tokens_per_forward:
                         break
@@ -305,7 +311,7 @@ class Sampler:
         self.pool.require(len(tokens) + more - 1)
 
     def _reserve(self, pages: Pages, length: int) -> bool:
-        """`pages.reserve(length)`, at the cost of what calls in progress can recompute. True if the table changed.
+        """`pages.reserve(length)`, at the cost of what can be recomputed. True if the table changed.
 
         The sequence that has to give way may be this one, which is then released and waits for its turn.
         """
@@ -313,12 +319,19 @@ class Sampler:
             try:
                 return pages.reserve(length)
             except OutOfPages:
-                if not any(call.give_way(pages) for call in reversed(self._calls)):
+                if not (any(call.give_way(pages) for call in reversed(self._calls)) or self._forget_idle()):
                     raise UserError(
                         f"a sequence of {length} tokens finds no free KV page: it and forks hold all "
                         f"{self.pool.num_pages}; release forks earlier or raise num_pages"
                     ) from None
         return False
+
+    def _forget_idle(self) -> bool:
+        """Free the pages of what is idle; False if it holds none."""
+        holding = [pages for pages in self.idle if pages.table]
+        for pages in holding:
+            pages.forget()
+        return bool(holding)
 
     def _feed(self, sequences: list[Pages]) -> None:
         """Fill the K/V of all tokens but the last of each sequence. The pages are reserved already."""
@@ -632,6 +645,8 @@ class _Call:
         for row in rows:
             row.pages.tokens = row.group.tokens + row.tokens
             row.pages.filled = len(row.pages.tokens) - 1
+            self.sampler.idle.add(row.pages)  # to be forked, and no longer written to
+        for row in rows:
             stopped = row.stopped or row.tokens[-1] in self.stop_ids
             hidden = None
             if self.hidden is not None:
