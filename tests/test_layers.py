@@ -18,7 +18,8 @@ LAYERS = {
 # Within a layer, modules do not see each other, but for these.
 SIDEWAYS = {
     ("metrics", "distributed"), ("runs", "config"), ("runs", "distributed"),
-    ("checkpoint", "model"), ("problems", "grading"), ("problems", "arith"), ("rollout", "sampler"),
+    ("checkpoint", "model"), ("episodes", "grading"), ("problems", "grading"), ("problems", "arith"), ("rollout", "sampler"),
+    ("gain", "prm"),
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "thinkrl").glob("*.py")]

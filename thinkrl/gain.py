@@ -4,11 +4,12 @@
 
 When the sampler finishes a completion its pages are still there. A probe is a page table forked at the end of an episode and a
 short suffix, so all of J costs the suffixes, not K+1 forwards of the completion. `predicted_correctness_ref` is those forwards.
-`python -m thinkrl.gain` prints J along a few completions of the embedded model, by each estimator.
+`python -m thinkrl.gain [REWARD_MODEL]` prints J along a few completions of the embedded model, by each estimator.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from thinkrl.episodes import Episodes, segment
 from thinkrl.grading import grade, rule_set
 from thinkrl.model import Transformer
 from thinkrl.pages import Pages
+from thinkrl.prm import load_prm, score_completions
 from thinkrl.problems import messages
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -214,19 +216,22 @@ class Gain:
             self._J[key] = sum(correct) / len(correct)  # L2T Prop. D.1
 
 
-def show(model_folder: str, problems: Sequence[Problem], samples: int = 8) -> None:
-    """Print J_0 … J_K along one completion of each problem, by every estimator that needs no reward model."""
+def show(model_folder: str, problems: Sequence[Problem], samples: int = 8, prm_folder: str = "") -> None:
+    """Print J_0 … J_K along one completion of each problem, by every estimator; by a reward model if one is given."""
     tokenizer = Tokenizer(model_folder)
     sampler = Sampler(load_model(model_folder), tokenizer)
     probes = [make_probe(tokenizer, p.answer, *forcing(p)) for p in problems]
     keys = [(p.id,) for p in problems]
-    rows = {}
+    prompts, rows = [tokenizer.encode_chat(messages(p)) for p in problems], {}
     for kind in ("forced", "mc", "continue"):
         gain = Gain(sampler, probes, lambda tokens: segment(tokens, tokenizer), kind, samples=samples, keys=keys,
                     grade=lambda i, text: grade(text, problems[i].answer, problems[i].source))
-        groups = sampler.generate([tokenizer.encode_chat(messages(p)) for p in problems], max_tokens=200, seed=1, keys=keys,
-                                  on_finish=gain.on_finish)
+        groups = sampler.generate(prompts, max_tokens=200, seed=1, keys=keys, on_finish=gain.on_finish)
         rows[kind] = [J for _, J in gain.results()]
+    if prm_folder:
+        told = [prompts, *zip(*((c.tokens, segment(c.tokens, tokenizer).prefixes) for [c] in groups))]
+        with torch.no_grad():
+            rows["prm"] = score_completions(load_prm(prm_folder), *told)
     for i, [completion] in enumerate(groups):
         print(problems[i].question, tokenizer.decode(completion.tokens))
         for kind, J in rows.items():
@@ -236,4 +241,4 @@ def show(model_folder: str, problems: Sequence[Problem], samples: int = 8) -> No
 if __name__ == "__main__":
     from thinkrl.arith import heldout
 
-    show(str(Path(__file__).parent / "assets" / "tiny"), heldout()[150:500:90])
+    show(str(Path(__file__).parent / "assets" / "tiny"), heldout()[150:500:90], prm_folder="".join(sys.argv[1:]))
