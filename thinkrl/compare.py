@@ -151,7 +151,8 @@ def figure(results: dict[str, dict], path: Path) -> None:
         y = height - bottom - (acc - a0) / (a1 - a0) * (height - bottom - 20)
         return f"{x:.1f},{y:.1f}"
 
-    colours = ["#1b6ca8", "#c8452f", "#3c8d40", "#8d5ba6", "#b8860b", "#4d4d4d", "#d97a9b", "#2f9e9e", "#7a5230", "#9aa72f"]
+    colours = ["#1b6ca8", "#c8452f", "#3c8d40", "#8d5ba6", "#b8860b", "#4d4d4d", "#d97a9b", "#2f9e9e", "#7a5230", "#9aa72f",
+               "#e0a100"]
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
              f'<rect width="{width}" height="{height}" fill="white"/>']
     for i in range(6):
