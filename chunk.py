@@ -18,7 +18,7 @@ In the folder --out:
 from dataclasses import asdict, dataclass, replace
 
 from thinkrl import UserError
-from thinkrl.config import command_line, option, options_help, read_options
+from thinkrl.config import asks_for_help, command_line, option, options_help, read_options, require_at_least, show_help
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,12 @@ FREE_TO_CHANGE = {"limit", "plot", "out", "prompts", "items_per_batch", "device"
 
 
 def parse_options(argv: list[str]) -> Options:
-    if "--help" in argv or "-h" in argv:
+    if asks_for_help(argv):
         usage = "usage: torchrun --nproc_per_node=N chunk.py --data FILE --model DIR [--key value …]"
-        print("\n".join([usage, *options_help(Options)]))
-        raise SystemExit(0)
+        show_help("\n".join([usage, *options_help(Options)]))
     options = Options(**read_options(argv, Options))
-    for key in ("rollouts", "items_per_batch", "instruct_max_tokens"):
-        if getattr(options, key) < 1:
-            raise UserError(f"--{key} is {getattr(options, key)}, it must be at least 1")
-    for key in ("limit", "max_tokens", "temperature", "instruct_temperature"):
-        if not getattr(options, key) >= 0:
-            raise UserError(f"--{key} is {getattr(options, key)}, it must be 0 or more")
+    require_at_least(1, options, "rollouts", "items_per_batch", "instruct_max_tokens")
+    require_at_least(0, options, "limit", "max_tokens", "temperature", "instruct_temperature")
     if not 0 < options.decay < 1:
         raise UserError(f"--decay {options.decay} is outside (0, 1)")
     tiny = options.model == "tiny"

@@ -11,7 +11,7 @@ their turns, and with --base the Accuracy-Efficiency Score against that model on
 from dataclasses import dataclass
 
 from thinkrl import UserError
-from thinkrl.config import command_line, option, options_help, read_options
+from thinkrl.config import asks_for_help, command_line, option, options_help, read_options, require_at_least, show_help
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,12 @@ class Options:
 
 
 def parse_options(argv: list[str]) -> Options:
-    if "--help" in argv or "-h" in argv:
-        print("\n".join(["usage: torchrun --nproc_per_node=N -- sample.py --prompt TEXT | --data FILE [--key value …]",
-                         *options_help(Options)]))
-        raise SystemExit(0)
+    if asks_for_help(argv):
+        show_help("\n".join(["usage: torchrun --nproc_per_node=N -- sample.py --prompt TEXT | --data FILE [--key value …]",
+                             *options_help(Options)]))
     options = Options(**read_options(argv, Options))
-    for key in ("n", "max_turns"):
-        if getattr(options, key) < 1:
-            raise UserError(f"--{key} is {getattr(options, key)}, it must be at least 1")
-    for key in ("limit", "max_tokens", "temperature"):
-        if not getattr(options, key) >= 0:
-            raise UserError(f"--{key} is {getattr(options, key)}, it must be 0 or more")
+    require_at_least(1, options, "n", "max_turns")
+    require_at_least(0, options, "limit", "max_tokens", "temperature")
     if bool(options.prompt) == bool(options.data):
         raise UserError("give either --prompt TEXT or --data FILE")
     if options.prompt and (options.base or options.out):

@@ -53,7 +53,7 @@ def train(config: Config, world: World) -> None:
     stream = Stream(load_problems(config.data, config.source), config.seed)
     require_a_problem_each(stream, config, world)
     preset = {"grpo": Grpo, "l2t": L2T, "longshort": LongShort}[config.preset](config, world)
-    preset.require_trainable(stream.take(0, config.problems_per_step) if callable(stream.rows) else stream.rows)
+    preset.require_trainable(stream.foreseen(config.problems_per_step))
     held_out = spread(held_out_problems(config.eval_data, config.data, config.source), config.eval_problems)
     preset.require_room(held_out)
     run = open_run(config, world)
@@ -276,8 +276,8 @@ def train_prm(config: Config, world: World) -> None:
     stream = Stream(load_problems(config.data, config.source), config.seed)
     require_a_problem_each(stream, config, world)
     sampler = Sampler(load_model(path, dtype, world.device), tokenizer, config.kv_pages or None)
-    require_room(stream.take(0, config.problems_per_step) if callable(stream.rows) else stream.rows, tokenizer,
-                 sampler.model.config.max_positions, 2 * config.max_tokens, config.system, config.suffix)  # a prefix, continued
+    require_room(stream.foreseen(config.problems_per_step), tokenizer, sampler.model.config.max_positions,
+                 2 * config.max_tokens, config.system, config.suffix)  # a prefix of a completion, and its continuation
     model = shard(new_prm(path), world, dtype, config.replicate, config.activation_checkpointing)
     learners = {"prm": Learner(model, tokenizer, new_optimizer(model, config), sampler=None)}
     run = open_run(config, world)

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from thinkrl.config import command_line, option, options_help, read_options
+from thinkrl.config import asks_for_help, command_line, option, options_help, read_options, show_help
 from thinkrl.runs import ROOT, finished, torchrun, write_json
 
 # What is compared, and what each control separates.
@@ -48,10 +48,9 @@ class Options:
 
 
 def parse(argv: list[str]) -> Options:
-    if "--help" in argv:
-        print("\n".join(["usage: python -m thinkrl.compare [--key value …]", *options_help(Options), "", "recipes:",
-                         *(f"  {name:<24}{arguments}" for name, arguments in RECIPES.items())]))
-        raise SystemExit(0)
+    if asks_for_help(argv):
+        show_help("\n".join(["usage: python -m thinkrl.compare [--key value …]", *options_help(Options), "", "recipes:",
+                             *(f"  {name:<24}{arguments}" for name, arguments in RECIPES.items())]))
     return Options(**read_options(argv, Options))
 
 

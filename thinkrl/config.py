@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from thinkrl import UserError
 
@@ -166,7 +167,7 @@ PRESET_VALUES: dict[str, dict] = {
 }
 _EMBEDDED_RL = dict(steps=200, problems_per_step=16, group_size=8, max_tokens=200, lr=2e-4, warmup=0.05,
                     schedule="constant", weight_decay=0.0, kl_coef=0.0, micro_batch_tokens=4096, save_every=0,
-                    probe_prefix="</think><answer>", probe_suffix="</answer>", rank_share=0.5, refresh_every=10, system="")
+                    rank_share=0.5, refresh_every=10, system="")
 EMBEDDED_VALUES: dict[str, dict] = {
     "grpo": _EMBEDDED_RL,
     "l2t": _EMBEDDED_RL,
@@ -190,16 +191,25 @@ def parse(argv: list[str]) -> Config:
 
     Raises UserError for anything unknown or of the wrong type; prints the help and exits 0 for --help.
     """
-    if "--help" in argv or "-h" in argv:
-        if os.environ.get("RANK", "0") == "0":
-            print(help_text())
-        raise SystemExit(0)
+    if asks_for_help(argv):
+        show_help(help_text())
     preset = DEFAULT_PRESET
     if argv and not argv[0].startswith("-"):
         preset, *argv = argv
         if preset not in PRESETS:
             raise UserError(f"unknown preset '{preset}'{nearest(preset, PRESETS)}: choose from {', '.join(PRESETS)}")
     return resolve(preset, read_options(argv, Config))
+
+
+def asks_for_help(argv: list[str]) -> bool:
+    return "--help" in argv or "-h" in argv
+
+
+def show_help(text: str) -> NoReturn:
+    """Print it once, whatever the number of ranks, and exit 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+    sys.exit(0)
 
 
 def excuse(program: str, mistake: Exception, status: int = 2) -> None:
@@ -260,11 +270,11 @@ def _check(config: Config) -> None:
         if when:
             raise UserError(sentence)
 
-    for key in ("steps", "problems_per_step", "group_size", "max_tokens", "micro_batch_tokens", "updates_per_rollout",
-                "steps_per_round", "max_turns", "gain_samples", "eval_samples", "refresh_every", "partner_max_tokens",
-                "keep_checkpoints", "replicate", "max_grad_norm", "max_ratio"):
-        refuse(config[key] <= 0 if isinstance(config[key], float) else config[key] < 1,
-               f"--{key} is {config[key]}, it must be {'positive' if isinstance(config[key], float) else 'at least 1'}")
+    require_at_least(1, config, "steps", "problems_per_step", "group_size", "max_tokens", "micro_batch_tokens",
+                     "updates_per_rollout", "steps_per_round", "max_turns", "gain_samples", "eval_samples", "refresh_every",
+                     "partner_max_tokens", "keep_checkpoints", "replicate")
+    for key in ("max_grad_norm", "max_ratio"):
+        refuse(config[key] <= 0, f"--{key} is {config[key]}, it must be positive")
     for key in ("save_every", "eval_every", "eval_problems", "log_groups", "kv_pages", "lr", "weight_decay", "clip_high", "kl_coef",
                 "importance_cap", "kappa", "malformed_penalty"):
         refuse(config[key] < 0, f"--{key} is {config[key]}, it must not be negative")
@@ -294,6 +304,14 @@ def _check(config: Config) -> None:
     name = config.episodes
     refuse(name not in ("tags", "paragraphs") and not (name.startswith("fixed:") and name[6:].isdigit() and int(name[6:])),
            f"--episodes {name}: choose tags, paragraphs or fixed:N with N at least 1")
+
+
+def require_at_least(least: int, options: object, *keys: str) -> None:
+    """Raise UserError for the first of these options that is less, or no number. Shared by all entry points."""
+    for key in keys:
+        value = getattr(options, key)
+        if not value >= least:
+            raise UserError(f"--{key} is {value}, it must be {f'at least {least}' if least else '0 or more'}")
 
 
 def schedule(rounds: str) -> list[str]:

@@ -21,7 +21,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from thinkrl import UserError
-from thinkrl.config import command_line, excuse, option, options_help, read_options, schedule
+from thinkrl.config import (
+    asks_for_help,
+    command_line,
+    excuse,
+    option,
+    options_help,
+    read_options,
+    require_at_least,
+    schedule,
+    show_help,
+)
 from thinkrl.evaluate import aes
 from thinkrl.longshort import pair_name
 from thinkrl.runs import ROOT, finished, open_out, torchrun, write_json
@@ -44,13 +54,10 @@ FREE_TO_CHANGE = {"out", "ranks"}
 
 
 def parse(argv: list[str]) -> Options:
-    if "--help" in argv or "-h" in argv:
-        print("\n".join(["usage: python -m thinkrl.pipeline [--key value …]", *options_help(Options)]))
-        raise SystemExit(0)
+    if asks_for_help(argv):
+        show_help("\n".join(["usage: python -m thinkrl.pipeline [--key value …]", *options_help(Options)]))
     options = Options(**read_options(argv, Options))
-    for key in ("ranks", "chains", "rollout_tokens", "sft_steps", "steps_per_round", "eval_problems"):
-        if getattr(options, key) < 1:
-            raise UserError(f"--{key} is {getattr(options, key)}, it must be at least 1")
+    require_at_least(1, options, "ranks", "chains", "rollout_tokens", "sft_steps", "steps_per_round", "eval_problems")
     schedule(options.rounds)
     return options
 

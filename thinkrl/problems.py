@@ -71,6 +71,11 @@ class Stream(Generic[Row]):
         return [self.rows[order[step * n + i]] for i in block]
 
 
+    def foreseen(self, n: int) -> list[Row]:
+        """What can be looked at before the first step: the whole list, or what a generator gives to a first step of n."""
+        return self.take(0, n) if callable(self.rows) else self.rows
+
+
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, size: int) -> list[int]:
     order = list(range(size))
