@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node=8 chunk.py --data FILE.jsonl --model DIR --out DIR [--key value …]
 
-A row is {"problem", "solution", "answer", "response"}; "question" stands for "problem" and "thought" for "response". A JSON list in
-the layout of OpenMath-ThoughtChunk is read too, with the blocks it brings. `--data arith` takes the built-in chains.
+A row is {"problem", "solution", "answer", "response"}; "question" stands for "problem" and "thought" for
+"response". A JSON list in the layout of OpenMath-ThoughtChunk is read too, with the blocks it brings. `--data
+arith` takes the built-in chains.
 
 In the folder --out:
 
@@ -18,7 +19,15 @@ In the folder --out:
 from dataclasses import asdict, dataclass, replace
 
 from thinkrl import UserError
-from thinkrl.config import asks_for_help, command_line, option, options_help, read_options, require_at_least, show_help
+from thinkrl.config import (
+    asks_for_help,
+    command_line,
+    option,
+    options_help,
+    read_options,
+    require_at_least,
+    show_help,
+)
 
 
 @dataclass(frozen=True)
@@ -31,27 +40,40 @@ class Options:
     out: str = option("runs/chunk", "folder to write; an unfinished one is continued")
     plot: bool = option(False, "also draw importance along the chain (extra [report])")
     _how = "thoughts and rollouts"
-    model: str = option("tiny", "model that rollouts continue: the base policy, a Hugging Face folder, or 'tiny'")
-    chunker: str = option("", "who cuts thoughts; empty: llm, or tags for the embedded model", ("", "llm", "paragraphs", "tags"))
-    completer: str = option("", "who writes short thoughts; empty: llm, or block (their own text) for the embedded model",
-                            ("", "llm", "block"))
+    model: str = option(
+        "tiny", "model that rollouts continue: the base policy, a Hugging Face folder, or 'tiny'"
+    )
+    chunker: str = option(
+        "", "who cuts thoughts; empty: llm, or tags for the embedded model", ("", "llm", "paragraphs", "tags")
+    )
+    completer: str = option(
+        "",
+        "who writes short thoughts; empty: llm, or block (their own text) for the embedded model",
+        ("", "llm", "block"),
+    )
     rollouts: int = option(8, "continuations behind every prefix (N)")
     temperature: float = option(0.7, "of the rollouts")
     max_tokens: int = option(0, "of one rollout; 0: 200 for the embedded model, else 4096")
     decay: float = option(0.25, "δ: what a thought loses that does not raise the accuracy (Eq. 1)")
-    prompts: str = option("", "JSON file with the role prompts and the two requests; empty: the model folder's, else the built-in")
+    prompts: str = option(
+        "",
+        "JSON file with the role prompts and the two requests; empty: the model folder's, else the built-in",
+    )
     _instruct = "instruct model"
     instruct_model: str = option("", "model that chunks and completes; empty: the one of the rollouts")
     instruct_max_tokens: int = option(7120, "of one of its answers")
     instruct_temperature: float = option(0.1, "of its answers, up to 5 per request")
     _run = "run"
     seed: int = option(42, "seed of every sampled token")
-    items_per_batch: int = option(8, "items in progress on a rank: a kill loses at most their unfinished work")
+    items_per_batch: int = option(
+        8, "items in progress on a rank: a kill loses at most their unfinished work"
+    )
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
     dtype: str = option("auto", "bfloat16 on CUDA, float32 on CPU", ("auto", "float32", "bfloat16"))
 
 
-# Role prompts are put in when the files are written, anew each time; the wording of requests decides, and is in `settings_of`.
+# Role prompts are put in when the files are written, anew each time; the wording of requests decides, and is
+# in `settings_of`.
 FREE_TO_CHANGE = {"limit", "plot", "out", "prompts", "items_per_batch", "device", "dtype"}
 
 
@@ -65,10 +87,13 @@ def parse_options(argv: list[str]) -> Options:
     if not 0 < options.decay < 1:
         raise UserError(f"--decay {options.decay} is outside (0, 1)")
     tiny = options.model == "tiny"
-    return replace(options, chunker=options.chunker or ("tags" if tiny else "llm"),
-                   completer=options.completer or ("block" if tiny else "llm"),
-                   max_tokens=options.max_tokens or (200 if tiny else 4096),
-                   limit=options.limit or (400 if options.data == "arith" else 0))
+    return replace(
+        options,
+        chunker=options.chunker or ("tags" if tiny else "llm"),
+        completer=options.completer or ("block" if tiny else "llm"),
+        max_tokens=options.max_tokens or (200 if tiny else 4096),
+        limit=options.limit or (400 if options.data == "arith" else 0),
+    )
 
 
 if __name__ == "__main__":  # before torch is imported
@@ -121,14 +146,21 @@ def chunk(options: Options, world: World) -> None:
     if options.plot:
         thoughts.require_pyplot()
     folder, settings = Path(options.out), settings_of(options, prompts)
-    finished = from_main(together(open_folder, folder, settings, world))  # one reading for all ranks, before any of them writes
+    finished = from_main(
+        together(open_folder, folder, settings, world)
+    )  # one reading for all ranks, before any of them writes
     waiting = [item for item in items if item.problem.id not in finished]
     tools = together(load_tools, options, prompts, world) if waiting else None
     if world.main:
-        write_json(folder / "config.json", settings)  # not before: a folder that nothing was written for is bound to nothing
+        write_json(
+            folder / "config.json", settings
+        )  # not before: a folder that nothing was written for is bound to nothing
 
     at_once = world.size * options.items_per_batch
-    with open_part(folder, world) as part, tqdm(total=len(waiting), desc="chunk", unit="item", disable=not world.main) as bar:
+    with (
+        open_part(folder, world) as part,
+        tqdm(total=len(waiting), desc="chunk", unit="item", disable=not world.main) as bar,
+    ):
 
         def work(mine: Sequence[Item]) -> None:
             for line in annotate(mine, tools, options):
@@ -137,14 +169,18 @@ def chunk(options: Options, world: World) -> None:
 
         for at in range(0, len(waiting), at_once):
             dealt = waiting[at : at + at_once]
-            together(work, dealt[world.rank :: world.size])  # dealt one by one: neighbours in a file are often alike
+            together(
+                work, dealt[world.rank :: world.size]
+            )  # dealt one by one: neighbours in a file are often alike
             bar.update(len(dealt))
     if world.main:
         merge(folder, len(items), prompts, options.plot)
 
 
 def together(function: Callable, *arguments):
-    """The function's result, when every rank has its own. A UserError of one rank is raised on all: nobody waits for long."""
+    """The function's result, when every rank has its own. A UserError of one rank is raised on all: nobody
+    waits for long.
+    """
     result, error = None, ""
     try:
         result = function(*arguments)
@@ -157,15 +193,21 @@ def together(function: Callable, *arguments):
 def load_items(options: Options) -> list[Item]:
     """Every row, read and checked before anything is sampled. Raises UserError with file, row and field."""
     if options.data == "arith":
-        teacher = replace(arith.TEACHER, decompose=(1.0, 1.0), empty=0.0)  # long chains: whatever has steps is written in steps
+        teacher = replace(
+            arith.TEACHER, decompose=(1.0, 1.0), empty=0.0
+        )  # long chains: whatever has steps is written in steps
         problems = [arith.training_problem(options.seed, i) for i in range(options.limit)]
-        return [Item(p, arith.chain(p, random.Random(f"chunk/{options.seed}/{p.id}"), teacher)) for p in problems]
+        return [
+            Item(p, arith.chain(p, random.Random(f"chunk/{options.seed}/{p.id}"), teacher)) for p in problems
+        ]
     items = []
     rows = (row for path in data_files(options.data) for row in read_rows(path))
     for problem, (where, row) in zip(load_problems(options.data, options.source), rows):
         response = text_field(row, where, "thought", "response")
         if not response:
-            raise UserError(f"{where}: field 'response' (or 'thought') is missing or empty: the long chain is expected there")
+            raise UserError(
+                f"{where}: field 'response' (or 'thought') is missing or empty: the long chain is expected there"
+            )
         items.append(Item(problem, response, row.get("block") or None))
     return items[: options.limit or None]
 
@@ -173,10 +215,16 @@ def load_items(options: Options) -> list[Item]:
 def load_tools(options: Options, prompts: Prompts, world: World) -> Tools:
     def sampler(model: str) -> Sampler:
         path = model_path(model)
-        return Sampler(load_model(path, compute_dtype(options, world), world.device), Tokenizer(path),
-                       memory_share=0.4 if other else 0.8)
+        return Sampler(
+            load_model(path, compute_dtype(options, world), world.device),
+            Tokenizer(path),
+            memory_share=0.4 if other else 0.8,
+        )
 
-    other = options.instruct_model not in ("", options.model) and "llm" in (options.chunker, options.completer)
+    other = options.instruct_model not in ("", options.model) and "llm" in (
+        options.chunker,
+        options.completer,
+    )
     base = sampler(options.model)
     return Tools(base, sampler(options.instruct_model) if other else base, prompts)
 
@@ -201,8 +249,17 @@ def annotate(items: Sequence[Item], tools: Tools, options: Options) -> list[dict
 
     chains = keep(cut(by_id, tools, options))
     chains = keep({i: attempt(with_room, i, chain) for i, chain in chains.items()})
-    measured = thoughts.rollouts(base, tokenizer, problems(chains), list(chains.values()), options.rollouts, options.max_tokens,
-                                 options.temperature, options.seed, options.suffix)
+    measured = thoughts.rollouts(
+        base,
+        tokenizer,
+        problems(chains),
+        list(chains.values()),
+        options.rollouts,
+        options.max_tokens,
+        options.temperature,
+        options.seed,
+        options.suffix,
+    )
     prefixes = dict(zip(chains, measured))
     accuracies = {i: [prefix.accuracy for prefix in prefixes[i]] for i in chains}
     lengths = {i: thoughts.token_lengths(chain, tokenizer) for i, chain in chains.items()}
@@ -211,22 +268,45 @@ def annotate(items: Sequence[Item], tools: Tools, options: Options) -> list[dict
     asked = {i: messages(by_id[i].problem, suffix=options.suffix)[-1]["content"] for i in chains}
     if options.completer == "llm":
         written = thoughts.complete_by_model(
-            tools.instruct, tools.instruct.tokenizer, problems(chains), list(asked.values()), list(chains.values()),
-            list(labels.values()), options.instruct_max_tokens, options.instruct_temperature, options.seed, tools.prompts)
+            tools.instruct,
+            tools.instruct.tokenizer,
+            problems(chains),
+            list(asked.values()),
+            list(chains.values()),
+            list(labels.values()),
+            options.instruct_max_tokens,
+            options.instruct_temperature,
+            options.seed,
+            tools.prompts,
+        )
         texts = keep(dict(zip(chains, written)))
     else:
-        texts = {i: thoughts.complete_by_block(by_id[i].problem, chain, labels[i], thoughts.split_response(by_id[i].response)[1])
-                 for i, chain in chains.items()}
+        texts = {
+            i: thoughts.complete_by_block(
+                by_id[i].problem, chain, labels[i], thoughts.split_response(by_id[i].response)[1]
+            )
+            for i, chain in chains.items()
+        }
     talks = keep({i: attempt(thoughts.segments, texts[i], labels[i], by_id[i].problem) for i in texts})
 
     lines = []
     for i, item in by_id.items():
-        row = {"question": item.problem.question, "answer": item.problem.answer, "source": item.problem.source,
-               "thought": item.response}
+        row = {
+            "question": item.problem.question,
+            "answer": item.problem.answer,
+            "source": item.problem.source,
+            "thought": item.response,
+        }
         if i in chains:
-            row |= {"thoughts": [thought.text for thought in chains[i]], "types": [thought.kind for thought in chains[i]],
-                    "lengths": lengths[i], "accuracies": accuracies[i], "new_tokens": [p.new_tokens for p in prefixes[i]],
-                    "importance": scores[i], "labels": labels[i]}
+            row |= {
+                "thoughts": [thought.text for thought in chains[i]],
+                "types": [thought.kind for thought in chains[i]],
+                "lengths": lengths[i],
+                "accuracies": accuracies[i],
+                "new_tokens": [p.new_tokens for p in prefixes[i]],
+                "importance": scores[i],
+                "labels": labels[i],
+            }
         if i in talks:
             lines.append({"id": i, "item": row | {"asked": asked[i], "segments": talks[i]}})
         else:
@@ -243,8 +323,15 @@ def cut(by_id: dict[int, Item], tools: Tools, options: Options) -> dict[int, lis
     ask = [i for i, chain in chains.items() if isinstance(chain, Rejected)]
     if ask:
         answers = thoughts.chunk_by_model(
-            tools.instruct, tools.instruct.tokenizer, [by_id[i].problem for i in ask], [by_id[i].response for i in ask],
-            options.instruct_max_tokens, options.instruct_temperature, options.seed, tools.prompts)
+            tools.instruct,
+            tools.instruct.tokenizer,
+            [by_id[i].problem for i in ask],
+            [by_id[i].response for i in ask],
+            options.instruct_max_tokens,
+            options.instruct_temperature,
+            options.seed,
+            tools.prompts,
+        )
         chains |= dict(zip(ask, answers))
     return chains
 
@@ -268,7 +355,9 @@ def settings_of(options: Options, prompts: Prompts) -> dict:
 
 
 def open_folder(folder: Path, settings: dict, world: World) -> set[int]:
-    """Ids of the finished items, on the main rank. Raises UserError if they were made with other options, data or requests."""
+    """Ids of the finished items, on the main rank. Raises UserError if they were made with other options,
+    data or requests.
+    """
     if not world.main:
         return set()
     open_out(folder, settings)
@@ -295,7 +384,9 @@ def read_parts(folder: Path) -> Iterator[dict]:
 
 
 def merge(folder: Path, count: int, prompts: Prompts, draw: bool) -> None:
-    """From the parts to the files that a user wants. Raises UserError, after writing them, if no item is usable."""
+    """From the parts to the files that a user wants. Raises UserError, after writing them, if no item is
+    usable.
+    """
     lines = sorted((line for line in read_parts(folder) if line["id"] < count), key=lambda line: line["id"])
     items = [{"id": line["id"], **line["item"]} for line in lines if "item" in line]
     rejects = [line for line in lines if "rejected" in line]
@@ -306,7 +397,10 @@ def merge(folder: Path, count: int, prompts: Prompts, draw: bool) -> None:
         long += own[0]
         short += own[1]
     summary = {
-        "rows": count, "kept": len(items), "long_rows": len(long), "short_rows": len(short),
+        "rows": count,
+        "kept": len(items),
+        "long_rows": len(long),
+        "short_rows": len(short),
         "rejected": dict(Counter(re.sub(r"\d+", "N", line["rejected"]) for line in rejects).most_common()),
         "thoughts": sum(len(item["thoughts"]) for item in items) / max(1, len(items)),
         "segments": sum(len(item["segments"]) for item in items) / max(1, len(items)),

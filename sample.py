@@ -4,14 +4,23 @@
     torchrun --nproc_per_node=2 -- sample.py --data FILE --n 8 --temperature 1       "--", or torchrun reads --n itself
     torchrun --nproc_per_node=1 sample.py --long DIR --short DIR --prompt "…"     a conversation of two policies
 
-Prints accuracy, tokens (mean, max, share truncated), pass@k, maj@k and tokens per correct answer; for conversations also
-their turns, and with --base the Accuracy-Efficiency Score against that model on the same problems.
+Prints accuracy, tokens (mean, max, share truncated), pass@k, maj@k and tokens per correct answer; for
+conversations also their turns, and with --base the Accuracy-Efficiency Score against that model on the same
+problems.
 """
 
 from dataclasses import dataclass
 
 from thinkrl import UserError
-from thinkrl.config import asks_for_help, command_line, option, options_help, read_options, require_at_least, show_help
+from thinkrl.config import (
+    asks_for_help,
+    command_line,
+    option,
+    options_help,
+    read_options,
+    require_at_least,
+    show_help,
+)
 
 
 @dataclass(frozen=True)
@@ -29,9 +38,13 @@ class Options:
     suffix: str = option("", "text appended to every question")
     _how = "how"
     n: int = option(1, "completions per problem")
-    max_tokens: int = option(0, "completion limit, per turn of a conversation; 0: 200 for the embedded model, else 2048")
+    max_tokens: int = option(
+        0, "completion limit, per turn of a conversation; 0: 200 for the embedded model, else 2048"
+    )
     max_turns: int = option(5, "exchanges per conversation")
-    prompts: str = option("", "JSON file with the two role prompts; empty: the long model folder's, else the built-in ones")
+    prompts: str = option(
+        "", "JSON file with the two role prompts; empty: the long model folder's, else the built-in ones"
+    )
     temperature: float = option(1.0, "0 is greedy")
     seed: int = option(42, "seed of every sampled token")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
@@ -41,8 +54,14 @@ class Options:
 
 def parse_options(argv: list[str]) -> Options:
     if asks_for_help(argv):
-        show_help("\n".join(["usage: torchrun --nproc_per_node=N -- sample.py --prompt TEXT | --data FILE [--key value …]",
-                             *options_help(Options)]))
+        show_help(
+            "\n".join(
+                [
+                    "usage: torchrun --nproc_per_node=N -- sample.py --prompt TEXT | --data FILE [--key value …]",
+                    *options_help(Options),
+                ]
+            )
+        )
     options = Options(**read_options(argv, Options))
     require_at_least(1, options, "n", "max_turns")
     require_at_least(0, options, "limit", "max_tokens", "temperature")
@@ -88,7 +107,11 @@ Attempt = Callable[[list[Problem], int], list[Trajectory]]  # problems, n -> n a
 
 
 def policy(options: Options, world: World) -> Attempt:
-    return two_policies(options, world) if options.long else one_policy(model_path(options.model), options, world)
+    return (
+        two_policies(options, world)
+        if options.long
+        else one_policy(model_path(options.model), options, world)
+    )
 
 
 def one_policy(path: Path, options: Options, world: World) -> Attempt:
@@ -96,8 +119,18 @@ def one_policy(path: Path, options: Options, world: World) -> Attempt:
     sampler = Sampler(load_model(path, compute_dtype(options, world), world.device), tokenizer)
 
     def attempt(problems: list[Problem], n: int) -> list[Trajectory]:
-        return rollout(sampler, tokenizer, problems, group_size=n, max_tokens=limit(path, options), seed=options.seed,
-                       temperature=options.temperature, address=(EVALUATION, 0), system=options.system, suffix=options.suffix)
+        return rollout(
+            sampler,
+            tokenizer,
+            problems,
+            group_size=n,
+            max_tokens=limit(path, options),
+            seed=options.seed,
+            temperature=options.temperature,
+            address=(EVALUATION, 0),
+            system=options.system,
+            suffix=options.suffix,
+        )
 
     return attempt
 
@@ -108,14 +141,29 @@ def two_policies(options: Options, world: World) -> Attempt:
     longshort.require_same_tokenizer(tokenizers["long"], tokenizers["short"])
     prompts = shared_prompts(options.prompts, *paths.values())
     voices = {
-        role: longshort.Voice(Sampler(load_model(path, compute_dtype(options, world), world.device), tokenizers[role],
-                                      memory_share=0.4), options.temperature, limit(path, options))
+        role: longshort.Voice(
+            Sampler(
+                load_model(path, compute_dtype(options, world), world.device),
+                tokenizers[role],
+                memory_share=0.4,
+            ),
+            options.temperature,
+            limit(path, options),
+        )
         for role, path in paths.items()
     }
 
     def attempt(problems: list[Problem], n: int) -> list[Trajectory]:
-        return longshort.converse(voices, problems, prompts, group_size=n, max_turns=options.max_turns, seed=options.seed,
-                                  address=(EVALUATION, 0), suffix=options.suffix)
+        return longshort.converse(
+            voices,
+            problems,
+            prompts,
+            group_size=n,
+            max_turns=options.max_turns,
+            seed=options.seed,
+            address=(EVALUATION, 0),
+            suffix=options.suffix,
+        )
 
     return attempt
 
@@ -123,9 +171,14 @@ def two_policies(options: Options, world: World) -> Attempt:
 def answer(options: Options, world: World) -> None:
     """One prompt, n answers, as they came; a conversation turn by turn."""
     source = options.source or ("arith" if embedded(options.long or options.model) else "math")
-    for t in policy(options, world)([Problem(0, options.prompt, "0", source)], options.n) if world.main else []:
+    for t in (
+        policy(options, world)([Problem(0, options.prompt, "0", source)], options.n) if world.main else []
+    ):
         if options.long:
-            print(longshort.transcript(t, colour=sys.stdout.isatty()), f"\n[{t.tokens} tokens, {t.extra['ended']}]")
+            print(
+                longshort.transcript(t, colour=sys.stdout.isatty()),
+                f"\n[{t.tokens} tokens, {t.extra['ended']}]",
+            )
         else:
             print(f"{t.text}\n[{t.tokens} tokens, {t.turns[0].finish_reason}]")
 
@@ -136,7 +189,9 @@ def evaluate(options: Options, world: World) -> None:
     if options.out and world.main:
         require_writable(Path(options.out))
     problems = held_out_problems(options.data, options.data, options.source)
-    problems = problems[:: max(1, len(problems) // (options.limit or len(problems)))][: options.limit or len(problems)]
+    problems = problems[:: max(1, len(problems) // (options.limit or len(problems)))][
+        : options.limit or len(problems)
+    ]
     attempts = measure(policy(options, world), problems, options, world)
     result = summarise(attempts)
     if world.main:
@@ -155,7 +210,9 @@ def measure(attempt: Attempt, problems: list[Problem], options: Options, world: 
     """n attempts at every problem, shared over the ranks; all of them on every rank."""
     mine = [problems[i] for i in world.share(len(problems))]
     attempts = []
-    for i in tqdm(range(0, len(mine), BATCH), desc="evaluate", unit=f"×{BATCH} problems", disable=not world.main):
+    for i in tqdm(
+        range(0, len(mine), BATCH), desc="evaluate", unit=f"×{BATCH} problems", disable=not world.main
+    ):
         attempts += attempt(mine[i : i + BATCH], options.n)
     return sum(gather(attempts), [])
 
@@ -169,8 +226,15 @@ def compared(result: dict, base: dict, name: str) -> str:
 
 def record(t: Trajectory) -> dict:
     """A line of --out."""
-    line = {"problem": t.problem.id, "question": t.problem.question, "gold": t.problem.answer, "text": t.text,
-            "answer": t.answer, "correct": t.correct, "tokens": t.tokens}
+    line = {
+        "problem": t.problem.id,
+        "question": t.problem.question,
+        "gold": t.problem.answer,
+        "text": t.text,
+        "answer": t.answer,
+        "correct": t.correct,
+        "tokens": t.tokens,
+    }
     if "texts" in t.extra:
         turns = [{"role": turn.role, "text": text} for turn, text in zip(t.turns, t.extra["texts"])]
         line |= {"turns": turns, "ended": t.extra["ended"]}

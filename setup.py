@@ -27,5 +27,15 @@ setup(
     # numpy: Triton 3.6's interpreter fails with numpy 2.4 (triton issue 9171)
     install_requires=["torch>=2.11", "triton>=3.6", "safetensors", "tokenizers", "numpy", "tqdm", "jinja2"],
     extras_require=EXTRAS
-    | {"dev": ["pytest", "ruff", "hypothesis", "transformers", *EXTRAS["parquet"], *EXTRAS["math"], *EXTRAS["report"]]},
+    | {
+        "dev": [
+            "pytest",
+            "ruff",
+            "hypothesis",
+            "transformers",
+            *EXTRAS["parquet"],
+            *EXTRAS["math"],
+            *EXTRAS["report"],
+        ]
+    },
 )

@@ -4,7 +4,8 @@ One step of reinforcement learning, whatever the preset (`train`, below):
 
     problems -> rollout -> reward -> advantage -> pack -> loss -> optimizer step -> sync the sampler
 
-A preset decides who writes the trajectory and how the advantage is filled. Below `pack` nothing knows which one is running.
+A preset decides who writes the trajectory and how the advantage is filled. Below `pack` nothing knows which
+one is running.
 """
 
 from thinkrl.config import command_line
@@ -27,7 +28,16 @@ from thinkrl.distributed import World, gather, global_max, global_sum, run_and_e
 from thinkrl.episodes import segment
 from thinkrl.evaluate import summarise, summary_table
 from thinkrl.grpo import importance_weight, loss_count, policy_loss
-from thinkrl.learner import Learner, compute_dtype, learning_rate, model_path, new_learner, new_optimizer, restore, save
+from thinkrl.learner import (
+    Learner,
+    compute_dtype,
+    learning_rate,
+    model_path,
+    new_learner,
+    new_optimizer,
+    restore,
+    save,
+)
 from thinkrl.metrics import DEFINITIONS, Log, Stopwatch, Tally, require_sinks
 from thinkrl.model import Transformer
 from thinkrl.presets import L2T, Grpo, LongShort
@@ -74,7 +84,9 @@ def train(config: Config, world: World) -> None:
         problems = stream.take(step, config.problems_per_step, world.rank, world.size)
         trajectories = preset.rollout(problems, step, tally)  # graded; masks and log-probs are born here
         tally.add("rollout_seconds", clock.seconds)
-        advantages = preset.advantages(trajectories, step, tally)  # per trajectory, one value per token of its own turns
+        advantages = preset.advantages(
+            trajectories, step, tally
+        )  # per trajectory, one value per token of its own turns
         samples = preset.samples(trajectories, advantages, step)
         packs = level(pack(samples, config.micro_batch_tokens), world)
         for each in preset.learners.values():
@@ -98,27 +110,35 @@ def train(config: Config, world: World) -> None:
 
 def require_a_problem_each(stream: Stream, config: Config, world: World) -> None:
     if world.size > config.problems_per_step:
-        raise UserError(f"{world.size} ranks share {config.problems_per_step} problems per step, some would have none: raise "
-                        "--problems_per_step, or lower --nproc_per_node")
+        raise UserError(
+            f"{world.size} ranks share {config.problems_per_step} problems per step, some would have none: raise "
+            "--problems_per_step, or lower --nproc_per_node"
+        )
     stream.take(0, config.problems_per_step)  # raises if there are not as many
 
 
 def level(packs: list[Pack], world: World) -> list[Pack]:
-    """As many packs on every rank, at least one: each forward of a sharded model is a collective, and every step descends."""
+    """As many packs on every rank, at least one: each forward of a sharded model is a collective, and
+    every step descends.
+    """
     most = max(1, int(global_max(len(packs))))
     return [p.to(world.device) for p in packs + [empty_pack()] * (most - len(packs))]
 
 
-def update(learner: Learner, packs: list[Pack], lr: float, config: Config, world: World, tally: Tally) -> tuple[float, float]:
+def update(
+    learner: Learner, packs: list[Pack], lr: float, config: Config, world: World, tally: Tally
+) -> tuple[float, float]:
     """Train on one rollout: `updates_per_rollout` optimizer steps. Returns the last one's loss and gradient norm.
 
-    The denominator is counted over all packs and ranks before the first backward, so neither the micro-batch size nor
-    the number of ranks changes a gradient.
+    The denominator is counted over all packs and ranks before the first backward, so neither the micro-batch
+    size nor the number of ranks changes a gradient.
     """
     if config.aggregate == "constant":
         denominator = float(config.problems_per_step * config.group_size * config.max_tokens)
     else:
-        denominator = float(global_sum(sum(loss_count(p.mask, p.cu_seqlens, config.aggregate) for p in packs)))
+        denominator = float(
+            global_sum(sum(loss_count(p.mask, p.cu_seqlens, config.aggregate) for p in packs))
+        )
     with torch.no_grad():
         for p in packs:
             if learner.reference is not None:
@@ -133,10 +153,19 @@ def update(learner: Learner, packs: list[Pack], lr: float, config: Config, world
         old_logprob = logprob.detach() if p.old_logprob is None else p.old_logprob
         cap = config.importance_cap
         loss, stats = policy_loss(
-            logprob, p.old_logprob, p.advantage, p.mask, p.cu_seqlens, ref_logprob=p.ref_logprob,
+            logprob,
+            p.old_logprob,
+            p.advantage,
+            p.mask,
+            p.cu_seqlens,
+            ref_logprob=p.ref_logprob,
             weight=importance_weight(old_logprob, p.sampler_logprob, cap) if cap else None,
-            clip_low=config.clip_low, clip_high=config.clip_high, kl_coef=config.kl_coef,
-            aggregate=config.aggregate, level=config.level, denominator=denominator,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            kl_coef=config.kl_coef,
+            aggregate=config.aggregate,
+            level=config.level,
+            denominator=denominator,
         )
         tally.add_all(stats)
         tally.add("entropy", entropy.sum(), p.mask.sum())
@@ -148,20 +177,32 @@ def update(learner: Learner, packs: list[Pack], lr: float, config: Config, world
     return loss, grad_norm
 
 
-def descend(learner: Learner, packs: list[Pack], objective: Callable[[Pack], Tensor], lr: float, config: Config,
-            world: World) -> tuple[float, float]:
-    """One optimizer step on the sum of `objective` over all packs and ranks. Returns that sum and the gradient norm."""
+def descend(
+    learner: Learner,
+    packs: list[Pack],
+    objective: Callable[[Pack], Tensor],
+    lr: float,
+    config: Config,
+    world: World,
+) -> tuple[float, float]:
+    """One optimizer step on the sum of `objective` over all packs and ranks. Returns that sum and the
+    gradient norm.
+    """
     losses = []
     for p in packs:
         loss = objective(p)
         (loss * world.size).backward()  # FSDP averages over ranks, ours is a sum over them
         losses.append(loss.detach())
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), config.max_grad_norm).full_tensor())
+    grad_norm = float(
+        torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), config.max_grad_norm).full_tensor()
+    )
     total = float(global_sum(sum(losses)))
     if not math.isfinite(total + grad_norm):
         suspects = gather([i for p, loss in zip(packs, losses) if not loss.isfinite() for i in p.ids])
-        raise Diverged(f"loss {total}, gradient norm {grad_norm}; samples (problem/sample) of the rows that are not finite: "
-                       f"{sum(suspects, []) or 'none, only the gradient'}; nothing was saved over the last checkpoint")
+        raise Diverged(
+            f"loss {total}, gradient norm {grad_norm}; samples (problem/sample) of the rows that are not finite: "
+            f"{sum(suspects, []) or 'none, only the gradient'}; nothing was saved over the last checkpoint"
+        )
     for parameters in learner.optimizer.param_groups:
         parameters["lr"] = lr
     learner.optimizer.step()
@@ -172,8 +213,8 @@ def descend(learner: Learner, packs: list[Pack], objective: Callable[[Pack], Ten
 def token_logprobs(policy: Transformer, p: Pack, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-prob of each sampled token, and entropy of the distribution it came from: [T], 0 where the mask is 0.
 
-    Only states that predict a sampled token meet the LM head. A row with none keeps one, so that every rank's backward
-    reaches the parameters.
+    Only states that predict a sampled token meet the LM head. A row with none keeps one, so that every rank's
+    backward reaches the parameters.
     """
     hidden = policy(p.tokens, p.cu_seqlens)
     own = p.mask.nonzero().flatten()
@@ -184,8 +225,15 @@ def token_logprobs(policy: Transformer, p: Pack, temperature: float) -> tuple[Te
     return tuple(torch.where(counted, full, 0.0))
 
 
-def evaluate(preset: Grpo | LongShort, problems: list[Problem], run: Run, when: str, config: Config, world: World,
-             step: int) -> None:
+def evaluate(
+    preset: Grpo | LongShort,
+    problems: list[Problem],
+    run: Run,
+    when: str,
+    config: Config,
+    world: World,
+    step: int,
+) -> None:
     """Held-out accuracy and tokens, sampled and greedy, into summary.json under `when`. Collective."""
     if when in run.summary or not problems:
         return
@@ -195,7 +243,9 @@ def evaluate(preset: Grpo | LongShort, problems: list[Problem], run: Run, when: 
     results = []
     for part in (sampled, greedy):
         everything = sum(gather(part), [])
-        results.append(summarise(everything) | (longshort.summary(everything) if config.preset == "longshort" else {}))
+        results.append(
+            summarise(everything) | (longshort.summary(everything) if config.preset == "longshort" else {})
+        )
     if world.main:
         run.update_summary(**{when: {"step": step, **results[0], "greedy": results[1]}})
 
@@ -215,17 +265,39 @@ def row(step: int, tally: Tally, clock: Stopwatch, **own: float) -> dict[str, fl
     sums, means = tally.reduce()
     known = {name: value for name, value in means.items() if name in DEFINITIONS}
     seconds = clock.seconds
-    return {"step": step + 1, "kl": 0.0, **known, **own, "seconds": seconds, "tokens_per_second": sums["tokens"] / seconds}
+    return {
+        "step": step + 1,
+        "kl": 0.0,
+        **known,
+        **own,
+        "seconds": seconds,
+        "tokens_per_second": sums["tokens"] / seconds,
+    }
 
 
 def describe(t: Trajectory, advantage: Tensor) -> dict:
     """One line of samples.jsonl: everything needed to see what a token was paid for."""
     return {
-        "problem": t.problem.id, "sample": t.sample, "question": t.problem.question, "gold": t.problem.answer,
-        "level": t.problem.level, "answer": t.answer, "text": t.text, "outcome_reward": t.outcome_reward, "reward": t.reward,
-        "turns": [{"role": turn.role, "prompt": turn.prompt, "completion": turn.completion,
-                   "finish_reason": turn.finish_reason} for turn in t.turns],
-        "advantage": [round(a, 4) for a in advantage.tolist()], **t.extra,
+        "problem": t.problem.id,
+        "sample": t.sample,
+        "question": t.problem.question,
+        "gold": t.problem.answer,
+        "level": t.problem.level,
+        "answer": t.answer,
+        "text": t.text,
+        "outcome_reward": t.outcome_reward,
+        "reward": t.reward,
+        "turns": [
+            {
+                "role": turn.role,
+                "prompt": turn.prompt,
+                "completion": turn.completion,
+                "finish_reason": turn.finish_reason,
+            }
+            for turn in t.turns
+        ],
+        "advantage": [round(a, 4) for a in advantage.tolist()],
+        **t.extra,
     }
 
 
@@ -239,7 +311,9 @@ def supervised(config: Config, world: World) -> None:
     turns = [each for each in rows if each.conversation]
     for turn in turns:
         require_prompts(turn.conversation, turn.where, prompts)
-    learners = {"policy": new_learner(path, config, world, tokenizer, samplers=0, prompts=prompts if turns else None)}
+    learners = {
+        "policy": new_learner(path, config, world, tokenizer, samplers=0, prompts=prompts if turns else None)
+    }
     run = open_run(config, world)
     first, _ = restore(run.folder, learners)
     log = Log(run.folder, world.main, first, config.steps, config.wandb, config.tensorboard, as_dict(config))
@@ -269,15 +343,23 @@ def supervised(config: Config, world: World) -> None:
 
 
 def train_prm(config: Config, world: World) -> None:
-    """prm: a step reward model learns the Monte-Carlo correctness of prefixes that the policy itself wrote."""
+    """prm: a step reward model learns the Monte-Carlo correctness of prefixes that the policy itself
+    wrote.
+    """
     path, dtype = model_path(config.model), compute_dtype(config, world)
     tokenizer = Tokenizer(path)
     segment([], tokenizer, config.episodes)
     stream = Stream(load_problems(config.data, config.source), config.seed)
     require_a_problem_each(stream, config, world)
     sampler = Sampler(load_model(path, dtype, world.device), tokenizer, config.kv_pages or None)
-    require_room(stream.foreseen(config.problems_per_step), tokenizer, sampler.model.config.max_positions,
-                 2 * config.max_tokens, config.system, config.suffix)  # a prefix of a completion, and its continuation
+    require_room(
+        stream.foreseen(config.problems_per_step),
+        tokenizer,
+        sampler.model.config.max_positions,
+        2 * config.max_tokens,
+        config.system,
+        config.suffix,
+    )  # a prefix of a completion, and its continuation
     model = shard(new_prm(path), world, dtype, config.replicate, config.activation_checkpointing)
     learners = {"prm": Learner(model, tokenizer, new_optimizer(model, config), sampler=None)}
     run = open_run(config, world)
@@ -288,11 +370,26 @@ def train_prm(config: Config, world: World) -> None:
     for step in range(first, config.steps):
         clock, tally, lr = Stopwatch(), Tally(), learning_rate(step, config.steps, config)
         problems = stream.take(step, config.problems_per_step, world.rank, world.size)
-        trajectories = rollout(sampler, tokenizer, problems, group_size=config.group_size, address=(TRAINING, step),
-                               system=config.system, suffix=config.suffix, **drawn)
+        trajectories = rollout(
+            sampler,
+            tokenizer,
+            problems,
+            group_size=config.group_size,
+            address=(TRAINING, step),
+            system=config.system,
+            suffix=config.suffix,
+            **drawn,
+        )
         prefixes = [segment(t.turns[0].completion, tokenizer, config.episodes).prefixes for t in trajectories]
-        labels = prefix_labels(sampler, tokenizer, trajectories, prefixes, continuations=config.gain_samples,
-                               address=(LABELS, step), **drawn)
+        labels = prefix_labels(
+            sampler,
+            tokenizer,
+            trajectories,
+            prefixes,
+            continuations=config.gain_samples,
+            address=(LABELS, step),
+            **drawn,
+        )
         sampler.release_pool()
         packs = level(pack(prm_samples(trajectories, prefixes, labels), config.micro_batch_tokens), world)
         denominator = float(global_sum(sum(len(label_positions(p)) for p in packs)))
@@ -312,7 +409,9 @@ def train_prm(config: Config, world: World) -> None:
         loss = log.last("loss")
         run.update_summary(after={"loss": loss})
         write_report(run.folder)
-        print(f"loss {loss:.4f}\nreward model: {run.folder}/checkpoints/step_{config.steps}/prm\nrun: {run.folder}")
+        print(
+            f"loss {loss:.4f}\nreward model: {run.folder}/checkpoints/step_{config.steps}/prm\nrun: {run.folder}"
+        )
 
 
 def main(config: Config) -> None:

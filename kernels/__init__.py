@@ -1,1 +1,3 @@
-"""One file = one operation: formula, slow twin, Triton kernel, dispatch, benchmark. Knows nothing of thinkrl."""
+"""One file = one operation: formula, slow twin, Triton kernel, dispatch, benchmark. Knows nothing of
+thinkrl.
+"""

@@ -2,19 +2,19 @@
 
     o_i = Σ_{j<=i} p_ij v_j        p_i = softmax_j(q_i · k_j / √Dh)        i and j in the same sequence
 
-`packed_attention`: S sequences lie end to end in one row of T tokens, sequence s being tokens cu_seqlens[s] to
-cu_seqlens[s+1]. `paged_attention`: keys and values lie in pages of a pool, token j of sequence s in slot j mod
-page_size of page page_table[s, j // page_size]; the queries are the last tokens of each sequence. In both, query head
-h reads key head h // (H / Hkv), at any ratio.
+`packed_attention`: S sequences lie end to end in one row of T tokens, sequence s being tokens cu_seqlens[s]
+to cu_seqlens[s+1]. `paged_attention`: keys and values lie in pages of a pool, token j of sequence s in slot j
+mod page_size of page page_table[s, j // page_size]; the queries are the last tokens of each sequence. In
+both, query head h reads key head h // (H / Hkv), at any ratio.
 
-Letters: T tokens (of the row; queries), S sequences, H query heads, Hkv key heads, Dh head width, P pages of a
-sequence, L the longest context.
+Letters: T tokens (of the row; queries), S sequences, H query heads, Hkv key heads, Dh head width, P pages of
+a sequence, L the longest context.
 
-Costs of one head of one sequence of n tokens. Naive: two products of 2 n² Dh FLOP, half of them masked away, and 4 n²
-bytes of scores written and read three times over. Fused: the unmasked half, 2.5 times that again in the backward, and
-q, k, v and o read or written once, 8 n Dh bytes in bf16. Decoding reads 4 Hkv Dh bytes of bf16 keys and values per
-token of context and does 4 H Dh FLOP with them, H / Hkv FLOP a byte: the bytes are the whole cost. Gathering the
-pages into a padded block first moves them three times.
+Costs of one head of one sequence of n tokens. Naive: two products of 2 n² Dh FLOP, half of them masked away,
+and 4 n² bytes of scores written and read three times over. Fused: the unmasked half, 2.5 times that again in
+the backward, and q, k, v and o read or written once, 8 n Dh bytes in bf16. Decoding reads 4 Hkv Dh bytes of
+bf16 keys and values per token of context and does 4 H Dh FLOP with them, H / Hkv FLOP a byte: the bytes are
+the whole cost. Gathering the pages into a padded block first moves them three times.
 
 Sums repeat to the last bit: no atomics, and tile sizes from a fixed table.
 
@@ -38,7 +38,9 @@ try:
 except ImportError:
     flash_attn_varlen_func = None
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # there, tl.dot multiplies bf16 bit patterns: upcast first
+INTERPRET = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # there, tl.dot multiplies bf16 bit patterns: upcast first
 PROGRAMS = 264  # a decoding grid this large fills an H200 (132 multiprocessors) twice; smaller ones split the context
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -58,7 +60,12 @@ def _causal_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def paged_attention_ref(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, cu_seqlens: Tensor | None = None
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The specification of `paged_attention`: one sequence at a time, its pages laid end to end."""
     ends = range(len(lengths) + 1) if cu_seqlens is None else cu_seqlens.tolist()
@@ -73,10 +80,10 @@ def paged_attention_ref(
 def _blocks(cu_seqlens: tuple[int, ...]) -> tuple[list[tuple[int, int]], Tensor, Tensor, Tensor]:
     """Sequences of like length side by side: shapes (S_b, L_b) of the blocks, and maps between their slots and the row.
 
-    Returns shapes, token [slots] in each slot, slot [T] of each token, and the slots that only pad. A block ends where
-    a sequence is shorter than 3/4 of the block's longest, so padding stays under a quarter. Slots past the end of a
-    sequence repeat its last token: causality keeps them from every query that counts. Every layer asks for the same
-    answer, hence the cache.
+    Returns shapes, token [slots] in each slot, slot [T] of each token, and the slots that only pad. A block
+    ends where a sequence is shorter than 3/4 of the block's longest, so padding stays under a quarter. Slots
+    past the end of a sequence repeat its last token: causality keeps them from every query that counts. Every
+    layer asks for the same answer, hence the cache.
     """
     shapes: list[tuple[int, int]] = []
     tokens, padding, slots = [], [], torch.empty(cu_seqlens[-1], dtype=torch.int64)
@@ -132,12 +139,18 @@ def packed_attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) 
 
 
 def paged_attention_torch(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, cu_seqlens: Tensor | None = None
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`paged_attention` in PyTorch ops, all sequences at once.
 
-    Decoding is memory traffic and little else. Keys are gathered head by head into [S, Hkv, L, Dh], as fast as page by
-    page and ready for bmm. Values are not gathered: `embedding_bag` sums weighted rows straight out of the pages.
+    Decoding is memory traffic and little else. Keys are gathered head by head into [S, Hkv, L, Dh], as fast
+    as page by page and ready for bmm. Values are not gathered: `embedding_bag` sums weighted rows straight
+    out of the pages.
     """
     page_size, kv_heads, width = k_pages.shape[1:]
     length = int(lengths.max())
@@ -145,7 +158,8 @@ def paged_attention_torch(
     token = torch.arange(0, page_size * kv_heads, kv_heads, dtype=torch.int32, device=q.device)
     rows = (page_table[:, :pages, None] * (page_size * kv_heads) + token).flatten(1)[:, :length]
     dead = torch.arange(length, dtype=torch.int32, device=q.device) >= lengths[:, None]  # [S, L]
-    # slots past the end read the first token, whose finite values a weight of 0 removes; 0 · NaN would not be removed
+    # slots past the end read the first token, whose finite values a weight of 0 removes; 0 · NaN would not be
+    # removed
     rows = torch.where(dead, rows[:, :1], rows)
     rows = rows[:, None] + torch.arange(kv_heads, dtype=torch.int32, device=q.device)[:, None]  # [S, Hkv, L]
     keys = k_pages.view(-1, width).index_select(0, rows.flatten()).view(*rows.shape, width)
@@ -174,7 +188,9 @@ def _decode_torch(q: Tensor, keys: Tensor, v_pages: Tensor, rows: Tensor, dead: 
     scores = torch.bmm((q * width**-0.5).view(-1, group, width), keys.flatten(0, 1).transpose(1, 2))
     weights = scores.view(sequences, heads, length).masked_fill_(dead[:, None], float("-inf")).softmax(-1)
     rows = rows[:, :, None].expand(-1, -1, group, -1).reshape(sequences * heads, length)
-    bags = F.embedding_bag(rows, v_pages.view(-1, width), mode="sum", per_sample_weights=weights.flatten(0, 1))
+    bags = F.embedding_bag(
+        rows, v_pages.view(-1, width), mode="sum", per_sample_weights=weights.flatten(0, 1)
+    )
     return bags.view(q.shape)
 
 
@@ -182,8 +198,8 @@ def _decode_torch(q: Tensor, keys: Tensor, v_pages: Tensor, rows: Tensor, dead: 
 def _sequence_of(cu_ptr, S, block, BLOCK: tl.constexpr):
     """The sequence that owns a block of the row: the largest s with cu[s] // BLOCK + s <= block.
 
-    So sequence s owns at least ⌈n_s / BLOCK⌉ blocks, sometimes one more that is empty, and the grid, T // BLOCK + S, is
-    known without reading cu_seqlens back from the device.
+    So sequence s owns at least ⌈n_s / BLOCK⌉ blocks, sometimes one more that is empty, and the grid, T //
+    BLOCK + S, is known without reading cu_seqlens back from the device.
     """
     low, high = 0, S
     while high - low > 1:
@@ -390,10 +406,15 @@ TILES = {  # BLOCK_M, BLOCK_N, num_warps, num_stages: in 16 bits | in fp32, whic
 
 
 def tiles(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch options: a fixed table, not a search, so that a sum is always taken in the same order."""
+    """Tile sizes and launch options: a fixed table, not a search, so that a sum is always taken in the
+    same order.
+    """
     block_m, block_n, num_warps, num_stages = TILES[kernel][dtype == torch.float32]
     if INTERPRET:
-        block_m, block_n = max(16, block_m // 4), max(16, block_n // 4)  # so that small tests have several tiles
+        block_m, block_n = (
+            max(16, block_m // 4),
+            max(16, block_n // 4),
+        )  # so that small tests have several tiles
     block_d = max(16, triton.next_power_of_2(width))
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=num_warps, num_stages=num_stages)
 
@@ -442,7 +463,9 @@ def packed_attention_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor)
 
 
 def packed_attention_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`packed_attention` by the flash-attn package, which wants the longest length on the host: one synchronisation."""
+    """`packed_attention` by the flash-attn package, which wants the longest length on the host: one
+    synchronisation.
+    """
     longest = int(cu_seqlens.diff().max())
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True, deterministic=True
@@ -476,8 +499,8 @@ def _paged_kernel(
 ):
     """A block of queries with all the heads of one key head, against one split of the context.
 
-    A tile's rows are (query, head of the group) pairs, BLOCK_M // G queries of G = H / HKV heads, so one read of a key
-    serves them all; with one query, the rest of the 16 rows that a tensor core needs are idle.
+    A tile's rows are (query, head of the group) pairs, BLOCK_M // G queries of G = H / HKV heads, so one read
+    of a key serves them all; with one query, the rest of the 16 rows that a tensor core needs are idle.
     """
     G: tl.constexpr = H // HKV
     QUERIES: tl.constexpr = BLOCK_M // G
@@ -499,7 +522,9 @@ def _paged_kernel(
     head = kv_head * G + row % G
     dims = tl.arange(0, BLOCK_D)
     place = (start + query).to(tl.int64) * H + head  # row of [T * H, D]
-    q = tl.load(q_ptr + place[:, None] * D + dims[None, :], mask=live[:, None] & (dims[None, :] < D), other=0.0)
+    q = tl.load(
+        q_ptr + place[:, None] * D + dims[None, :], mask=live[:, None] & (dims[None, :] < D), other=0.0
+    )
     if UPCAST:
         q = q.to(tl.float32)
     end = tl.minimum(length, length - count + local + QUERIES)
@@ -557,11 +582,20 @@ def _combine_kernel(
 
 
 def paged_attention_triton(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, cu_seqlens: Tensor | None = None
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`paged_attention` in Triton. No size is read back from the device, so a CUDA graph can hold it."""
     q = q.contiguous()
-    (tokens, heads, width), (sequences, pages), (_, page_size, kv_heads, _) = q.shape, page_table.shape, k_pages.shape
+    (tokens, heads, width), (sequences, pages), (_, page_size, kv_heads, _) = (
+        q.shape,
+        page_table.shape,
+        k_pages.shape,
+    )
     config = tiles("decode" if cu_seqlens is None else "extend", width, q.dtype)
     group = heads // kv_heads
     config["BLOCK_M"] = max(config["BLOCK_M"], triton.next_power_of_2(group))
@@ -573,7 +607,16 @@ def paged_attention_triton(
     else:
         partial = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
         lse = torch.empty(splits, tokens, heads, dtype=torch.float32, device=q.device)
-    arrays = (q, k_pages, v_pages, page_table, lengths, lengths if cu_seqlens is None else cu_seqlens, partial, lse)
+    arrays = (
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        lengths,
+        lengths if cu_seqlens is None else cu_seqlens,
+        partial,
+        lse,
+    )
     sizes = (sequences, tokens, page_table.stride(0), LOG2E.value * width**-0.5)
     shape = (heads, kv_heads, width, page_size, splits, cu_seqlens is None)
     _paged_kernel[(blocks, kv_heads, splits)](*arrays, *sizes, *shape, UPCAST=INTERPRET, **config)
@@ -588,7 +631,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     alike = k.shape == v.shape and q.shape[-1] == k.shape[-1] and q.dtype == k.dtype == v.dtype
     if not alike or q.shape[-2] % k.shape[-2]:
         given = ", ".join(f"{(*x.shape,)} {x.dtype}" for x in (q, k, v))
-        raise ValueError(f"q, k, v must share head width and dtype, and q have a multiple of their heads, not {given}")
+        raise ValueError(
+            f"q, k, v must share head width and dtype, and q have a multiple of their heads, not {given}"
+        )
 
 
 def _fits_kernels(q: Tensor) -> bool:
@@ -598,9 +643,9 @@ def _fits_kernels(q: Tensor) -> bool:
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention within each sequence of a packed row. Differentiable.
 
-    q [T, H, Dh]; k, v [T, Hkv, Dh], H a multiple of Hkv; cu_seqlens int32 [S+1], from 0 to T, no sequence empty
-    returns [T, H, Dh] in q's dtype; softmax and sums in fp32
-    raises ValueError when the shapes or dtypes do not fit
+    q [T, H, Dh]; k, v [T, Hkv, Dh], H a multiple of Hkv; cu_seqlens int32 [S+1], from 0 to T, no sequence
+    empty returns [T, H, Dh] in q's dtype; softmax and sums in fp32 raises ValueError when the shapes or
+    dtypes do not fit
     """
     _check(q, k, v)
     flash = flash_attn_varlen_func is not None and q.dtype != torch.float32
@@ -609,7 +654,12 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Ten
 
 
 def paged_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, cu_seqlens: Tensor | None = None
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last tokens of each sequence over its pages. Not differentiable.
 
@@ -646,7 +696,12 @@ def _benchmark() -> None:
         if flash_attn_varlen_func:
             ops["flash_attn"] = packed_attention_flash
     runs = {name: with_backward(op, *inputs, cu_seqlens) for name, op in ops.items()}
-    compare(f"packed attention, forward and backward, {tokens} tokens of {sequences} sequences", flop, traffic, **runs)
+    compare(
+        f"packed attention, forward and backward, {tokens} tokens of {sequences} sequences",
+        flop,
+        traffic,
+        **runs,
+    )
 
     page_size, pages = 16, -(-longest // 16)
     table = torch.randperm(sequences * pages, generator=generator).view(sequences, pages).int().to(DEVICE)

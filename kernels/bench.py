@@ -18,7 +18,9 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
 def milliseconds(*candidates: Callable[[], object], rounds: int = 10) -> list[float]:
-    """Median time of each. On a CPU the candidates take turns, so that other load on the machine falls on all alike."""
+    """Median time of each. On a CPU the candidates take turns, so that other load on the machine falls on
+    all alike.
+    """
     if DEVICE == "cuda":
         return [triton.testing.do_bench(candidate, return_mode="median") for candidate in candidates]
     times: list[list[float]] = [[] for _ in candidates]
@@ -54,7 +56,9 @@ def compare(title: str, flop: float, traffic: float, **candidates: Callable[[], 
         try:
             candidate()
             runnable[name] = candidate
-        except Exception as error:  # no C++ compiler for torch.compile, too little memory for a naive candidate
+        except (
+            Exception
+        ) as error:  # no C++ compiler for torch.compile, too little memory for a naive candidate
             print(f"  {name:<24} not run: {type(error).__name__}")
     times = milliseconds(*runnable.values())
     for name, t in zip(runnable, times):

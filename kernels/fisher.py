@@ -1,7 +1,7 @@
 """Statistics of every episode's gradient, from one backward, without ever holding those gradients.
 
-A position-wise linear layer y = W x sees token t as the pair x_t (its input) and g_t (gradient of that token's
-log-prob at y). The gradient of episode k at W and the quantities asked of it are
+A position-wise linear layer y = W x sees token t as the pair x_t (its input) and g_t (gradient of that
+token's log-prob at y). The gradient of episode k at W and the quantities asked of it are
 
     G_k = Σ_{t∈k} g_t x_tᵀ                                [D2, D1]
     quadratic_k = Σ_ij w_ij (G_k)_ij^p                    p = 2: diagonal-Fisher form; p = 1: directional derivative
@@ -10,15 +10,16 @@ log-prob at y). The gradient of episode k at W and the quantities asked of it ar
 
 Letters: T tokens, K episodes, n tokens of one episode, D1 input width, D2 output width, w weight.
 
-Costs. The naive loop writes G_k, squares, weighs and sums it: 2 T D1 D2 FLOP and about 28 K D1 D2 bytes of pointwise
-traffic, so the shorter the episodes the worse. `episode_quadratic` does the same FLOP with one read of w and no other
-traffic of that size: a program owns one tile of w and keeps it while all episodes stream through, and G_k never leaves
-the registers. `ghost_norm` needs n² (D1 + D2) FLOP per episode: fewer while n < 2 D1 D2 / (D1 + D2).
+Costs. The naive loop writes G_k, squares, weighs and sums it: 2 T D1 D2 FLOP and about 28 K D1 D2 bytes of
+pointwise traffic, so the shorter the episodes the worse. `episode_quadratic` does the same FLOP with one read
+of w and no other traffic of that size: a program owns one tile of w and keeps it while all episodes stream
+through, and G_k never leaves the registers. `ghost_norm` needs n² (D1 + D2) FLOP per episode: fewer while n <
+2 D1 D2 / (D1 + D2).
 
-Results repeat to the last bit, and no episode's value depends on where it stands in the row: every tile of every
-episode has a slot of its own, slots are summed in fp64, there are no atomics. Episodes are contiguous and cover the
-tokens from cu_episodes[0] to cu_episodes[K]; other tokens count for nothing; an empty episode gives exactly 0. Nothing
-here is differentiable.
+Results repeat to the last bit, and no episode's value depends on where it stands in the row: every tile of
+every episode has a slot of its own, slots are summed in fp64, there are no atomics. Episodes are contiguous
+and cover the tokens from cu_episodes[0] to cu_episodes[K]; other tokens count for nothing; an empty episode
+gives exactly 0. Nothing here is differentiable.
 
     python -m kernels.fisher        the benchmark
 """
@@ -36,7 +37,9 @@ from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-CHUNK = 1 << 18  # elements of padded factors or of gradients that the torch path holds at once: 1 MB stays in a cache
+CHUNK = (
+    1 << 18
+)  # elements of padded factors or of gradients that the torch path holds at once: 1 MB stays in a cache
 
 
 def episode_quadratic_ref(
@@ -99,8 +102,12 @@ def _quadratic_kernel(
         gradient = tl.zeros((BLOCK_D2, BLOCK_D1), dtype=tl.float32)
         for chunk in range(start, end, BLOCK_T):
             t = chunk + tl.arange(0, BLOCK_T)  # in 64 bits: T D2 may exceed 32
-            g = tl.load(g_ptr + t[:, None] * D2 + i[None, :], mask=(t < end)[:, None] & (i < D2)[None, :], other=0.0)
-            x = tl.load(x_ptr + t[:, None] * D1 + j[None, :], mask=(t < end)[:, None] & (j < D1)[None, :], other=0.0)
+            g = tl.load(
+                g_ptr + t[:, None] * D2 + i[None, :], mask=(t < end)[:, None] & (i < D2)[None, :], other=0.0
+            )
+            x = tl.load(
+                x_ptr + t[:, None] * D1 + j[None, :], mask=(t < end)[:, None] & (j < D1)[None, :], other=0.0
+            )
             if UPCAST:
                 g = g.to(tl.float32)
                 x = x.to(tl.float32)
@@ -152,12 +159,15 @@ def _ghost_kernel(
             g_dots = _dots(g_ptr, t, s, end, D2, BLOCK_T, BLOCK_D, UPCAST)
             x_dots = _dots(x_ptr, t, s, end, D1, BLOCK_T, BLOCK_D, UPCAST)
             pairs = tl.sum(g_dots * x_dots)
-            total += tl.where(column < row, 2.0 * pairs, pairs)  # a tile below the diagonal stands for its mirror too
+            total += tl.where(
+                column < row, 2.0 * pairs, pairs
+            )  # a tile below the diagonal stands for its mirror too
     tl.store(partial_ptr + k * tl.num_programs(1).to(tl.int64) + row, total)
 
 
-# Fixed tiles: tuning at run time would change the rounding from run to run. In 16 bits | in fp32, whose exact products have
-# no tensor cores and must keep their sums in fewer registers | in the interpreter, where small tests should meet borders.
+# Fixed tiles: tuning at run time would change the rounding from run to run. In 16 bits | in fp32, whose exact
+# products have no tensor cores and must keep their sums in fewer registers | in the interpreter, where small
+# tests should meet borders.
 QUADRATIC_TILES = {
     2: dict(BLOCK_D2=128, BLOCK_D1=128, BLOCK_T=64, num_warps=8, num_stages=3),
     4: dict(BLOCK_D2=64, BLOCK_D1=64, BLOCK_T=32, num_warps=4, num_stages=3),
@@ -190,7 +200,9 @@ def episode_quadratic_triton(
 
 
 def ghost_norm_triton(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
-    """As `ghost_norm`, for bf16, fp16 or fp32 on a GPU (or in the interpreter). Waits for the longest length."""
+    """As `ghost_norm`, for bf16, fp16 or fp32 on a GPU (or in the interpreter). Waits for the longest
+    length.
+    """
     _check(x, g)
     x, g, K = x.contiguous(), g.contiguous(), len(cu_episodes) - 1
     tiling = GHOST_TILES[0 if INTERPRET else x.dtype.itemsize]
@@ -208,10 +220,11 @@ def _equal_lengths(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches (k [B], x [B, n, D1], g [B, n, D2]) of episodes whose lengths round up to the same multiple of 16.
 
-    A length is rounded by itself, never to its neighbours', and 16 rows give every episode's factors the same alignment
-    in memory: so the arithmetic of an episode is the same in any company. A batch's factors, and `elements(n)` numbers
-    for each of its episodes, fit CHUNK (or the batch is a single episode). The next batch is written over this one: on a
-    CPU the page faults of fresh memory would cost as much as the arithmetic.
+    A length is rounded by itself, never to its neighbours', and 16 rows give every episode's factors the same
+    alignment in memory: so the arithmetic of an episode is the same in any company. A batch's factors, and
+    `elements(n)` numbers for each of its episodes, fit CHUNK (or the batch is a single episode). The next
+    batch is written over this one: on a CPU the page faults of fresh memory would cost as much as the
+    arithmetic.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, g = x.to(dtype), g.to(dtype)
@@ -226,15 +239,21 @@ def _equal_lengths(
         for k in (rounded == n).nonzero()[:, 0].split(max(batch, 1)):
             rows = (start[k, None] + offset).clamp_(max=len(x) - 1).flatten()
             padding = (offset >= length[k, None])[..., None]
-            x_k = torch.index_select(x, 0, rows, out=x_room.resize_(len(rows), x.shape[1])).view(len(k), n, -1)
-            g_k = torch.index_select(g, 0, rows, out=g_room.resize_(len(rows), g.shape[1])).view(len(k), n, -1)
+            x_k = torch.index_select(x, 0, rows, out=x_room.resize_(len(rows), x.shape[1])).view(
+                len(k), n, -1
+            )
+            g_k = torch.index_select(g, 0, rows, out=g_room.resize_(len(rows), g.shape[1])).view(
+                len(k), n, -1
+            )
             yield k, x_k.masked_fill_(padding, 0.0), g_k.masked_fill_(padding, 0.0)
 
 
 def episode_quadratic_torch(
     x: Tensor, g: Tensor, cu_episodes: Tensor, weight: Tensor | None = None, power: int = 2
 ) -> Tensor:
-    """As `episode_quadratic`, in batched products of equal lengths, at most CHUNK elements of gradients at once."""
+    """As `episode_quadratic`, in batched products of equal lengths, at most CHUNK elements of gradients at
+    once.
+    """
     _check(x, g, weight, power)
     values = torch.zeros(len(cu_episodes) - 1, dtype=torch.float64, device=x.device)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -266,8 +285,9 @@ def episode_quadratic(
 ) -> Tensor:
     """Σ_ij w_ij (G_k)_ij^power of every episode k, with G_k = Σ_{t∈k} g_t x_tᵀ. The [K, D2, D1] gradients never exist.
 
-    x [T, D1] and g [T, D2] of one dtype, cu_episodes [K+1] integer, weight [D2, D1] (None: ones), power 1 or 2.
-    Returns [K] fp64: sums inside a tile are fp32 (fp64 for fp64 inputs). Raises ValueError when the shapes do not fit.
+    x [T, D1] and g [T, D2] of one dtype, cu_episodes [K+1] integer, weight [D2, D1] (None: ones), power 1 or
+    2. Returns [K] fp64: sums inside a tile are fp32 (fp64 for fp64 inputs). Raises ValueError when the shapes
+    do not fit.
     """
     run = episode_quadratic_triton if x.is_cuda and x.dtype != torch.float64 else episode_quadratic_torch
     return run(x, g, cu_episodes, weight, power)
@@ -277,7 +297,8 @@ def episode_quadratic(
 def ghost_norm(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
     """‖G_k‖² of every episode k, [K] fp64, from dot products of tokens: equals `episode_quadratic(x, g, cu_episodes)`.
 
-    Cheaper than that while episodes are shorter than 2 D1 D2 / (D1 + D2). Raises ValueError when the shapes do not fit.
+    Cheaper than that while episodes are shorter than 2 D1 D2 / (D1 + D2). Raises ValueError when the shapes
+    do not fit.
     """
     run = ghost_norm_triton if x.is_cuda and x.dtype != torch.float64 else ghost_norm_torch
     return run(x, g, cu_episodes)
@@ -287,7 +308,8 @@ def ghost_norm(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
 def diagonal_fisher(x: Tensor, g: Tensor) -> Tensor:
     """F_ij = mean over tokens of (g_ti x_tj)², [D2, D1] fp32 (fp64 for fp64 inputs); zeros when there are no tokens.
 
-    A Fisher diagonal only if g comes from tokens the policy itself sampled at temperature 1, unweighted by advantages.
+    A Fisher diagonal only if g comes from tokens the policy itself sampled at temperature 1, unweighted by
+    advantages.
     """
     _check(x, g)
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
@@ -316,31 +338,54 @@ def _benchmark() -> None:
         return (weight * (g.T @ x) ** 2).sum()
 
     def compiled_loop(x: Tensor, g: Tensor, cu_episodes: Tensor, weight: Tensor) -> Tensor:
-        return torch.stack([compiled_episode(x[a:b], g[a:b], weight) for a, b in pairwise(cu_episodes.tolist())])
+        return torch.stack(
+            [compiled_episode(x[a:b], g[a:b], weight) for a, b in pairwise(cu_episodes.tolist())]
+        )
 
     def vmap(x: Tensor, g: Tensor, cu_episodes: Tensor, weight: Tensor) -> Tensor:
         n = int(cu_episodes[1])  # it needs equal lengths, and holds all K gradients
-        gradients = torch.vmap(lambda x_k, g_k: g_k.T @ x_k)(x.view(-1, n, x.shape[1]), g.view(-1, n, g.shape[1]))
+        gradients = torch.vmap(lambda x_k, g_k: g_k.T @ x_k)(
+            x.view(-1, n, x.shape[1]), g.view(-1, n, g.shape[1])
+        )
         return (weight * gradients**2).sum((1, 2))
 
     gpu = DEVICE == "cuda"
-    sizes = [(4096, 256, 18944, 3584), (4096, 64, 18944, 3584), (4096, 64, 1024, 1024), (4096, 256, 152_064, 3584)]
+    sizes = [
+        (4096, 256, 18944, 3584),
+        (4096, 64, 18944, 3584),
+        (4096, 64, 1024, 1024),
+        (4096, 256, 152_064, 3584),
+    ]
     for T, n, D2, D1 in sizes if gpu else [(4096, 32, 512, 128), (4096, 12, 48, 48), (4096, 100, 64, 64)]:
         T -= T % n
         x, g = torch.randn(T, D1, device=DEVICE, dtype=DTYPE), torch.randn(T, D2, device=DEVICE, dtype=DTYPE)
         weight, cu_episodes = torch.rand(D2, D1, device=DEVICE), torch.arange(0, T + 1, n, device=DEVICE)
-        ops = dict(eager_loop=episode_quadratic_ref, compiled_loop=compiled_loop, vmap=vmap, ours=episode_quadratic)
+        ops = dict(
+            eager_loop=episode_quadratic_ref, compiled_loop=compiled_loop, vmap=vmap, ours=episode_quadratic
+        )
         runs = {name: lambda op=op: op(x, g, cu_episodes, weight) for name, op in ops.items()}  # noqa: B023
         traffic = x.nbytes + g.nbytes + weight.nbytes
-        compare(f"quadratic forms, {T} tokens in episodes of {n}, {D2} × {D1}", 2 * T * D1 * D2, traffic, **runs)
+        compare(
+            f"quadratic forms, {T} tokens in episodes of {n}, {D2} × {D1}", 2 * T * D1 * D2, traffic, **runs
+        )
         if gpu:
             for name, run in runs.items():
                 held = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
                 run()
-                print(f"  {name:<24} {(torch.cuda.max_memory_allocated() - held) / 2**20:10.1f} MiB at its peak")
-        runs = dict(eager_loop=lambda: ghost_norm_ref(x, g, cu_episodes), ours=lambda: ghost_norm(x, g, cu_episodes))  # noqa: B023
-        compare(f"ghost norms, {T} tokens in episodes of {n}, {D2} × {D1}", T * n * (D1 + D2), x.nbytes + g.nbytes, **runs)
+                print(
+                    f"  {name:<24} {(torch.cuda.max_memory_allocated() - held) / 2**20:10.1f} MiB at its peak"
+                )
+        runs = dict(
+            eager_loop=lambda: ghost_norm_ref(x, g, cu_episodes),  # noqa: B023
+            ours=lambda: ghost_norm(x, g, cu_episodes),  # noqa: B023
+        )
+        compare(
+            f"ghost norms, {T} tokens in episodes of {n}, {D2} × {D1}",
+            T * n * (D1 + D2),
+            x.nbytes + g.nbytes,
+            **runs,
+        )
         runs = dict(diagonal_fisher=lambda: diagonal_fisher(x, g))  # noqa: B023
         compare(f"diagonal Fisher, {T} tokens, {D2} × {D1}", 2 * T * D1 * D2, traffic, **runs)
 

@@ -7,16 +7,17 @@
 
 Letters: T tokens, D width, V vocabulary, C tokens of one chunk.
 
-Costs. Naive: the logits and their log-softmax are kept for the backward, 2 to 4 times 4 T V bytes (T = 4096, V = 152k:
-2.5 GB each). Here: one chunk of logits at a time, in the forward and again in the backward, and one number per token
-(lse) between them. A product of 2 T D V FLOP is done once in the forward and three times in the backward (logits
-again, ∂h, ∂W): 4 against the naive 3. Each chunk reads W and adds to ∂W, about 12 D V bytes, which on an H200 (790
-TFLOP/s over 4.3 TB/s) take as long as its arithmetic at C = 370; C = 2048 keeps them under a fifth. At C = 64, W would
-be all that is ever read. On a CPU, logits that outgrow the cache cost page faults: there C V is held to CPU_LOGITS,
-but C to no less than CPU_CHUNK.
+Costs. Naive: the logits and their log-softmax are kept for the backward, 2 to 4 times 4 T V bytes (T = 4096,
+V = 152k: 2.5 GB each). Here: one chunk of logits at a time, in the forward and again in the backward, and one
+number per token (lse) between them. A product of 2 T D V FLOP is done once in the forward and three times in
+the backward (logits again, ∂h, ∂W): 4 against the naive 3. Each chunk reads W and adds to ∂W, about 12 D V
+bytes, which on an H200 (790 TFLOP/s over 4.3 TB/s) take as long as its arithmetic at C = 370; C = 2048 keeps
+them under a fifth. At C = 64, W would be all that is ever read. On a CPU, logits that outgrow the cache cost
+page faults: there C V is held to CPU_LOGITS, but C to no less than CPU_CHUNK.
 
-The products are cuBLAS's; what is fused is the row: a Triton program reads a row of logits once and has lse, logprob
-and entropy, another turns a row of logits into c (onehot - p) / temperature for the two products of the backward.
+The products are cuBLAS's; what is fused is the row: a Triton program reads a row of logits once and has lse,
+logprob and entropy, another turns a row of logits into c (onehot - p) / temperature for the two products of
+the backward.
 
     python -m kernels.logprob       the benchmark
 """
@@ -63,7 +64,9 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 (fp64 for fp64), whatever the operands: cuBLAS keeps the accumulator, a CPU rounds first."""
+    """a @ b in fp32 (fp64 for fp64), whatever the operands: cuBLAS keeps the accumulator, a CPU rounds
+    first.
+    """
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return _upcast(a @ b)
@@ -82,7 +85,9 @@ def _rows_torch(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Te
 def _residual_torch(
     logits: Tensor, targets: Tensor, lse: Tensor, coef: Tensor, temperature: float, dtype: torch.dtype
 ) -> Tensor:
-    """A chunk of logits [C, V] -> coef (onehot(target) - p) / temperature in `dtype`. The logits are used up."""
+    """A chunk of logits [C, V] -> coef (onehot(target) - p) / temperature in `dtype`. The logits are used
+    up.
+    """
     coef = coef[:, None] / temperature
     p = logits.div_(temperature).sub_(lse[:, None]).exp_()
     return p.mul_(-coef).scatter_add_(-1, targets[:, None], coef).to(dtype)
@@ -107,7 +112,10 @@ def _rows_kernel(
     mass = 0.0
     moment = 0.0
     for start in range(0, V, BLOCK):
-        z = tl.load(logits_ptr + start + offset, mask=start + offset < V, other=float("-inf")).to(tl.float32) * scale
+        z = (
+            tl.load(logits_ptr + start + offset, mask=start + offset < V, other=float("-inf")).to(tl.float32)
+            * scale
+        )
         new = tl.maximum(top, tl.max(z, 0))
         rescale = tl.exp(top - new)
         e = tl.exp(z - new)
@@ -167,7 +175,13 @@ def _residual_triton(
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, rows: Callable, residual: Callable
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        rows: Callable,
+        residual: Callable,
     ):
         chunks = []
         for chunk in _chunks(hidden, weight):
@@ -193,12 +207,21 @@ class _LinearLogprob(torch.autograd.Function):
                 grad_hidden[chunk] = residual @ weight
             if grad_weight is not None:
                 grad_weight += _matmul(residual.T, hidden[chunk])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 @torch.no_grad()
 def _linear_score(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Callable, residual: Callable):
-    logprob = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    logprob = torch.empty(
+        len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+    )
     score = torch.empty(hidden.shape, dtype=logprob.dtype, device=hidden.device)
     for chunk in _chunks(hidden, weight):
         logits = _matmul(hidden[chunk], weight.T)
@@ -260,13 +283,17 @@ def _benchmark() -> None:
     from kernels.bench import DEVICE, DTYPE, compare, with_backward
 
     gpu = DEVICE == "cuda"
-    for tokens, width, vocab in ((4096, 3584, 152_064), (8192, 896, 151_936)) if gpu else ((1024, 128, 4096),):
+    for tokens, width, vocab in (
+        ((4096, 3584, 152_064), (8192, 896, 151_936)) if gpu else ((1024, 128, 4096),)
+    ):
         shape = dict(dtype=DTYPE, device=DEVICE, requires_grad=True)
         hidden, weight = torch.randn(tokens, width, **shape), torch.randn(vocab, width, **shape)
         targets = torch.randint(vocab, (tokens,), device=DEVICE)
         sizes = f"{tokens} tokens, width {width}, vocabulary {vocab}"
         product, traffic = 2 * tokens * width * vocab, weight.nbytes + 2 * hidden.nbytes
-        ops = dict(ref=linear_logprob_ref, compiled_ref=torch.compile(linear_logprob_ref), torch=linear_logprob_torch)
+        ops = dict(
+            ref=linear_logprob_ref, compiled_ref=torch.compile(linear_logprob_ref), torch=linear_logprob_torch
+        )
         scores = dict(ref=linear_score_ref, torch=linear_score_torch)
         if gpu:
             ops["triton"], scores["triton"] = linear_logprob_triton, linear_score_triton

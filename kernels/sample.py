@@ -3,21 +3,22 @@
     z = logits / temperature        lse = log Σ_v exp z_v        logprob = z_token - lse
     token = the first v with  Σ_{i<=v} exp z_i > u Σ_i exp z_i         u in (0, 1), one number per row
 
-A row's u is a counter hash of its 64-bit key, and nothing else is random: the same key and the same logits give the
-same token in any batch, on any rank, on any device (up to floating-point ties). `hash_key` makes keys from the address
-of a draw: hash_key(seed, step, problem, sample, position). temperature = 0 takes the largest logit (the first, if
-several are equal) and reports its log-prob at temperature 1.
+A row's u is a counter hash of its 64-bit key, and nothing else is random: the same key and the same logits
+give the same token in any batch, on any rank, on any device (up to floating-point ties). `hash_key` makes
+keys from the address of a draw: hash_key(seed, step, problem, sample, position). temperature = 0 takes the
+largest logit (the first, if several are equal) and reports its log-prob at temperature 1.
 
 Letters: B rows, V vocabulary.
 
-Costs, per row of V bf16 logits. Eager: an fp32 copy, softmax, log-softmax and cumulative sum, some 10 passes of 4 V
-bytes. Fused: 2 V bytes, read once. The pass keeps the maximum and the mass of each block of the vocabulary; the block
-in which the cumulative mass crosses u is then read again, and only that block is scanned. At B = 256, V = 152,064 that
-is 78 MB, 18 µs at 4.3 TB/s. On a CPU the same two levels replace a serial scan over V by one over V / 64 blocks.
+Costs, per row of V bf16 logits. Eager: an fp32 copy, softmax, log-softmax and cumulative sum, some 10 passes
+of 4 V bytes. Fused: 2 V bytes, read once. The pass keeps the maximum and the mass of each block of the
+vocabulary; the block in which the cumulative mass crosses u is then read again, and only that block is
+scanned. At B = 256, V = 152,064 that is 78 MB, 18 µs at 4.3 TB/s. On a CPU the same two levels replace a
+serial scan over V by one over V / 64 blocks.
 
-Inverse CDF rather than Gumbel-argmax: one hash per row instead of one per logit, which a CPU feels (measured: 25
-times the time, with torch's own exponentials). Masses are summed in fp64, so tokens of probability below 1e-7, which
-fp32 sums absorb, keep their share.
+Inverse CDF rather than Gumbel-argmax: one hash per row instead of one per logit, which a CPU feels (measured:
+25 times the time, with torch's own exponentials). Masses are summed in fp64, so tokens of probability below
+1e-7, which fp32 sums absorb, keep their share.
 
     python -m kernels.sample        the benchmark
 """
@@ -30,7 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# splitmix64 (Steele, Lea and Flood 2014): a counter, then a mix in which every input bit reaches every output bit
+# splitmix64 (Steele, Lea and Flood 2014): a counter, then a mix in which every input bit reaches every output
+# bit
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit numbers, whose sums and products wrap in torch
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX_2 = 0x94D049BB133111EB - 2**64
@@ -39,11 +41,13 @@ MIX_2 = 0x94D049BB133111EB - 2**64
 def hash_key(*words: int | Tensor) -> Tensor:
     """A 64-bit key from the words of an address, in order: int64, of the words' common shape.
 
-    Words are ints or int64 tensors: hash_key(seed, step, problem, torch.arange(8)) is eight keys. A key is a word
-    too: a row's key is made once, and hash_key(key, position) at each step.
+    Words are ints or int64 tensors: hash_key(seed, step, problem, torch.arange(8)) is eight keys. A key is a
+    word too: a row's key is made once, and hash_key(key, position) at each step.
     """
     device = next((word.device for word in words if isinstance(word, Tensor)), "cpu")
-    key = torch.zeros((), dtype=torch.int64, device=device)  # a copy from the host would wait for the device, at every step
+    key = torch.zeros(
+        (), dtype=torch.int64, device=device
+    )  # a copy from the host would wait for the device, at every step
     for word in words:
         key = _mix((key ^ word) + GOLDEN)
     return key
@@ -74,8 +78,12 @@ def sample_token_ref(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> 
     return token, logprob.float(), z.logsumexp(-1).float()
 
 
-def sample_token_torch(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """`sample_token` in PyTorch ops: a large vocabulary by blocks of 64 tokens first, then the tokens of one block."""
+def sample_token_torch(
+    logits: Tensor, keys: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sample_token` in PyTorch ops: a large vocabulary by blocks of 64 tokens first, then the tokens of
+    one block.
+    """
     z = logits.float()
     if temperature not in (0, 1):
         z = z / temperature
@@ -94,7 +102,9 @@ def sample_token_torch(logits: Tensor, keys: Tensor, temperature: float = 1.0) -
 
 
 def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The index [B, 1] at which the cumulative mass [B, N] passes u [B, 1] of the whole, and how far into it u lies."""
+    """The index [B, 1] at which the cumulative mass [B, N] passes u [B, 1] of the whole, and how far into
+    it u lies.
+    """
     cdf = mass.cumsum(-1, dtype=torch.float64)
     target = u * cdf[:, -1:]
     # NaN logits must come out as a NaN log-prob, not as an index error: hence the clamp
@@ -117,7 +127,9 @@ def _sample_kernel(
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: every block's maximum and mass on the way through, then the one block in which the draw falls."""
+    """One row: every block's maximum and mass on the way through, then the one block in which the draw
+    falls.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
     index = tl.arange(0, BLOCKS)
@@ -163,7 +175,9 @@ def _sample_kernel(
     tl.store(lse_ptr + row, lse)
 
 
-def sample_token_triton(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def sample_token_triton(
+    logits: Tensor, keys: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """`sample_token` in Triton: one program per row, one read of the logits and of one more block."""
     logits, keys = logits.contiguous(), keys.contiguous()
     rows, vocab = logits.shape
@@ -189,7 +203,9 @@ def sample_token(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> tupl
     raises       ValueError when keys and rows do not match
     """
     if keys.shape != logits.shape[:1]:
-        raise ValueError(f"one key per row of logits, not {(*keys.shape,)} keys for {(*logits.shape,)} logits")
+        raise ValueError(
+            f"one key per row of logits, not {(*keys.shape,)} keys for {(*logits.shape,)} logits"
+        )
     sample = sample_token_triton if logits.is_cuda and logits.dtype != torch.float64 else sample_token_torch
     return sample(logits, keys, temperature)
 
@@ -200,10 +216,14 @@ def _benchmark() -> None:
     for rows, vocab in ((256, 152_064), (64, 152_064)) if DEVICE == "cuda" else ((64, 4096), (64, 32)):
         logits = torch.randn(rows, vocab, dtype=DTYPE, device=DEVICE)
         keys = hash_key(torch.arange(rows, device=DEVICE))
-        ops = dict(ref=sample_token_ref, compiled_ref=torch.compile(sample_token_ref), torch=sample_token_torch)
+        ops = dict(
+            ref=sample_token_ref, compiled_ref=torch.compile(sample_token_ref), torch=sample_token_torch
+        )
         if DEVICE == "cuda":
             ops["triton"] = sample_token_triton
-        runs = {name: lambda op=op, logits=logits, keys=keys: op(logits, keys, 0.8) for name, op in ops.items()}
+        runs = {
+            name: lambda op=op, logits=logits, keys=keys: op(logits, keys, 0.8) for name, op in ops.items()
+        }
         compare(f"draw from {rows} x {vocab} logits", 4 * logits.numel(), logits.nbytes, **runs)
 
 

@@ -1,4 +1,6 @@
-"""Run under torchrun by test_l2t_preset.py: each rank pays its share of the problems; rank 0 writes what all of them paid."""
+"""Run under torchrun by test_l2t_preset.py: each rank pays its share of the problems; rank 0 writes what
+all of them paid.
+"""
 
 import sys
 
@@ -16,8 +18,12 @@ SMALL = ["l2t", "--group_size", "4", "--problems_per_step", "2", "--max_tokens",
 
 def main(out: str) -> None:
     world = start("cpu")
-    trajectories = L2T(parse(SMALL), world).rollout([PROBLEMS[i] for i in world.share(len(PROBLEMS))], 0, Tally())
-    paid = {name: sum(gather([t.extra[name] for t in trajectories]), []) for name in ("compression", "penalty")}
+    trajectories = L2T(parse(SMALL), world).rollout(
+        [PROBLEMS[i] for i in world.share(len(PROBLEMS))], 0, Tally()
+    )
+    paid = {
+        name: sum(gather([t.extra[name] for t in trajectories]), []) for name in ("compression", "penalty")
+    }
     if world.main:
         torch.save(paid, out)
     stop()

@@ -1,4 +1,6 @@
-"""Run under torchrun by test_distributed.py: replay recorded trajectories through train.update and write what came out."""
+"""Run under torchrun by test_distributed.py: replay recorded trajectories through train.update and write
+what came out.
+"""
 
 import itertools
 import sys
@@ -14,11 +16,29 @@ from thinkrl.metrics import Tally
 from thinkrl.model import ModelConfig, Transformer
 from thinkrl.types import Sample, pack
 
-MODEL = ModelConfig("Qwen2ForCausalLM", vocab_size=23, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_width=24,
-                    max_positions=128)
-# (prompt length, completion length, advantage): unequal lengths; the third and fourth are a group without spread; the last
-# four have nothing sampled, so that the second of two ranks is all masked.
-UNEVEN = [(3, 9, 0.7), (3, 2, -0.7), (5, 4, 0.0), (5, 7, 0.0), (2, 30, 1.2), (2, 1, -0.4), (4, 5, 0.5), (4, 6, -0.9)]
+MODEL = ModelConfig(
+    "Qwen2ForCausalLM",
+    vocab_size=23,
+    width=16,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    mlp_width=24,
+    max_positions=128,
+)
+# (prompt length, completion length, advantage): unequal lengths; the third and fourth are a group without
+# spread; the last four have nothing sampled, so that the second of two ranks is all masked.
+UNEVEN = [
+    (3, 9, 0.7),
+    (3, 2, -0.7),
+    (5, 4, 0.0),
+    (5, 7, 0.0),
+    (2, 30, 1.2),
+    (2, 1, -0.4),
+    (4, 5, 0.5),
+    (4, 6, -0.9),
+]
 HALF_MASKED = UNEVEN[:4] + [(n, 0, 0.0) for n in (4, 7, 2, 9)]
 
 
@@ -28,12 +48,33 @@ def recorded(shapes: list[tuple[int, int, float]]) -> list[Sample]:
     def ids(n: int) -> list[int]:
         return torch.randint(0, MODEL.vocab_size, (n,), generator=g).tolist()
 
-    return [Sample(ids(p), ids(c), torch.full((c,), a), -torch.rand(c, generator=g), f"{i}") for i, (p, c, a) in enumerate(shapes)]
+    return [
+        Sample(ids(p), ids(c), torch.full((c,), a), -torch.rand(c, generator=g), f"{i}")
+        for i, (p, c, a) in enumerate(shapes)
+    ]
 
 
 def replay(world, shapes, budget: int, aggregate: str, level: str, cap: float, updates: int) -> dict:
-    options = ["--aggregate", aggregate, "--level", level, "--importance_cap", str(cap), "--updates_per_rollout", str(updates),
-               "--kl_coef", "0.1", "--problems_per_step", "4", "--group_size", "2", "--max_tokens", "30", "--lr", "0.01"]
+    options = [
+        "--aggregate",
+        aggregate,
+        "--level",
+        level,
+        "--importance_cap",
+        str(cap),
+        "--updates_per_rollout",
+        str(updates),
+        "--kl_coef",
+        "0.1",
+        "--problems_per_step",
+        "4",
+        "--group_size",
+        "2",
+        "--max_tokens",
+        "30",
+        "--lr",
+        "0.01",
+    ]
     config = parse(["grpo", *options])
     policy = shard(Transformer.random(MODEL, seed=1), world, torch.float32)
     reference = shard(Transformer.random(MODEL, seed=2), world, torch.float32).requires_grad_(False)
@@ -42,7 +83,9 @@ def replay(world, shapes, budget: int, aggregate: str, level: str, cap: float, u
     mine = [samples[i] for i in world.share(len(samples))]
     tally = Tally()
     packs = train.level(pack(mine, budget), world)
-    loss, grad_norm = train.update(Learner(policy, None, optimizer, None, reference), packs, config.lr, config, world, tally)
+    loss, grad_norm = train.update(
+        Learner(policy, None, optimizer, None, reference), packs, config.lr, config, world, tally
+    )
     _, means = tally.reduce()
     weights = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {"loss": loss, "grad_norm": grad_norm, "means": means, "weights": weights, "packs": len(packs)}
@@ -53,9 +96,13 @@ def main(out: str) -> None:
     results = {}
     for name, shapes in (("uneven", UNEVEN), ("half_masked", HALF_MASKED)):
         for aggregate, budget in itertools.product(("token", "sequence", "constant"), (1, 24, 1000)):
-            results[name, aggregate, "token", budget] = replay(world, shapes, budget, aggregate, "token", 0.0, 1)
+            results[name, aggregate, "token", budget] = replay(
+                world, shapes, budget, aggregate, "token", 0.0, 1
+            )
     for budget in (1, 1000):
-        results["uneven", "token", "sequence", budget] = replay(world, UNEVEN, budget, "token", "sequence", 2.0, 2)
+        results["uneven", "token", "sequence", budget] = replay(
+            world, UNEVEN, budget, "token", "sequence", 2.0, 2
+        )
     if world.main:
         torch.save(results, out)
     stop()

@@ -1,4 +1,6 @@
-"""The built-in task: what the teacher claims is true, the held-out set stays out, and the shipped folder is what make writes."""
+"""The built-in task: what the teacher claims is true, the held-out set stays out, and the shipped folder
+is what make writes.
+"""
 
 import json
 import random
@@ -19,7 +21,15 @@ TINY = Path(make.__file__).parent
 STEP = re.compile(r"(\d+)([+*])(\d+)=(\d+)")
 PERFECT = arith.Teacher(misjudge=(0, 0, 0), slip=0)
 STRAIGHT = arith.Teacher(
-    decompose=(1, 1), misjudge=(0, 0, 0), slip=0, empty=0, opening=0, idle_middle=0, idle_last=0, again_steps=0, force=0
+    decompose=(1, 1),
+    misjudge=(0, 0, 0),
+    slip=0,
+    empty=0,
+    opening=0,
+    idle_middle=0,
+    idle_last=0,
+    again_steps=0,
+    force=0,
 )
 
 
@@ -37,7 +47,11 @@ def test_a_straight_chain_reads_as_the_docstring_says():
         "<think><episode_1>300*6=1800</episode_1><episode_2>70*6=420</episode_2><episode_3>1800+420=2220</episode_3>"
         "<episode_4>4*6=24</episode_4><episode_5>2220+24=2244</episode_5></think><answer>2244</answer>"
     )
-    assert arith.episodes(product(304, 6), random.Random(0), STRAIGHT)[0] == ["300*6=1800", "4*6=24", "1800+24=1824"]
+    assert arith.episodes(product(304, 6), random.Random(0), STRAIGHT)[0] == [
+        "300*6=1800",
+        "4*6=24",
+        "1800+24=1824",
+    ]
     assert arith.episodes(product(7, 8), random.Random(0), STRAIGHT) == (["7*8=56"], "56")
 
 
@@ -66,8 +80,12 @@ def test_checks_are_right_even_where_steps_are_wrong(a, b, seed):
 def test_the_teacher_errs_as_often_as_it_is_told_to():
     hard = [p for p in (arith.training_problem(0, i) for i in range(3000)) if p.level == "3 digits"]
     glance = arith.Teacher(decompose=(0, 0), empty=0, again_glance=0)
-    right = sum(arith.episodes(p, random.Random(i), glance)[1] == p.answer for i, p in enumerate(hard)) / len(hard)
-    assert abs(right - 0.55) < 0.05  # misjudge is 0.45 at three digits; five standard errors of 1800 draws are 0.06
+    right = sum(arith.episodes(p, random.Random(i), glance)[1] == p.answer for i, p in enumerate(hard)) / len(
+        hard
+    )
+    assert (
+        abs(right - 0.55) < 0.05
+    )  # misjudge is 0.45 at three digits; five standard errors of 1800 draws are 0.06
 
 
 def test_training_never_meets_a_held_out_product():
@@ -153,4 +171,6 @@ def test_transformers_loads_the_shipped_folder_and_it_thinks():
     assert ids.tolist() == [[make.VOCABULARY.index(c) for c in "7*8?"]]
     out = model.generate(ids, do_sample=False, max_new_tokens=100)
     text = tokenizer.decode(out[0], skip_special_tokens=False)
-    assert re.fullmatch(r"7\*8\?<think>(<episode_\d+>[^<]+</episode_\d+>)*</think><answer>56</answer><\|eos\|>", text), text
+    assert re.fullmatch(
+        r"7\*8\?<think>(<episode_\d+>[^<]+</episode_\d+>)*</think><answer>56</answer><\|eos\|>", text
+    ), text

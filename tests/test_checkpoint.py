@@ -1,4 +1,6 @@
-"""Folders that transformers wrote, folders that transformers must read, and runs that must not notice an interruption."""
+"""Folders that transformers wrote, folders that transformers must read, and runs that must not notice an
+interruption.
+"""
 
 import json
 import subprocess
@@ -77,7 +79,9 @@ def test_shards_are_read_and_written(tmp_path):
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
     for file in files:
         tensors = load_file(file).values()
-        assert len(tensors) <= 3 or sum(tensor.nbytes for tensor in tensors) <= 10_000  # q, k and v stay together
+        assert (
+            len(tensors) <= 3 or sum(tensor.nbytes for tensor in tensors) <= 10_000
+        )  # q, k and v stay together
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in back.state_dict().items())
     assert torch.equal(load_model(tmp_path / "ours").head_weight, model.head_weight)
@@ -100,7 +104,10 @@ def test_a_sharded_policy_is_written_whole(group, tmp_path):
     for block in model.blocks:
         fully_shard(block)
     save_hf(fully_shard(model), None, tmp_path / "ours")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_model(tmp_path / "ours").state_dict().items())
+    assert all(
+        torch.equal(tensor, expected[name])
+        for name, tensor in load_model(tmp_path / "ours").state_dict().items()
+    )
 
 
 def test_a_tied_head_stored_twice_is_read_once(tmp_path):
@@ -135,12 +142,24 @@ def truncate(path) -> None:
 
 DAMAGE = {
     "no config": (lambda path: (path / "config.json").unlink(), "config.json: file not found"),
-    "half a config": (lambda path: (path / "config.json").write_text('{"vocab'), "config.json: not readable as JSON"),
-    "a list for a config": (lambda path: (path / "config.json").write_text("[]"), "a JSON object is expected, not a list"),
-    "no weights": (lambda path: (path / "model.safetensors").unlink(), "neither model.safetensors nor model.saf"),
+    "half a config": (
+        lambda path: (path / "config.json").write_text('{"vocab'),
+        "config.json: not readable as JSON",
+    ),
+    "a list for a config": (
+        lambda path: (path / "config.json").write_text("[]"),
+        "a JSON object is expected, not a list",
+    ),
+    "no weights": (
+        lambda path: (path / "model.safetensors").unlink(),
+        "neither model.safetensors nor model.saf",
+    ),
     "half the weights": (truncate, "model.safetensors: damaged"),
     "not weights": (lambda path: (path / "model.safetensors").write_bytes(b""), "model.safetensors: damaged"),
-    ".bin weights": (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), "convert them to safete"),
+    ".bin weights": (
+        lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
+        "convert them to safete",
+    ),
     "a shard is missing": (drop_a_shard, "model-00001-of-00001.safetensors: file not found"),
     "a shard lacks a tensor": (
         shard_without_its_tensor,
@@ -159,11 +178,15 @@ DAMAGE = {
         r"model.safetensors: tensor model.norm.weight has shape \[23\], config.json asks for \[24\]",
     ),
     "a tensor too many": (
-        lambda path: edit(path, lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.ones(1)})),
+        lambda path: edit(
+            path, lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.ones(1)})
+        ),
         "tensor model.layers.2.mlp.up_proj.weight is unknown to Qwen2ForCausalLM",
     ),
     "quantised weights": (
-        lambda path: edit(path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(24, dtype=torch.int8)})),
+        lambda path: edit(
+            path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(24, dtype=torch.int8)})
+        ),
         "tensor model.norm.weight is I8; quantised weights are not supported",
     ),
 }
@@ -186,7 +209,12 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 def test_loading_never_holds_the_checkpoint_twice(tmp_path):
     write_folder(tmp_path / "warm-up")
-    raw = {"architectures": ["LlamaForCausalLM"], "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2048}
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 4096,
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+    }
     raw |= {"num_hidden_layers": 2, "num_attention_heads": 8, "max_position_embeddings": 64}
     model = Transformer.random(ModelConfig.from_hf(raw))
     save_hf(model, None, tmp_path / "large")
@@ -235,14 +263,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(group, tmp_path)
 
     model, optimizer = learner(tmp_path)
     train(model, optimizer, range(2))
-    extra = {"cursor": {"epoch": 1, "order": [3, 1]}, "fisher": torch.arange(3.0), "rng": torch.get_rng_state(), "name": "l2t"}
+    extra = {
+        "cursor": {"epoch": 1, "order": [3, 1]},
+        "fisher": torch.arange(3.0),
+        "rng": torch.get_rng_state(),
+        "name": "l2t",
+    }
     save_step(tmp_path, 2, {"policy": model}, {"policy": optimizer}, extra)
     assert latest_step(tmp_path) is None, "nobody has said that it is complete"
     point_latest(tmp_path, 2)
     assert latest_step(tmp_path) == 2
 
     model, optimizer = learner(tmp_path)
-    train(model, optimizer, range(7, 8))  # a restore must overwrite everything, not only what is still at its start
+    train(
+        model, optimizer, range(7, 8)
+    )  # a restore must overwrite everything, not only what is still at its start
     optimizer.param_groups[0]["lr"] = 1.0
     restored = load_step(tmp_path / "checkpoints" / "step_2", {"policy": model}, {"policy": optimizer})
     assert restored["cursor"] == extra["cursor"] and restored["name"] == "l2t"
@@ -258,7 +293,9 @@ def test_two_policies_share_one_checkpoint(group, tmp_path):
     train(long, long_optimizer, range(1))
     modules, optimizers = {"long": long, "short": short}, {"long": long_optimizer, "short": short_optimizer}
     save_step(tmp_path, 1, modules, optimizers, {})
-    assert long_optimizer.state and not short_optimizer.state, "saving takes no step, not even one of zero length"
+    assert long_optimizer.state and not short_optimizer.state, (
+        "saving takes no step, not even one of zero length"
+    )
     kept = [parameter.full_tensor().clone() for module in (long, short) for parameter in module.parameters()]
     train(long, long_optimizer, range(2, 3))
     train(short, short_optimizer, range(2, 3))
@@ -291,7 +328,9 @@ def test_old_checkpoints_go_and_half_written_ones_do_not_count(group, tmp_path):
     save_step(tmp_path, 11, {"policy": model}, {"policy": optimizer}, {"again": True})
     point_latest(tmp_path, 11)
     assert latest_step(tmp_path) == 11
-    assert load_step(tmp_path / "checkpoints" / "step_11", {"policy": model}, {"policy": optimizer}) == {"again": True}
+    assert load_step(tmp_path / "checkpoints" / "step_11", {"policy": model}, {"policy": optimizer}) == {
+        "again": True
+    }
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["step_10", "step_11"]
 
 

@@ -44,14 +44,22 @@ def run(world: World, *argv: str) -> None:
 
 def lines(folder: Path) -> list[str]:
     parts = sorted((folder / "parts").glob("rank_*.jsonl"))
-    return [line for part in parts for line in part.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        line for part in parts for line in part.read_text().splitlines(keepends=True) if line.endswith("\n")
+    ]
 
 
 def test_kill_and_resume_neither_repeats_nor_loses_an_item(tmp_path, world):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(world, *options(whole))
-    process = subprocess.Popen([sys.executable, "chunk.py", *options(cut)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "chunk.py", *options(cut)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     deadline = time.time() + 120
     while not (cut / "parts").exists() or not lines(cut):
         assert process.poll() is None and time.time() < deadline
@@ -77,7 +85,9 @@ def test_kill_and_resume_neither_repeats_nor_loses_an_item(tmp_path, world):
 def test_outputs(tmp_path, world):
     run(world, *options(tmp_path, "--plot"))
     summary = json.loads((tmp_path / "summary.json").read_text())
-    annotated, long, short = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("annotated", "long", "short"))
+    annotated, long, short = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("annotated", "long", "short")
+    )
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert summary["rows"] == 6 == summary["kept"] + len(rejects) and summary["kept"] == len(annotated) > 0
     assert sum(summary["rejected"].values()) == len(rejects)
@@ -85,13 +95,17 @@ def test_outputs(tmp_path, world):
     assert len(long) + len(short) == sum(len(item["segments"]) for item in annotated)
     for item in annotated:
         n = len(item["thoughts"])
-        assert n >= 2 and all(len(item[key]) == n for key in ("lengths", "accuracies", "importance", "labels", "types"))
+        assert n >= 2 and all(
+            len(item[key]) == n for key in ("lengths", "accuracies", "importance", "labels", "types")
+        )
         assert item["segments"][-1].endswith(f"{item['answer']}</answer>")
     tokenizer = Tokenizer(TINY)
     for row in long + short:
         parts = row["conversation"]
         assert row["instruction"] == f"<|{parts['role']}|>", "the embedded model's own prompts.json"
-        assert len(example_prompt(row, "", tokenizer)) > 0 and row["input"] in user_text(parts["role"], row["input"], [])
+        assert len(example_prompt(row, "", tokenizer)) > 0 and row["input"] in user_text(
+            parts["role"], row["input"], []
+        )
     assert len(sft.load_rows(tmp_path / "long.json")) == len(long)
     assert (tmp_path / "importance.png").exists()
 
@@ -107,43 +121,90 @@ def write(path: Path, rows: list[dict], as_list: bool = False) -> str:
 def test_published_layout_with_its_blocks(tmp_path, world):
     """The blocks a row brings are used: the model, which cannot chunk, is never asked."""
     spans = {"block 1": (1, 1, "first part"), "block 2": (2, 2, "second")}
-    block = {name: {"start": start, "end": end, "block type": kind} for name, (start, end, kind) in spans.items()}
-    data = write(tmp_path / "chunked.json", [{"question": "24*3?", "answer": "72", "thought": THINKING, "block": block}], True)
-    run(world, "--data", data, "--source", "arith", "--out", str(tmp_path / "out"), "--chunker", "llm", *SMALL)
+    block = {
+        name: {"start": start, "end": end, "block type": kind} for name, (start, end, kind) in spans.items()
+    }
+    data = write(
+        tmp_path / "chunked.json",
+        [{"question": "24*3?", "answer": "72", "thought": THINKING, "block": block}],
+        True,
+    )
+    run(
+        world, "--data", data, "--source", "arith", "--out", str(tmp_path / "out"), "--chunker", "llm", *SMALL
+    )
     [item] = json.loads((tmp_path / "out" / "annotated.json").read_text())
     assert item["thoughts"] == ["20*3=60", "4*3=12\n\n60+12=72"] and item["types"] == ["first part", "second"]
     assert item["segments"] == ["<think>20*3=60</think>", "<answer>4*3=12\n\n60+12=72\n72</answer>"]
 
 
 def test_rejects_and_the_rest(tmp_path, world):
-    rows = [{"problem": "24*3?", "answer": "72", "response": THINKING},
-            {"problem": "24*3?", "answer": "72", "response": "<think>20*3=60</think><answer>72</answer>"},
-            {"problem": "24*3?", "answer": "72", "response": THINKING.replace("72", "73")},
-            {"problem": "24*3?", "answer": "72", "response": "\n\n".join(["20*3=60"] * 150)}]
+    rows = [
+        {"problem": "24*3?", "answer": "72", "response": THINKING},
+        {"problem": "24*3?", "answer": "72", "response": "<think>20*3=60</think><answer>72</answer>"},
+        {"problem": "24*3?", "answer": "72", "response": THINKING.replace("72", "73")},
+        {"problem": "24*3?", "answer": "72", "response": "\n\n".join(["20*3=60"] * 150)},
+    ]
     data = write(tmp_path / "rows.jsonl", rows)
-    run(world, "--data", data, "--source", "arith", "--out", str(tmp_path / "out"), "--chunker", "paragraphs", *SMALL)
+    run(
+        world,
+        "--data",
+        data,
+        "--source",
+        "arith",
+        "--out",
+        str(tmp_path / "out"),
+        "--chunker",
+        "paragraphs",
+        *SMALL,
+    )
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert [(r["id"], r["rejected"][:20]) for r in rejects] == [
-        (1, "a chain of one thoug"), (2, "the last short segme"), (3, "prompt and chain hav")]
+        (1, "a chain of one thoug"),
+        (2, "the last short segme"),
+        (3, "prompt and chain hav"),
+    ]
     assert rejects[0]["thought"] == rows[1]["response"]
 
 
 def test_a_chunker_that_never_parses(tmp_path, world):
     """The embedded model knows no JSON: the item is put aside, and the sentence says where."""
-    data = write(tmp_path / "rows.jsonl", [{"problem": "24*3?", "answer": "72", "response": "<think>60\n\n12</think>"}])
+    data = write(
+        tmp_path / "rows.jsonl", [{"problem": "24*3?", "answer": "72", "response": "<think>60\n\n12</think>"}]
+    )
     with pytest.raises(UserError, match="none of 1 rows can be used: .*rejects.jsonl says why"):
-        run(world, "--data", data, "--source", "arith", "--out", str(tmp_path / "out"), "--chunker", "llm",
-            "--instruct_max_tokens", "5", *SMALL)
+        run(
+            world,
+            "--data",
+            data,
+            "--source",
+            "arith",
+            "--out",
+            str(tmp_path / "out"),
+            "--chunker",
+            "llm",
+            "--instruct_max_tokens",
+            "5",
+            *SMALL,
+        )
     [reject] = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
-    assert reject["rejected"].startswith(("the answer holds no JSON", "the request has")) and reject["question"] == "24*3?"
+    assert (
+        reject["rejected"].startswith(("the answer holds no JSON", "the request has"))
+        and reject["question"] == "24*3?"
+    )
 
 
-@pytest.mark.parametrize("row, sentence", [
-    ({"problem": "2*3?", "answer": "6"}, r"rows.jsonl:2: field 'response' \(or 'thought'\) is missing or empty"),
-    ({"problem": "2*3?", "answer": "6", "response": ""}, "field 'response'"),
-    ({"answer": "6", "response": "x"}, "field 'problem'"),
-    ({"problem": "2*3?", "response": "x"}, "field 'answer'"),
-])
+@pytest.mark.parametrize(
+    "row, sentence",
+    [
+        (
+            {"problem": "2*3?", "answer": "6"},
+            r"rows.jsonl:2: field 'response' \(or 'thought'\) is missing or empty",
+        ),
+        ({"problem": "2*3?", "answer": "6", "response": ""}, "field 'response'"),
+        ({"answer": "6", "response": "x"}, "field 'problem'"),
+        ({"problem": "2*3?", "response": "x"}, "field 'answer'"),
+    ],
+)
 def test_a_bad_row_stops_before_anything_is_written(tmp_path, world, row, sentence):
     data = write(tmp_path / "rows.jsonl", [{"problem": "24*3?", "answer": "72", "response": THINKING}, row])
     with pytest.raises(UserError, match=sentence):
@@ -153,8 +214,17 @@ def test_a_bad_row_stops_before_anything_is_written(tmp_path, world, row, senten
 
 def test_other_options_or_data_do_not_mix(tmp_path, world):
     rows = [{"problem": "24*3?", "answer": "72", "response": THINKING}]
-    arguments = ["--data", write(tmp_path / "rows.jsonl", rows), "--source", "arith", "--chunker", "paragraphs", "--out",
-                 str(tmp_path / "out"), *SMALL]
+    arguments = [
+        "--data",
+        write(tmp_path / "rows.jsonl", rows),
+        "--source",
+        "arith",
+        "--chunker",
+        "paragraphs",
+        "--out",
+        str(tmp_path / "out"),
+        *SMALL,
+    ]
     run(world, *arguments)
     with pytest.raises(UserError, match="was begun with temperature 0.7, now 0.5: give the same"):
         run(world, *arguments, "--temperature", "0.5")
@@ -164,14 +234,27 @@ def test_other_options_or_data_do_not_mix(tmp_path, world):
 
 
 def test_a_mistake_does_not_bind_the_folder(tmp_path, world):
-    """What cannot be loaded is refused before an item is worked on, and leaves the folder to the corrected command."""
+    """What cannot be loaded is refused before an item is worked on, and leaves the folder to the corrected
+    command.
+    """
     out = tmp_path / "out"
-    arguments = ["--data", write(tmp_path / "rows.jsonl", [{"problem": "24*3?", "answer": "72", "response": THINKING}]),
-                 "--source", "arith", "--chunker", "paragraphs", "--out", str(out), *SMALL]
+    arguments = [
+        "--data",
+        write(tmp_path / "rows.jsonl", [{"problem": "24*3?", "answer": "72", "response": THINKING}]),
+        "--source",
+        "arith",
+        "--chunker",
+        "paragraphs",
+        "--out",
+        str(out),
+        *SMALL,
+    ]
     (tmp_path / "empty").mkdir()
-    for more, sentence in [(["--prompts", str(tmp_path / "typo.json")], "typo.json: no such file"),
-                           (["--model", str(tmp_path / "typo")], "typo: no such folder"),
-                           (["--model", str(tmp_path / "empty"), "--completer", "block"], "empty/config.json")]:
+    for more, sentence in [
+        (["--prompts", str(tmp_path / "typo.json")], "typo.json: no such file"),
+        (["--model", str(tmp_path / "typo")], "typo: no such folder"),
+        (["--model", str(tmp_path / "empty"), "--completer", "block"], "empty/config.json"),
+    ]:
         with pytest.raises(UserError, match=sentence):
             run(world, *arguments, *more)
         assert not (out / "config.json").exists() and not list(out.glob("parts/*"))
@@ -182,42 +265,84 @@ def test_a_mistake_does_not_bind_the_folder(tmp_path, world):
 def test_role_prompts_may_change_and_requests_may_not(tmp_path, world):
     block = {"block 1": {"start": 1, "end": 1}, "block 2": {"start": 2, "end": 3}}
     rows = [{"question": "24*3?", "answer": "72", "thought": THINKING, "block": block}]
-    arguments = ["--data", write(tmp_path / "chunked.json", rows, True), "--source", "arith", "--chunker", "llm",
-                 "--out", str(tmp_path / "out"), *SMALL]
+    arguments = [
+        "--data",
+        write(tmp_path / "chunked.json", rows, True),
+        "--source",
+        "arith",
+        "--chunker",
+        "llm",
+        "--out",
+        str(tmp_path / "out"),
+        *SMALL,
+    ]
     run(world, *arguments)
     before = lines(tmp_path / "out")
     (tmp_path / "own.json").write_text(json.dumps({"long": "Think!", "short": "Finish!"}))
     run(world, *arguments, "--prompts", str(tmp_path / "own.json"))
     assert json.loads((tmp_path / "out" / "long.json").read_text())[0]["instruction"] == "Think!"
     assert lines(tmp_path / "out") == before, "nothing is measured again for it"
-    (tmp_path / "own.json").write_text(json.dumps({"long": "Think!", "short": "Finish!", "chunk": "Cut {problem}: {steps}"}))
+    (tmp_path / "own.json").write_text(
+        json.dumps({"long": "Think!", "short": "Finish!", "chunk": "Cut {problem}: {steps}"})
+    )
     with pytest.raises(UserError, match="was begun with requests_crc32"):
         run(world, *arguments, "--prompts", str(tmp_path / "own.json"))
 
 
 def test_ranks_meet_after_every_batch(tmp_path):
-    """Items are dealt one by one, and a mistake of one rank stops the others at the end of their batch, not of their work."""
+    """Items are dealt one by one, and a mistake of one rank stops the others at the end of their batch,
+    not of their work.
+    """
     model = shutil.copytree(TINY, tmp_path / "model")
     settings = json.loads((model / "tokenizer_config.json").read_text())
-    template = "{% if '0*0' in messages[0]['content'] %}{{ no_such_thing.at_all }}{% endif %}" + settings["chat_template"]
+    template = (
+        "{% if '0*0' in messages[0]['content'] %}{{ no_such_thing.at_all }}{% endif %}"
+        + settings["chat_template"]
+    )
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
     questions = ["24*3?", "24*3?", "24*3?", "0*0?", "24*3?", "24*3?"]  # the fourth is the second of rank 1
-    data = write(tmp_path / "rows.jsonl", [{"problem": q, "answer": "72", "response": THINKING} for q in questions])
-    done = torchrun(2, "chunk.py", "--data", data, "--source", "arith", "--chunker", "paragraphs", "--completer", "block",
-                    "--model", str(model), "--out", str(tmp_path / "out"), *SMALL)
-    assert done.returncode and "chunk.py: " in done.stderr and "the chat template refuses this conversation" in done.stderr
-    parts = [(tmp_path / "out" / "parts" / f"rank_{rank}.jsonl").read_text().splitlines() for rank in range(2)]
+    data = write(
+        tmp_path / "rows.jsonl", [{"problem": q, "answer": "72", "response": THINKING} for q in questions]
+    )
+    done = torchrun(
+        2,
+        "chunk.py",
+        "--data",
+        data,
+        "--source",
+        "arith",
+        "--chunker",
+        "paragraphs",
+        "--completer",
+        "block",
+        "--model",
+        str(model),
+        "--out",
+        str(tmp_path / "out"),
+        *SMALL,
+    )
+    assert (
+        done.returncode
+        and "chunk.py: " in done.stderr
+        and "the chat template refuses this conversation" in done.stderr
+    )
+    parts = [
+        (tmp_path / "out" / "parts" / f"rank_{rank}.jsonl").read_text().splitlines() for rank in range(2)
+    ]
     assert [[json.loads(line)["id"] for line in part] for part in parts] == [[0, 2], [1]]
 
 
-@pytest.mark.parametrize("argv, sentence", [
-    (["--rollout", "4"], "unknown option '--rollout' \\(did you mean 'rollouts'"),
-    (["--rollouts", "0"], "--rollouts is 0"),
-    (["--limit", "-1"], "--limit is -1, it must be 0 or more"),
-    (["--temperature", "-0.5"], "--temperature is -0.5"),
-    (["--decay", "1"], "outside"),
-    (["--chunker", "paragraph"], "did you mean 'paragraphs'"),
-])
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--rollout", "4"], "unknown option '--rollout' \\(did you mean 'rollouts'"),
+        (["--rollouts", "0"], "--rollouts is 0"),
+        (["--limit", "-1"], "--limit is -1, it must be 0 or more"),
+        (["--temperature", "-0.5"], "--temperature is -0.5"),
+        (["--decay", "1"], "outside"),
+        (["--chunker", "paragraph"], "did you mean 'paragraphs'"),
+    ],
+)
 def test_options(argv, sentence):
     with pytest.raises(UserError, match=sentence):
         chunk.parse_options(argv)

@@ -24,7 +24,14 @@ def test_later_sources_win():
 
 def test_published_l2t_values_on_a_real_model():
     c = parse(["l2t", "--model", "some/folder"])
-    assert (c.alpha, c.beta, c.lr, c.schedule, c.warmup, c.weight_decay) == (0.8, 0.6, 1e-6, "cosine", 0.1, 0.01)
+    assert (c.alpha, c.beta, c.lr, c.schedule, c.warmup, c.weight_decay) == (
+        0.8,
+        0.6,
+        1e-6,
+        "cosine",
+        0.1,
+        0.01,
+    )
     assert (c.problems_per_step * c.group_size, c.max_tokens, c.keep) == (256, 16384, 0.95)
 
 
@@ -34,39 +41,42 @@ def test_spellings_of_an_option():
     assert parse(["--suffix=--x"]).suffix == "--x"
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--lrr", "1"], ["--lrr", "did you mean 'lr'"]),
-    (["grpoo"], ["grpoo", "did you mean 'grpo'"]),
-    (["--steps", "many"], ["--steps", "int", "'many'"]),
-    (["--steps"], ["--steps", "value"]),
-    (["stray", "grpo"], ["stray"]),
-    (["grpo", "stray"], ["stray"]),
-    (["--max_tokens", "0"], ["--max_tokens", "at least 1"]),
-    (["--group_size", "1"], ["--group_size", "--advantage_std none"]),
-    (["--top_p", "0.9"], ["--top_p", "temperature"]),
-    (["--temperature", "0"], ["--temperature"]),
-    (["l2t", "--gain", "forcd"], ["--gain", "did you mean 'forced'"]),
-    (["l2t", "--compression", "diagonal"], ["--compression", "did you mean 'diag'"]),
-    (["l2t", "--proxy", "svdd"], ["--proxy", "did you mean 'svd'"]),
-    (["l2t", "--rank_share", "1.5"], ["--rank_share", "(0, 1]"]),
-    (["l2t", "--rank_share", "0"], ["--rank_share", "(0, 1]"]),
-    (["l2t", "--episodes", "fixed:0"], ["--episodes", "fixed:N"]),
-    (["l2t", "--gain", "prm"], ["--prm"]),
-    (["sft"], ["--data"]),
-    (["longshort", "--rounds", "LXS"], ["--rounds", "X"]),
-    (["longshort", "--rounds", ""], ["--rounds", "empty"]),
-    (["longshort", "--steps", "9"], ["--steps", "--steps_per_round"]),
-    (["longshort", "--long", "L0"], ["--short"]),
-    (["l2t", "--length_penalty", "0.1"], ["--length_penalty", "train.py grpo"]),
-    (["grpo", "--profile", "paper"], ["--profile paper", "l2t"]),
-    (["l2t", "--temperature", "0.7"], ["--temperature 0.7", "--compression none"]),
-    (["--lr", "nan"], ["--lr", "'nan'"]),
-    (["--temperature", "inf"], ["--temperature", "'inf'"]),
-    (["--eval_every", "-1"], ["--eval_every", "negative"]),
-    (["--importance_cap", "-2"], ["--importance_cap", "negative"]),
-    (["--max_grad_norm", "0"], ["--max_grad_norm", "positive"]),
-    (["--fisher_decay", "3"], ["--fisher_decay", "between 0 and 1"]),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--lrr", "1"], ["--lrr", "did you mean 'lr'"]),
+        (["grpoo"], ["grpoo", "did you mean 'grpo'"]),
+        (["--steps", "many"], ["--steps", "int", "'many'"]),
+        (["--steps"], ["--steps", "value"]),
+        (["stray", "grpo"], ["stray"]),
+        (["grpo", "stray"], ["stray"]),
+        (["--max_tokens", "0"], ["--max_tokens", "at least 1"]),
+        (["--group_size", "1"], ["--group_size", "--advantage_std none"]),
+        (["--top_p", "0.9"], ["--top_p", "temperature"]),
+        (["--temperature", "0"], ["--temperature"]),
+        (["l2t", "--gain", "forcd"], ["--gain", "did you mean 'forced'"]),
+        (["l2t", "--compression", "diagonal"], ["--compression", "did you mean 'diag'"]),
+        (["l2t", "--proxy", "svdd"], ["--proxy", "did you mean 'svd'"]),
+        (["l2t", "--rank_share", "1.5"], ["--rank_share", "(0, 1]"]),
+        (["l2t", "--rank_share", "0"], ["--rank_share", "(0, 1]"]),
+        (["l2t", "--episodes", "fixed:0"], ["--episodes", "fixed:N"]),
+        (["l2t", "--gain", "prm"], ["--prm"]),
+        (["sft"], ["--data"]),
+        (["longshort", "--rounds", "LXS"], ["--rounds", "X"]),
+        (["longshort", "--rounds", ""], ["--rounds", "empty"]),
+        (["longshort", "--steps", "9"], ["--steps", "--steps_per_round"]),
+        (["longshort", "--long", "L0"], ["--short"]),
+        (["l2t", "--length_penalty", "0.1"], ["--length_penalty", "train.py grpo"]),
+        (["grpo", "--profile", "paper"], ["--profile paper", "l2t"]),
+        (["l2t", "--temperature", "0.7"], ["--temperature 0.7", "--compression none"]),
+        (["--lr", "nan"], ["--lr", "'nan'"]),
+        (["--temperature", "inf"], ["--temperature", "'inf'"]),
+        (["--eval_every", "-1"], ["--eval_every", "negative"]),
+        (["--importance_cap", "-2"], ["--importance_cap", "negative"]),
+        (["--max_grad_norm", "0"], ["--max_grad_norm", "positive"]),
+        (["--fisher_decay", "3"], ["--fisher_decay", "between 0 and 1"]),
+    ],
+)
 def test_a_mistake_gets_one_sentence(argv, words):
     with pytest.raises(UserError) as mistake:
         parse(argv)
@@ -86,7 +96,11 @@ def test_a_mistake_that_only_another_rank_sees_is_told_too(monkeypatch, capsys):
     monkeypatch.setattr("time.sleep", waited.append)
     with pytest.raises(SystemExit) as stopped:
         excuse("train.py", UserError("problem 7 is too long"))
-    assert stopped.value.code == 2 and waited == [30] and capsys.readouterr().err == "train.py: problem 7 is too long\n"
+    assert (
+        stopped.value.code == 2
+        and waited == [30]
+        and capsys.readouterr().err == "train.py: problem 7 is too long\n"
+    )
 
 
 def test_help_comes_once_from_all_ranks(monkeypatch, capsys):

@@ -28,7 +28,9 @@ from thinkrl.tokenizer import Tokenizer
 
 
 class Letters:
-    """A tokenizer of one id per character, but "ab" is one id, so that cutting a text elsewhere changes its ids."""
+    """A tokenizer of one id per character, but "ab" is one id, so that cutting a text elsewhere changes
+    its ids.
+    """
 
     stop_ids = (0,)
 
@@ -39,7 +41,9 @@ class Letters:
         return "".join("ab" if i == 1 else chr(i) for i in ids)
 
     def render_chat(self, messages, add_generation_prompt=True) -> str:
-        return "".join(f"[{m['role']}]{m['content']}" for m in messages) + "[assistant]" * add_generation_prompt
+        return (
+            "".join(f"[{m['role']}]{m['content']}" for m in messages) + "[assistant]" * add_generation_prompt
+        )
 
 
 PROMPTS = Prompts("You think.", "You finish.", joiner="|")
@@ -48,7 +52,9 @@ PROMPTS = Prompts("You think.", "You finish.", joiner="|")
 def test_layout_is_one_user_message():
     ids = build("short", "1+1?", ["<think>x</think>", "<answer>y</rethink>"], Letters(), PROMPTS)
     assert Letters().decode(ids) == "[user]You finish.\n1+1?|<think>x</think>|<answer>y</rethink>[assistant]"
-    assert Letters().decode(build("long", "1+1?", [], Letters(), PROMPTS)) == "[user]You think.\n1+1?[assistant]"
+    assert (
+        Letters().decode(build("long", "1+1?", [], Letters(), PROMPTS)) == "[user]You think.\n1+1?[assistant]"
+    )
 
 
 def test_a_segment_keeps_its_ids():
@@ -91,9 +97,17 @@ def test_a_row_without_its_parts_is_refused():
 
 
 def test_segments_of_the_paper():
-    texts = [("long", "t1", False), ("short", "s2\n\ns3", False), ("long", "t4", False), ("short", "s5", True)]
+    texts = [
+        ("long", "t1", False),
+        ("short", "s2\n\ns3", False),
+        ("long", "t4", False),
+        ("short", "s5", True),
+    ]
     segments = [tagged(role, text, last) for role, text, last in texts]
-    assert assemble(segments, "") == "<think>t1</think><answer>s2\n\ns3</rethink><think>t4</think><answer>s5</answer>"
+    assert (
+        assemble(segments, "")
+        == "<think>t1</think><answer>s2\n\ns3</rethink><think>t4</think><answer>s5</answer>"
+    )
     assert assemble(segments[:2]) == "<think>t1</think>\n\n<answer>s2\n\ns3</rethink>"
 
 
@@ -134,7 +148,9 @@ def test_what_is_graded():
 
 def test_built_in_prompts_name_every_tag():
     for role, closing in (("long", "</think>"), ("short", "</rethink>")):
-        assert all(tag in BUILT_IN[role] for tag in ("<think>", "</think>", "<answer>", "</answer>", "</rethink>"))
+        assert all(
+            tag in BUILT_IN[role] for tag in ("<think>", "</think>", "<answer>", "</answer>", "</rethink>")
+        )
         assert closing in BUILT_IN[role].splitlines()[-1]
 
 
@@ -150,9 +166,19 @@ def test_prompts_come_from_file_folder_or_here(tmp_path):
     assert load_prompts(tmp_path / "own.json") == Prompts("a", "b", **requests)
 
 
-@pytest.mark.parametrize("content", ['{"long": "a"}', '{"long": "a", "short": ""}', '{"long": "a", "short": 3}', "[]", "{",
-                                     '{"long": "a", "short": "b", "medium": "c"}', '{"long": "a", "short": "b", "chunk": 3}',
-                                     '{"long": "a", "short": "b", "complete": "{problem} {missing}"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"long": "a"}',
+        '{"long": "a", "short": ""}',
+        '{"long": "a", "short": 3}',
+        "[]",
+        "{",
+        '{"long": "a", "short": "b", "medium": "c"}',
+        '{"long": "a", "short": "b", "chunk": 3}',
+        '{"long": "a", "short": "b", "complete": "{problem} {missing}"}',
+    ],
+)
 def test_a_bad_prompts_file_is_named(tmp_path, content):
     file = tmp_path / "p.json"
     file.write_text(content)
@@ -165,7 +191,9 @@ def test_a_bad_prompts_file_is_named(tmp_path, content):
 def test_a_request_without_its_placeholders_is_refused(tmp_path):
     file = tmp_path / "p.json"
     file.write_text(json.dumps({"long": "a", "short": "b", "chunk": "Cut {problem} up, {step} by {step}"}))
-    with pytest.raises(UserError, match=r"p.json: field 'chunk' must say \{steps\} where that is to be filled in"):
+    with pytest.raises(
+        UserError, match=r"p.json: field 'chunk' must say \{steps\} where that is to be filled in"
+    ):
         load_prompts(file)
 
 
@@ -192,4 +220,7 @@ def test_prompts_travel_with_the_policy(tmp_path):
         save_prompts(other, tmp_path / "short")
         with pytest.raises(UserError, match="have been trained with different prompts.json"):
             shared_prompts("", tmp_path / "long", tmp_path / "short")
-        assert shared_prompts(tmp_path / "long" / "prompts.json", tmp_path / "long", tmp_path / "short") == prompts
+        assert (
+            shared_prompts(tmp_path / "long" / "prompts.json", tmp_path / "long", tmp_path / "short")
+            == prompts
+        )

@@ -1,4 +1,6 @@
-"""Gradients depend neither on the number of ranks nor on the micro-batch size: recorded trajectories, replayed on gloo."""
+"""Gradients depend neither on the number of ranks nor on the micro-batch size: recorded trajectories,
+replayed on gloo.
+"""
 
 import os
 import subprocess
@@ -12,8 +14,20 @@ ROOT = Path(__file__).parent.parent
 
 
 def torchrun(ranks: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments],
-                          cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            *arguments,
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +45,8 @@ def same(a: dict, b: dict) -> None:
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-8)
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
     assert a["weights"].keys() == b["weights"].keys()
-    # Over the whole model: Adam gives full-sized steps to parameters whose gradient is 0 but for rounding (the bias of k).
+    # Over the whole model: Adam gives full-sized steps to parameters whose gradient is 0 but for rounding
+    # (the bias of k).
     w, v = (torch.cat([weight.flatten() for weight in r["weights"].values()]) for r in (a, b))
     assert (w - v).norm() <= 1e-5 * w.norm()
 
@@ -56,7 +71,10 @@ def test_the_scenarios_differ(results):
     """The equalities above would hold trivially if options or data did not reach the loss."""
     losses = {key: r["loss"] for key, r in results[1].items() if key[-1] == 1000}
     weights = results[1]["uneven", "token", "token", 1000]["weights"]
-    assert not any(torch.equal(w, results[1]["half_masked", "token", "token", 1000]["weights"][n]) for n, w in weights.items())
+    assert not any(
+        torch.equal(w, results[1]["half_masked", "token", "token", 1000]["weights"][n])
+        for n, w in weights.items()
+    )
     assert len({round(x, 9) for x in losses.values()}) == len(losses)
 
 
@@ -77,10 +95,12 @@ def test_means_are_global(results, name):
 @pytest.mark.parametrize("status", [0, 2])
 def test_a_process_ends_with_its_status_and_without_finalization(status):
     """Whatever would abort while the interpreter is taken apart; output and exit handlers are not lost."""
-    program = ("import atexit, os, sys; from thinkrl.distributed import run_and_exit\n"
-               "class Aborts: __del__ = lambda self: os.abort()\n"
-               "keep = Aborts(); atexit.register(print, 'handler')\n"
-               f"def main(word): print(word); sys.exit({status})\n"
-               "run_and_exit(main, 'output')")
+    program = (
+        "import atexit, os, sys; from thinkrl.distributed import run_and_exit\n"
+        "class Aborts: __del__ = lambda self: os.abort()\n"
+        "keep = Aborts(); atexit.register(print, 'handler')\n"
+        f"def main(word): print(word); sys.exit({status})\n"
+        "run_and_exit(main, 'output')"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (status, "output\nhandler\n"), done.stderr

@@ -30,7 +30,9 @@ class Words:
 
 
 TAGS = [f"<{slash}episode_{k}>" for k in range(1, 5) for slash in ("", "/")]
-WORDS = Words(*"<think> </think> <answer> </answer> <eos> a b c 5 \\boxed{ } ?".split(), "\n\n", "#### ", *TAGS)
+WORDS = Words(
+    *"<think> </think> <answer> </answer> <eos> a b c 5 \\boxed{ } ?".split(), "\n\n", "#### ", *TAGS
+)
 
 
 class Bpe:
@@ -69,7 +71,10 @@ def cut_text(text, how="tags", vocabulary=WORDS):
     """Each episode's text and each cut's prefix, and the Episodes."""
     tokens = vocabulary.encode(text)
     e = segment(tokens, vocabulary, how)
-    spans = [vocabulary.decode([t for t, k in zip(tokens, e.ids.tolist()) if k == episode]) for episode in range(len(e))]
+    spans = [
+        vocabulary.decode([t for t, k in zip(tokens, e.ids.tolist()) if k == episode])
+        for episode in range(len(e))
+    ]
     return spans, [vocabulary.decode(tokens[:n]) for n in e.prefixes], e
 
 
@@ -97,7 +102,11 @@ def test_positions_of_the_worked_example():
         (
             "<think>c<episode_1>a</episode_1>c<episode_2>b</episode_2>c</think>5",
             ["<think>c<episode_1>a</episode_1>", "c<episode_2>b</episode_2>c</think>5"],
-            ["<think>", "<think>c<episode_1>a</episode_1>", "<think>c<episode_1>a</episode_1>c<episode_2>b</episode_2>"],
+            [
+                "<think>",
+                "<think>c<episode_1>a</episode_1>",
+                "<think>c<episode_1>a</episode_1>c<episode_2>b</episode_2>",
+            ],
             False,
         ),
         # truncated inside an episode
@@ -115,7 +124,12 @@ def test_positions_of_the_worked_example():
             True,
         ),
         # truncated between episodes: the rest joins the last closed one
-        ("<episode_1>a</episode_1>bb", ["<episode_1>a</episode_1>bb"], ["", "<episode_1>a</episode_1>"], False),
+        (
+            "<episode_1>a</episode_1>bb",
+            ["<episode_1>a</episode_1>bb"],
+            ["", "<episode_1>a</episode_1>"],
+            False,
+        ),
         # a number is skipped: episodes all the same
         (
             "<episode_1>a</episode_1><episode_3>b</episode_3></think>5",
@@ -158,7 +172,12 @@ def test_tags(text, spans, prefixes, malformed):
 def test_paragraphs():
     spans, prefixes, e = cut_text("<think>\n\na\n\nb\n\n\n\nc</think>5\n\n5<eos>", "paragraphs")
     assert spans == ["<think>\n\na\n\n", "b\n\n\n\n", "c</think>5\n\n5<eos>"]
-    assert prefixes == ["<think>", "<think>\n\na\n\n", "<think>\n\na\n\nb\n\n\n\n", "<think>\n\na\n\nb\n\n\n\nc"]
+    assert prefixes == [
+        "<think>",
+        "<think>\n\na\n\n",
+        "<think>\n\na\n\nb\n\n\n\n",
+        "<think>\n\na\n\nb\n\n\n\nc",
+    ]
     assert not e.malformed
     assert cut_text("a\n\nb\n\n</think>5", "paragraphs")[0] == ["a\n\n", "b\n\n</think>5"]
     assert cut_text("<think>\n\n</think>5", "paragraphs")[0] == ["<think>\n\n</think>5"]
@@ -206,7 +225,18 @@ def test_characters_spread_over_tokens_are_there_with_their_last_byte():
 
 def pieces_of_tags(rng):
     """A random jumble of tags, parts of tags, and text."""
-    words = ["a ", "1+2=3", "→", "</", "episode_1>", "\n\n", "#### 7\n", "#### So 8 a\n", "\\fbox {3}", "<answer>5</answer>"]
+    words = [
+        "a ",
+        "1+2=3",
+        "→",
+        "</",
+        "episode_1>",
+        "\n\n",
+        "#### 7\n",
+        "#### So 8 a\n",
+        "\\fbox {3}",
+        "<answer>5</answer>",
+    ]
     parts = [*TAGS, "<think>", CLOSE, *words]
     return "".join(rng.choices(parts, k=rng.randint(1, 14))) + rng.choice(["", "<eos>"])
 
@@ -221,10 +251,14 @@ def test_every_token_has_one_episode_and_no_probe_sees_the_answer(how):
         tokens = BPE.encode(text)
         e = segment(tokens, BPE, how)
         K = len(e)
-        assert e.ids.tolist() == sorted(e.ids.tolist()) and sorted(set(e.ids.tolist())) == list(range(K)), text
+        assert e.ids.tolist() == sorted(e.ids.tolist()) and sorted(set(e.ids.tolist())) == list(range(K)), (
+            text
+        )
         assert e.ends[-1] == len(tokens) - 1 and e.lengths.min() >= 1 and e.lengths.sum() == len(tokens), text
         assert torch.equal(e.ids[e.ends], torch.arange(K)), text
-        assert (e.cuts <= e.ends).all() and all(a <= b for a, b in itertools.pairwise([e.start, *e.cuts.tolist()])), text
+        assert (e.cuts <= e.ends).all() and all(
+            a <= b for a, b in itertools.pairwise([e.start, *e.cuts.tolist()])
+        ), text
         seen = BPE.decode(tokens[: e.prefixes[-1]])
         assert CLOSE not in seen and "<eos>" not in seen, text
         for answer, rule in ((extract(text, rule), rule) for rule in RULES if CLOSE not in text):

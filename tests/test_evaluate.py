@@ -22,7 +22,9 @@ def test_maj_at_k_by_hand():
     assert maj_at_k(["a", "a", "b"], "a", 3) == 1.0
     assert maj_at_k(["a", "a", "b"], "b", 3) == 0.0
     assert maj_at_k(["a", "b"], "a", 2) == 0.5  # a tie
-    assert maj_at_k(["a", "b", "c", "c"], "a", 3) == pytest.approx(2 / 4 / 3)  # {a,b,c} twice, a third of a win each
+    assert maj_at_k(["a", "b", "c", "c"], "a", 3) == pytest.approx(
+        2 / 4 / 3
+    )  # {a,b,c} twice, a third of a win each
     assert maj_at_k(["a", None, None], "a", 3) == 1.0  # who says nothing has no vote
     assert maj_at_k([None, None], "a", 2) == 0.0
     assert maj_at_k(["a", "b", "b", "a"], "a", 1) == 0.5
@@ -40,7 +42,9 @@ def test_estimators_equal_the_mean_over_all_subsets(answers, k):
     k = min(k, len(answers))
     subsets = list(combinations(answers, k))
     assert maj_at_k(answers, "a", k) == pytest.approx(sum(vote(s, "a") for s in subsets) / len(subsets))
-    assert pass_at_k(len(answers), answers.count("a"), k) == pytest.approx(sum("a" in s for s in subsets) / len(subsets))
+    assert pass_at_k(len(answers), answers.count("a"), k) == pytest.approx(
+        sum("a" in s for s in subsets) / len(subsets)
+    )
 
 
 def test_many_samples_are_no_obstacle():

@@ -227,7 +227,9 @@ def test_gold_that_nothing_could_equal(gold, source, message):
         check_gold(gold, source)
 
 
-@pytest.mark.parametrize("gold, source", [("42", "arith"), ("1,234", "gsm8k"), (r"\{1, 2\}", "math"), ("x < 3", "math")])
+@pytest.mark.parametrize(
+    "gold, source", [("42", "arith"), ("1,234", "gsm8k"), (r"\{1, 2\}", "math"), ("x < 3", "math")]
+)
 def test_gold_that_is_fine(gold, source):
     check_gold(gold, source)
     assert equal(gold, gold, source)
@@ -256,7 +258,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_takes_linear_time(name, monkeypatch):
-    monkeypatch.setattr(grading, "_symbolically_equal", lambda *_: False)  # has a time limit and a test of its own
+    monkeypatch.setattr(
+        grading, "_symbolically_equal", lambda *_: False
+    )  # has a time limit and a test of its own
     start = time.perf_counter()
     for source in grading.RULES:
         assert not grade(HOSTILE[name], "42", source)
@@ -266,7 +270,10 @@ def test_hostile_text_takes_linear_time(name, monkeypatch):
 LATEX = st.lists(
     st.sampled_from(
         r"1 0 23 . , ; : + - * / ^ _ = < > ( ) [ ] { } \{ \} x y \frac \dfrac \sqrt \left \right \text{ and cm} \text{cm}"
-        r" \cdot \le \leq \in \cup \circ ^\circ % \% $ \! \, \boxed{ e5 1,000 {,} \pi \infty or degrees".split(" ") + [" "]
+        r" \cdot \le \leq \in \cup \circ ^\circ % \% $ \! \, \boxed{ e5 1,000 {,} \pi \infty or degrees".split(
+            " "
+        )
+        + [" "]
     ),
     max_size=14,
 ).map("".join)
@@ -291,9 +298,13 @@ def test_no_text_makes_grading_raise(text, source):
         assert value is None or hash(value) == hash(canonical(text, source))
 
 
-@given(st.integers(-10**9, 10**9), st.integers(1, 10**4))
+@given(st.integers(-(10**9), 10**9), st.integers(1, 10**4))
 def test_every_spelling_of_a_rational_is_the_same_number(top, bottom):
     value = Fraction(top, bottom)
-    for text in (f"{top}/{bottom}", rf"\frac{{{top}}}{{{bottom}}}", rf"\left( \dfrac{{{top}}}{{{bottom}}} \right)"):
+    for text in (
+        f"{top}/{bottom}",
+        rf"\frac{{{top}}}{{{bottom}}}",
+        rf"\left( \dfrac{{{top}}}{{{bottom}}} \right)",
+    ):
         assert canonical(text, "math") == value
     assert canonical(f"{top:,}", "gsm8k") == canonical(f"{top}.00", "arith") == top

@@ -1,4 +1,6 @@
-"""The loss is held to numbers from two published implementations, to finite differences, and to sums done by hand."""
+"""The loss is held to numbers from two published implementations, to finite differences, and to sums done
+by hand.
+"""
 
 import math
 
@@ -38,9 +40,9 @@ MASK = packed([1.0] * 10, fill=0.0)
 CU_SEQLENS = torch.tensor([0, 5, 8, 14, 18], dtype=torch.int32)
 
 
-# Written by trl 1.16.0 (GRPOTrainer._compute_loss) and verl 0.9.1 (get_policy_loss_fn, clip_ratio_c=1e9), torch 2.13.0,
-# in fp64, on the padded form of the batch above. The two agree to 1e-9 in value and gradient in every row; verl's GSPO
-# ran with loss_agg_mode="seq-mean-token-mean", its KL is low_var_kl.
+# Written by trl 1.16.0 (GRPOTrainer._compute_loss) and verl 0.9.1 (get_policy_loss_fn, clip_ratio_c=1e9),
+# torch 2.13.0, in fp64, on the padded form of the batch above. The two agree to 1e-9 in value and gradient in
+# every row; verl's GSPO ran with loss_agg_mode="seq-mean-token-mean", its KL is low_var_kl.
 GOLDEN = {
     "DAPO": (
         dict(advantage=UNIFORM, clip_low=0.2, clip_high=0.28),
@@ -75,13 +77,31 @@ GOLDEN = {
     "KL": (
         dict(advantage=UNIFORM, aggregate="sequence", ref_logprob=REF, kl_coef=0.04),
         -0.050030456,
-        [-0.138496934, -0.084528015, -0.124395769, 0.003934693, 0.076337672, 0.084103248, 0.055322777, 0.0008242]
+        [
+            -0.138496934,
+            -0.084528015,
+            -0.124395769,
+            0.003934693,
+            0.076337672,
+            0.084103248,
+            0.055322777,
+            0.0008242,
+        ]
         + [-0.000525855, -0.035062446],
     ),
     "importance weights leave the KL alone": (
         dict(advantage=UNIFORM, weight=WEIGHT, ref_logprob=REF, kl_coef=0.04),
         -0.007389071,
-        [-0.166196321, -0.051159614, -0.299274923, 0.001573877, 0.134354303, 0.107568021, 0.115661566, 0.00131872]
+        [
+            -0.166196321,
+            -0.051159614,
+            -0.299274923,
+            0.001573877,
+            0.134354303,
+            0.107568021,
+            0.115661566,
+            0.00131872,
+        ]
         + [-0.000420684, -0.028049957],
     ),
 }
@@ -111,7 +131,9 @@ def test_group_advantages_by_hand():
     reward = torch.tensor([[3.0, 1.0], [0.0, 1.0]])
     half = 1 / math.sqrt(2)  # a pair differs from its mean by half the gap; its sample std is gap / sqrt(2)
     torch.testing.assert_close(group_advantages(reward), torch.tensor([[half, -half], [-half, half]]))
-    torch.testing.assert_close(group_advantages(reward, "population"), torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
+    torch.testing.assert_close(
+        group_advantages(reward, "population"), torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    )
     assert group_advantages(reward, "none").tolist() == [[1.0, -1.0], [-0.5, 0.5]]
     assert group_advantages(torch.tensor([[1, 0]]), "none").tolist() == [[0.5, -0.5]]
     assert reward.tolist() == [[3.0, 1.0], [0.0, 1.0]]
@@ -120,7 +142,9 @@ def test_group_advantages_by_hand():
 @pytest.mark.parametrize("std", ["sample", "population", "none"])
 def test_equal_rewards_give_exactly_zero(std):
     third = 1 / 3
-    reward = torch.tensor([[0.7] * 4, [third, third + 1e-9, third, third], [0.0] * 4, [1e6, 1e6 + 0.1, 1e6, 1e6]])
+    reward = torch.tensor(
+        [[0.7] * 4, [third, third + 1e-9, third, third], [0.0] * 4, [1e6, 1e6 + 0.1, 1e6, 1e6]]
+    )
     assert group_advantages(reward.double(), std).tolist() == [[0.0] * 4] * 4
     assert group_advantages(torch.tensor([[1.0, 1.0 + 1e-5]], dtype=torch.float64), std)[0, 1] > 0
 
@@ -160,7 +184,9 @@ def test_gradient_does_not_depend_on_how_the_step_is_cut(aggregate, level):
             rows.append((index, torch.tensor(lengths).cumsum(0).int()))
         total = sum(loss_count(MASK[index], cu, aggregate) for index, cu in rows)
         for i, cu in rows:
-            options = dict(ref_logprob=packed(REF)[i], kl_coef=0.1, aggregate=aggregate, level=level, denominator=total)
+            options = dict(
+                ref_logprob=packed(REF)[i], kl_coef=0.1, aggregate=aggregate, level=level, denominator=total
+            )
             policy_loss(logprob[i], packed(OLD)[i], packed(DENSE)[i], MASK[i], cu, **options)[0].backward()
         return logprob.grad
 
@@ -226,7 +252,11 @@ def test_a_row_that_is_masked_throughout_adds_nothing(aggregate, level):
 
 def test_nan_where_the_mask_is_one_is_not_hidden():
     loss, _ = policy_loss(
-        torch.tensor([0.0, float("nan")]), None, torch.ones(2), torch.ones(2), torch.tensor([0, 2], dtype=torch.int32)
+        torch.tensor([0.0, float("nan")]),
+        None,
+        torch.ones(2),
+        torch.ones(2),
+        torch.tensor([0, 2], dtype=torch.int32),
     )
     assert loss.isnan()
 

@@ -21,7 +21,15 @@ from thinkrl.compression import (
 )
 from thinkrl.config import parse
 from thinkrl.episodes import Episodes, segment
-from thinkrl.gain import Gain, Probe, answer_probability, forcing, make_probe, predicted_correctness_ref, room_behind
+from thinkrl.gain import (
+    Gain,
+    Probe,
+    answer_probability,
+    forcing,
+    make_probe,
+    predicted_correctness_ref,
+    room_behind,
+)
 from thinkrl.grading import grade
 from thinkrl.grpo import group_advantages
 from thinkrl.l2t import (
@@ -104,7 +112,9 @@ def test_mean_advantage_is_the_completion_s():
 
 
 def test_the_paper_s_statistic_is_a_price_on_length():
-    """A correct answer of 400 tokens is punished beside one of 100, and even with a wrong one in the group."""
+    """A correct answer of 400 tokens is punished beside one of 100, and even with a wrong one in the
+    group.
+    """
     tokens = [torch.full((n,), r / n, dtype=torch.float64) for n, r in ((100, 1.0), (400, 1.0), (250, 0.0))]
     near([A[0] for A in token_advantages(tokens[:2], mode="uniform")], [0.707107, -0.707107], 1e-5)
     near([A[0] for A in token_advantages(tokens, mode="uniform")], [1.12, -0.32, -0.80], 5e-3)
@@ -125,11 +135,17 @@ def test_without_process_reward_it_is_grpo_to_the_last_bit():
         assert all(torch.equal(A, a.expand(n)) for A, a, n in zip(got, expected, lengths))
     # equal lengths and uniform weights: Alg. 1's own statistic gives GRPO too, up to the eps beside the std
     even = [torch.full((20,), float(r) / 20, dtype=torch.float64) for r in reward]
-    near([A[0] for A in token_advantages(even, mode="uniform")], group_advantages(reward[None])[0].tolist(), 1e-5)
+    near(
+        [A[0] for A in token_advantages(even, mode="uniform")],
+        group_advantages(reward[None])[0].tolist(),
+        1e-5,
+    )
 
 
 def test_the_group_statistic_does_not_feel_its_epsilon():
-    """Rewards per token are of the size 1/T: GRPO's 1e-6 beside their std would bend the advantage, ours must not."""
+    """Rewards per token are of the size 1/T: GRPO's 1e-6 beside their std would bend the advantage, ours
+    must not.
+    """
     tokens = [torch.full((16384,), r / 16384, dtype=torch.float64) for r in (1.0, 0.9, 0.8)]
     near([A[0] for A in token_advantages(tokens, mode="uniform")], [1.0, 0.0, -1.0], 2e-3)
     bent = token_advantages(tokens, mode="uniform", eps=1e-6)[0][0]
@@ -137,7 +153,9 @@ def test_the_group_statistic_does_not_feel_its_epsilon():
 
 
 def test_truncated_mean_drops_whole_values_at_both_ends():
-    values = torch.cat([torch.tensor([1e6, -1e9]), torch.arange(1.0, 39.0)])  # 40 values: one goes at each end
+    values = torch.cat(
+        [torch.tensor([1e6, -1e9]), torch.arange(1.0, 39.0)]
+    )  # 40 values: one goes at each end
     assert truncated_mean(values, 0.95) == 19.5
     assert truncated_mean(values[1:], 0.95) == values[1:].mean()  # 39: none
     assert truncated_mean(torch.arange(20.0), 0.9) == 9.5  # 0.05 · 20 is one, whatever its rounding
@@ -146,7 +164,9 @@ def test_truncated_mean_drops_whole_values_at_both_ends():
 
 
 def test_guarded_credit_does_not_reward_the_negatively_rewarded():
-    """A positive mean below the group's: as printed, line 15 reinforces the token with the negative reward."""
+    """A positive mean below the group's: as printed, line 15 reinforces the token with the negative
+    reward.
+    """
     tokens = [torch.tensor([0.3, -0.1]), torch.tensor([0.5, 0.5])]
     paper = token_advantages(tokens, mode="paper")
     near(paper[0], [-2.12, 0.71], 5e-3)
@@ -159,11 +179,15 @@ def test_guarded_credit_does_not_reward_the_negatively_rewarded():
 def test_guarded_credit_is_bounded():
     tokens = [torch.tensor([5.0, -4.998]), torch.tensor([-0.5, -0.5]), torch.tensor([0.3] * 28 + [-9.0, 0.0])]
     guarded, uniform = token_advantages(tokens, max_ratio=3.0), token_advantages(tokens, mode="uniform")
-    assert uniform[0][0] > 0 and torch.equal(guarded[0], uniform[0])  # its mean 0.001 is no divisor beside the group's 0.5
+    assert uniform[0][0] > 0 and torch.equal(
+        guarded[0], uniform[0]
+    )  # its mean 0.001 is no divisor beside the group's 0.5
     assert all((a.abs() <= 3 * u.abs() + 1e-12).all() for a, u in zip(guarded, uniform))
     paper = token_advantages(tokens, mode="paper")
     assert paper[0].abs().max() > 1000 * uniform[0][0]
-    spread = token_advantages([torch.tensor([0.4] * 9 + [3.6]), torch.tensor([0.1])], max_ratio=3.0, statistic="return_sum")
+    spread = token_advantages(
+        [torch.tensor([0.4] * 9 + [3.6]), torch.tensor([0.1])], max_ratio=3.0, statistic="return_sum"
+    )
     near(spread[0] / 0.707107, [0.4 / 0.72] * 9 + [3.0], 1e-5)  # 3.6 is five times the mean
 
 
@@ -174,9 +198,13 @@ def test_degenerate_groups_are_finite(mode, statistic):
     cases = {
         "one completion": [([0.1, 0.2], [1], 1.0, [0.1, 0.9], [0.1])],
         "equal rewards": [([0.5] * 4, [1, 3], 1.0, [0.1, 0.5, 0.9], [0.1, 0.1])] * 4,
-        "zero surprise": [([0.0] * n, [1, n - 1], float(n > 3), [0.1, 0.5, 0.9], [0.1, 0.2]) for n in (3, 4, 5)],
+        "zero surprise": [
+            ([0.0] * n, [1, n - 1], float(n > 3), [0.1, 0.5, 0.9], [0.1, 0.2]) for n in (3, 4, 5)
+        ],
         "wrong only": [([0.5] * n, [n - 1], 0.0, [0.2, 0.2], [0.0]) for n in (2, 3)],
-        "wrong, gains that cancel": [([0.5] * 4, [1, 3], 0.0, [0.1, 0.1 + g, 0.1], [0.0, 0.0]) for g in (0.3, 0.7, 0.1)],
+        "wrong, gains that cancel": [
+            ([0.5] * 4, [1, 3], 0.0, [0.1, 0.1 + g, 0.1], [0.0, 0.0]) for g in (0.3, 0.7, 0.1)
+        ],
         "one episode of one token": [([1.0], [0], r, [0.5, 0.5 + r / 4], [0.0]) for r in (0.0, 1.0)],
     }
     for name, group in cases.items():
@@ -192,13 +220,23 @@ def test_degenerate_groups_are_finite(mode, statistic):
         assert all(a.isfinite().all() for a in A), name
         if name in ("one completion", "equal rewards", "wrong only"):
             assert all((a == 0).all() for a in A), name
-    assert all(torch.equal(a, nothing.double()) for a in token_advantages([nothing, nothing], mode=mode, statistic=statistic,
-                                                                          to_go=[nothing[:1]] * 2, J=[nothing[:2]] * 2,
-                                                                          episode_ids=[torch.zeros(3).long()] * 2))
+    assert all(
+        torch.equal(a, nothing.double())
+        for a in token_advantages(
+            [nothing, nothing],
+            mode=mode,
+            statistic=statistic,
+            to_go=[nothing[:1]] * 2,
+            J=[nothing[:2]] * 2,
+            episode_ids=[torch.zeros(3).long()] * 2,
+        )
+    )
 
 
 def test_certain_tokens_share_evenly():
-    r = token_rewards(torch.tensor([0.6, 0.5]), torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0.0, 0.0, 0.0, -2.0, 0.0]))
+    r = token_rewards(
+        torch.tensor([0.6, 0.5]), torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0.0, 0.0, 0.0, -2.0, 0.0])
+    )
     near(r, [0.2, 0.2, 0.2, 0.5, 0.0], 1e-8)
 
 
@@ -223,20 +261,27 @@ def test_to_go_subtracts_what_the_state_let_expect():
 
 
 def test_to_go_s_baseline_ignores_its_own_completion():
-    """Unbiasedness: an episode's outcome must not move its own baseline. With one feature the baseline is the others' mean."""
+    """Unbiasedness: an episode's outcome must not move its own baseline. With one feature the baseline is
+    the others' mean.
+    """
     ids = torch.zeros(2, dtype=torch.int64)
     J = [torch.tensor([0.3, 0.5])] * 4
     for own in (3.0, 5.0):
         to_go = [torch.tensor([own]), torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor([2.0])]
         A = to_go_advantages(to_go, J, [ids] * 4)
-        # D_0 = own - 1, and D_3 - D_2 = (2 - (own + 1) / 3) - (1 - (own + 2) / 3) = 4 / 3: the common scale cancels
+        # D_0 = own - 1, and D_3 - D_2 = (2 - (own + 1) / 3) - (1 - (own + 2) / 3) = 4 / 3: the common scale
+        # cancels
         assert math.isclose(A[0][0] / (A[3][0] - A[2][0]), (own - 1) / (4 / 3), rel_tol=1e-9)
 
 
 def test_the_released_sum_counts_from_closing_tag_to_closing_tag():
-    """Of a completion whose tags close at tokens 4 and 7 and whose answer and stop token follow, the second episode has 3."""
+    """Of a completion whose tags close at tokens 4 and 7 and whose answer and stop token follow, the
+    second episode has 3.
+    """
     J = torch.tensor([0.5, 0.9, 0.95], dtype=torch.float64)
-    torch.testing.assert_close(released_reward(J, [1, 5, 8], False), torch.tensor([0.0, 3 * 0.05], dtype=torch.float64))
+    torch.testing.assert_close(
+        released_reward(J, [1, 5, 8], False), torch.tensor([0.0, 3 * 0.05], dtype=torch.float64)
+    )
     assert released_reward(J, [1, 5, 8], True).tolist() == [0.0, 0.0]
     assert released_reward(J[:1], [0], False).tolist() == [], "an empty completion"
 
@@ -251,8 +296,17 @@ def test_misuse_is_explained():
 
 
 # The model of the tests below: small, but with weights large enough that no distribution is flat.
-CONFIG = ModelConfig("Qwen3ForCausalLM", vocab_size=13, width=8, layers=3, heads=2, kv_heads=1, head_dim=4, mlp_width=12,
-                     max_positions=2048)
+CONFIG = ModelConfig(
+    "Qwen3ForCausalLM",
+    vocab_size=13,
+    width=8,
+    layers=3,
+    heads=2,
+    kv_heads=1,
+    head_dim=4,
+    mlp_width=12,
+    max_positions=2048,
+)
 
 
 def tiny_model(seed=0, dtype=torch.float64, scale=15.0, tied=False):
@@ -274,17 +328,24 @@ def cut_at(*ends):
 def written(seed=0):
     """Two completions and their episodes: of 2, 1 and 3 tokens, and of 4 and 1."""
     tokens = torch.randint(0, 13, (20,), generator=torch.Generator().manual_seed(seed)).tolist()
-    turns = [Turn("policy", tokens[:3], tokens[3:9], [], "stop"), Turn("policy", tokens[9:11], tokens[11:16], [], "length")]
+    turns = [
+        Turn("policy", tokens[:3], tokens[3:9], [], "stop"),
+        Turn("policy", tokens[9:11], tokens[11:16], [], "length"),
+    ]
     return turns, [cut_at(1, 2, 5), cut_at(3, 4)]
 
 
 def autograd_gradients(model, parameters):
-    """Every episode's gradient of log π(z_k | s_k), by one whole backward per episode: a list over episodes of lists."""
+    """Every episode's gradient of log π(z_k | s_k), by one whole backward per episode: a list over
+    episodes of lists.
+    """
     gradients = []
     for turn, episodes in zip(*written()):
         tokens = torch.tensor(turn.prompt + turn.completion)
         hidden = model(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32))
-        logprob = model.logits(hidden).log_softmax(-1)[:-1].gather(1, tokens[1:, None])[len(turn.prompt) - 1 :, 0]
+        logprob = (
+            model.logits(hidden).log_softmax(-1)[:-1].gather(1, tokens[1:, None])[len(turn.prompt) - 1 :, 0]
+        )
         for start, end in itertools.pairwise([0, *(episodes.ends + 1).tolist()]):
             gradients.append(torch.autograd.grad(logprob[start:end].sum(), parameters, retain_graph=True))
     return gradients
@@ -337,7 +398,9 @@ def test_lm_head_and_svd_core_are_the_exact_gradient(tied):
         torch.testing.assert_close(singular, S[:rank])
         signs = (V * Vh[:rank].T).sum(0).sign()
         torch.testing.assert_close(V, Vh[:rank].T * signs)
-        core = from_factors(svd_factors(row.hidden, weight.detach(), row.tokens[row.own], V, singular), row.cu_episodes)
+        core = from_factors(
+            svd_factors(row.hidden, weight.detach(), row.tokens[row.own], V, singular), row.cu_episodes
+        )
         expected = [(U[:, :rank] * signs).T @ g @ V for g in exact]
         assert relative_error([c for (c,) in core], expected) < 1e-10
 
@@ -367,11 +430,15 @@ def test_random_layers_are_exact():
     row = Row.of(*written())
     (factors,) = proxy.factors(row)
     assert len(proxy.parameters) == 4  # a block out of three
-    exact = torch.stack([torch.cat([g.flatten() for g in gs]) for gs in autograd_gradients(model, proxy.parameters)])
+    exact = torch.stack(
+        [torch.cat([g.flatten() for g in gs]) for gs in autograd_gradients(model, proxy.parameters)]
+    )
     torch.testing.assert_close(factors[0], exact)
     cu = torch.arange(6)
     weight = torch.rand_like(exact[:1])
-    torch.testing.assert_close(compression("diag", [factors], cu, [weight], 1), 0.5 * ((weight + DAMPING) * exact**2).sum(1))
+    torch.testing.assert_close(
+        compression("diag", [factors], cu, [weight], 1), 0.5 * ((weight + DAMPING) * exact**2).sum(1)
+    )
 
 
 def test_compression_by_hand():
@@ -399,7 +466,8 @@ def test_rank_one_is_equation_4_as_printed():
 def test_cutting_more_does_not_change_the_expected_penalty():
     """All 3^4 completions of a policy of three words, weighted by their probability: no sampling noise.
 
-    The scores of sampled tokens are uncorrelated, so squares of sums and sums of squares agree in expectation.
+    The scores of sampled tokens are uncorrelated, so squares of sums and sums of squares agree in
+    expectation.
     """
     torch.manual_seed(0)
     W, mixing = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
@@ -407,7 +475,9 @@ def test_cutting_more_does_not_change_the_expected_penalty():
     cuts = {"one": [0, 4], "two": [0, 1, 4], "four": [0, 1, 2, 3, 4]}
     summed, averaged = dict.fromkeys(cuts, 0.0), dict.fromkeys(cuts, 0.0)
     for words in itertools.product(range(3), repeat=4):
-        hidden = torch.cumsum(torch.stack([torch.ones(4).double(), *(mixing[w] for w in words[:3])]), 0).tanh()
+        hidden = torch.cumsum(
+            torch.stack([torch.ones(4).double(), *(mixing[w] for w in words[:3])]), 0
+        ).tanh()
         targets = torch.tensor(words)
         probability = (hidden @ W.T).log_softmax(-1)[torch.arange(4), targets].sum().exp()
         (factors,) = compression_module.head_factors(hidden, W, targets)
@@ -461,8 +531,9 @@ def test_fisher_is_a_running_mean_of_earlier_steps():
     assert torch.equal(first[0], again[0])  # the second step's Fisher is the first's tokens still
     torch.testing.assert_close(proxy.fisher[0], 1.5 * squares)
     assert proxy.count == 0.5 * 11 + 11
-    # with F fixed, the order of the responses does not matter (the kernel's part to the last bit: tests/kernels; the states
-    # come from products over a whole row, of which a CPU's library may round the last rows differently)
+    # with F fixed, the order of the responses does not matter (the kernel's part to the last bit:
+    # tests/kernels; the states come from products over a whole row, of which a CPU's library may round the
+    # last rows differently)
     state = copy.deepcopy(proxy.state_dict())
     one = proxy.penalties("diag", turns, episodes)
     proxy.load_state_dict(state)
@@ -513,9 +584,15 @@ def test_drift_is_the_directional_derivative_along_the_way_from_the_start():
         proxy = Proxy(model, kind, rank_share=1.0, drift=True)
         proxy.begin(0)
         assert all((c == 0).all() for c in proxy.penalties("drift", turns, episodes))
-        parameters = {"last_block": [w for w in model.blocks[-1].parameters() if w.ndim == 2], "layers": proxy.parameters}
+        parameters = {
+            "last_block": [w for w in model.blocks[-1].parameters() if w.ndim == 2],
+            "layers": proxy.parameters,
+        }
         parameters = parameters.get(kind, [model.head.weight])
-        ways = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).double() * 0.1 for i, p in enumerate(parameters)]
+        ways = [
+            torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).double() * 0.1
+            for i, p in enumerate(parameters)
+        ]
         if kind == "last_block":
             ways[0][8:] = 0  # k and v are not in the proxy
         with torch.no_grad():
@@ -523,7 +600,9 @@ def test_drift_is_the_directional_derivative_along_the_way_from_the_start():
                 p += way
         proxy.begin(0) if kind == "svd" else None
         C = torch.cat(proxy.penalties("drift", turns, episodes))
-        exact = [sum((g * w).sum() for g, w in zip(gs, ways)) ** 2 for gs in autograd_gradients(model, parameters)]
+        exact = [
+            sum((g * w).sum() for g, w in zip(gs, ways)) ** 2 for gs in autograd_gradients(model, parameters)
+        ]
         if kind == "svd":  # the part of the way that lies in W's own row and column space
             U, _, Vh = torch.linalg.svd(model.head.weight.detach(), full_matrices=False)
             way = U @ (U.T @ ways[0] @ Vh.T) @ Vh
@@ -535,7 +614,9 @@ def test_the_mean_completion_pays_kappa():
     C = [torch.tensor([1.0, 2.0]), torch.tensor([5.0])]
     near(torch.cat(normalise_compression(C, 0.05)), [0.0125, 0.025, 0.0625])
     # another rank's completions cost twice as much: totals 8 and 16 over 4 completions, mean 6
-    near(torch.cat(normalise_compression(C, 0.06, lambda t: t + torch.tensor([16.0, 2.0]))), [0.01, 0.02, 0.05])
+    near(
+        torch.cat(normalise_compression(C, 0.06, lambda t: t + torch.tensor([16.0, 2.0]))), [0.01, 0.02, 0.05]
+    )
     assert torch.cat(normalise_compression([torch.zeros(2), torch.zeros(1)], 0.05)).tolist() == [0, 0, 0]
     assert normalise_compression([], 0.05) == []
 
@@ -564,31 +645,43 @@ class Digits:
 def test_a_probe_scores_the_answer_and_its_terminator():
     probe = make_probe(Digits(), "42", "<a>", "</a>")
     assert probe == Probe([10], [4, 2, 11])
-    assert make_probe(Digits(), "42", "<a>", "") == Probe([10], [4, 2, 12]), "the end of the completion ends the answer"
-    assert [room_behind(kind, [probe, Probe([10, 10], [1, 11])], 50) for kind in ("forced", "mc", "continue")] == [5, 16, 50]
+    assert make_probe(Digits(), "42", "<a>", "") == Probe([10], [4, 2, 12]), (
+        "the end of the completion ends the answer"
+    )
+    assert [
+        room_behind(kind, [probe, Probe([10, 10], [1, 11])], 50) for kind in ("forced", "mc", "continue")
+    ] == [5, 16, 50]
     logprob = torch.tensor([-9.0, math.log(0.5), math.log(0.4), math.log(0.25)])
     assert answer_probability(logprob, probe) == pytest.approx(0.05)
     with pytest.raises(UserError, match="tokenizes to nothing"):
         make_probe(Digits(), "", "<a>", "</a>")
 
 
-@pytest.mark.parametrize("source, gold", [("arith", "42"), ("gsm8k", "1,000"), ("openai/gsm8k", "-3"), ("math", r"\frac{3}{4}")])
+@pytest.mark.parametrize(
+    "source, gold", [("arith", "42"), ("gsm8k", "1,000"), ("openai/gsm8k", "-3"), ("math", r"\frac{3}{4}")]
+)
 def test_what_forces_the_answer_follows_the_grading_rule(source, gold):
     problem = Problem(7, "?", gold, source)
     prefix, suffix = forcing(problem)
     assert prefix.strip().startswith("</think>") and grade(prefix + gold + suffix, gold, source)
     marked = prefix.replace("</think>", "</think> So:")
-    assert forcing(problem, marked) == (marked, suffix) and forcing(problem, suffix=f"{suffix}.") == (prefix, f"{suffix}.")
+    assert forcing(problem, marked) == (marked, suffix) and forcing(problem, suffix=f"{suffix}.") == (
+        prefix,
+        f"{suffix}.",
+    )
     with pytest.raises(UserError, match=r"problem 7 .* --probe_prefix and --probe_suffix"):
         forcing(problem, "The answer is ")
 
 
 def test_the_preset_s_probe_is_the_rule_s_and_ends_the_answer():
-    problem, wanted = Problem(0, "374*6?", "2244"), {
-        (): ["</think><answer>", "2244</answer>"],
-        ("--probe_prefix", "<answer>"): ["<answer>", "2244</answer>"],
-        ("--probe_suffix", "</answer>\n"): ["</think><answer>", "2244</answer>\n"],
-    }
+    problem, wanted = (
+        Problem(0, "374*6?", "2244"),
+        {
+            (): ["</think><answer>", "2244</answer>"],
+            ("--probe_prefix", "<answer>"): ["<answer>", "2244</answer>"],
+            ("--probe_suffix", "</answer>\n"): ["</think><answer>", "2244</answer>\n"],
+        },
+    )
     world = distributed.start("cpu")
     try:
         for options, texts in wanted.items():
@@ -608,7 +701,9 @@ def every(n):
 @pytest.mark.parametrize("max_tokens_per_forward", [8192, 40])
 def test_probes_on_forked_pages_equal_full_forwards(max_tokens_per_forward):
     model = tiny_model(dtype=torch.float32, scale=8.0)
-    sampler = Sampler(model, Digits(), num_pages=80, page_size=4, max_tokens_per_forward=max_tokens_per_forward)
+    sampler = Sampler(
+        model, Digits(), num_pages=80, page_size=4, max_tokens_per_forward=max_tokens_per_forward
+    )
     prompts = [[1, 2, 3, 4, 5], [7]]
     probes = [make_probe(Digits(), answer, "<a>", "</a>") for answer in ("42", "7")]
     gain = Gain(sampler, probes, every(6))
@@ -627,7 +722,9 @@ def test_probes_on_forked_pages_equal_full_forwards(max_tokens_per_forward):
 
 
 def test_probes_cost_a_fifth_of_full_forwards():
-    """K = 10, prompt 100, completion 1000, probe 25, tokens counted by the sampler; the reference's by its model."""
+    """K = 10, prompt 100, completion 1000, probe 25, tokens counted by the sampler; the reference's by its
+    model.
+    """
     model = tiny_model(dtype=torch.float32, scale=4.0)
     sampler = Sampler(model, num_pages=80)
     prompt, probe = [i % 13 for i in range(100)], Probe([1] * 15, [2] * 10)
@@ -637,17 +734,23 @@ def test_probes_cost_a_fifth_of_full_forwards():
     assert len(episodes) == 10 and len(completion.tokens) == 1000
     seen = []
     model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    torch.testing.assert_close(J, predicted_correctness_ref(model, prompt, completion.tokens, episodes, probe), atol=0, rtol=1e-5)
+    torch.testing.assert_close(
+        J, predicted_correctness_ref(model, prompt, completion.tokens, episodes, probe), atol=0, rtol=1e-5
+    )
     forwards = sampler.forwards
     trunk = forwards.prefill + forwards.decode
-    print(f"\ntoken-forwards: {sum(seen)} full, {forwards.probe} for probes, {forwards.probe + trunk} with the trunk")
+    print(
+        f"\ntoken-forwards: {sum(seen)} full, {forwards.probe} for probes, {forwards.probe + trunk} with the trunk"
+    )
     assert sum(seen) == 6875 and forwards.probe == 275
     assert sum(seen) >= 5 * (forwards.probe + trunk)
 
 
 @pytest.mark.parametrize("kind", ["mc", "continue"])
 def test_sampled_gains_estimate_the_probability_of_being_right(kind):
-    """Right is an answer that starts with an even digit, or a completion whose last digit is even: about as often as not."""
+    """Right is an answer that starts with an even digit, or a completion whose last digit is even: about
+    as often as not.
+    """
     model = tiny_model(dtype=torch.float32, scale=2.0)
     sampler = Sampler(model, Digits(), num_pages=4000, page_size=4)
     graded = []
@@ -667,7 +770,9 @@ def test_sampled_gains_estimate_the_probability_of_being_right(kind):
     groups, results = estimate()
     assert sampler.pool.free_pages == 4000
     if kind == "mc":
-        assert any("</a>" in text[:-4] for _, text, _ in graded), "a terminator may stand inside an answer too: it ends nothing"
+        assert any("</a>" in text[:-4] for _, text, _ in graded), (
+            "a terminator may stand inside an answer too: it ends nothing"
+        )
     assert len(graded) == 40 * sum(len(J) for _, J in results)
     assert sum(40 * float(J.sum()) for _, J in results) == pytest.approx(sum(right for *_, right in graded))
     completions = [completion for group in groups for completion in group]
@@ -680,7 +785,9 @@ def test_sampled_gains_estimate_the_probability_of_being_right(kind):
                 assert len(rights) > 40 or j == pytest.approx(sum(rights) / 40)
     J = torch.cat([J for _, J in results])
     assert 0.2 < J.mean() < 0.8 and J.std() > 0
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(results, estimate()[1]))  # the same address, the same draws
+    assert all(
+        torch.equal(a, b) for (_, a), (_, b) in zip(results, estimate()[1])
+    )  # the same address, the same draws
 
 
 def test_a_sampled_answer_is_right_as_often_as_the_forced_one_is_probable():
@@ -688,10 +795,18 @@ def test_a_sampled_answer_is_right_as_often_as_the_forced_one_is_probable():
     tokenizer, problems = Tokenizer(TINY), heldout()[150:500:90]
     sampler, J = Sampler(load_model(TINY), tokenizer), {}
     for kind in ("forced", "mc"):
-        gain = Gain(sampler, [make_probe(tokenizer, p.answer, *forcing(p)) for p in problems],
-                    lambda tokens: segment(tokens, tokenizer), kind, samples=200, keys=[(p.id,) for p in problems],
-                    grade=lambda i, text: grade(text, problems[i].answer, problems[i].source))
-        sampler.generate([tokenizer.encode_chat(messages(p)) for p in problems], max_tokens=200, on_finish=gain.on_finish)
+        gain = Gain(
+            sampler,
+            [make_probe(tokenizer, p.answer, *forcing(p)) for p in problems],
+            lambda tokens: segment(tokens, tokenizer),
+            kind,
+            samples=200,
+            keys=[(p.id,) for p in problems],
+            grade=lambda i, text: grade(text, problems[i].answer, problems[i].source),
+        )
+        sampler.generate(
+            [tokenizer.encode_chat(messages(p)) for p in problems], max_tokens=200, on_finish=gain.on_finish
+        )
         J[kind] = torch.cat([J for _, J in gain.results()])
     torch.testing.assert_close(J["mc"], J["forced"], atol=0.15, rtol=0)  # four standard deviations
     assert J["forced"].max() > 0.9 and ((J["forced"] > 0.2) & (J["forced"] < 0.8)).any()
@@ -699,12 +814,22 @@ def test_a_sampled_answer_is_right_as_often_as_the_forced_one_is_probable():
 
 @pytest.mark.parametrize("kind", ["mc", "continue"])
 def test_every_prefix_draws_its_own_numbers(kind):
-    """Four probes of the same prefix, as after an empty thinking: what is sampled differs, or their J would share their noise."""
+    """Four probes of the same prefix, as after an empty thinking: what is sampled differs, or their J
+    would share their noise.
+    """
     texts = []
     sampler = Sampler(tiny_model(dtype=torch.float32, scale=2.0), Digits(), num_pages=400, page_size=4)
     same = Episodes(torch.tensor([0, 1, 2, 2, 2]), torch.tensor([0, 1, 4]), torch.tensor([-1, -1, -1]))
-    gain = Gain(sampler, [make_probe(Digits(), "42", "<a>", "</a>")], lambda tokens: same, kind, samples=3, max_tokens=10,
-                grade=lambda prompt, text: texts.append(text) is None, keys=[(5, 0)])
+    gain = Gain(
+        sampler,
+        [make_probe(Digits(), "42", "<a>", "</a>")],
+        lambda tokens: same,
+        kind,
+        samples=3,
+        max_tokens=10,
+        grade=lambda prompt, text: texts.append(text) is None,
+        keys=[(5, 0)],
+    )
     sampler.generate([[1, 2, 3]], max_tokens=5, stop_ids=[], on_finish=gain.on_finish)
     gain.results()
     assert len(texts) == len(set(texts)) == 4 * 3
@@ -712,11 +837,24 @@ def test_every_prefix_draws_its_own_numbers(kind):
 
 @pytest.mark.parametrize("kind, num_pages", [("forced", 10), ("mc", 13), ("continue", 16)])
 def test_the_smallest_pool_gives_the_same_gains(kind, num_pages):
-    """As many pages as the longest probe needs alone: rows, prompts and forks that wait have to make room for each other."""
+    """As many pages as the longest probe needs alone: rows, prompts and forks that wait have to make room
+    for each other.
+    """
+
     def gains(num_pages, max_rows):
-        sampler = Sampler(tiny_model(dtype=torch.float32, scale=2.0), Digits(), num_pages, page_size=4, max_rows=max_rows)
-        gain = Gain(sampler, [make_probe(Digits(), "42", "<a>", "</a>")] * 2, every(6), kind, samples=3, max_tokens=30,
-                    grade=lambda prompt, text: text[-1] in "02468", keys=[(5, 0), (5, 1)])
+        sampler = Sampler(
+            tiny_model(dtype=torch.float32, scale=2.0), Digits(), num_pages, page_size=4, max_rows=max_rows
+        )
+        gain = Gain(
+            sampler,
+            [make_probe(Digits(), "42", "<a>", "</a>")] * 2,
+            every(6),
+            kind,
+            samples=3,
+            max_tokens=30,
+            grade=lambda prompt, text: text[-1] in "02468",
+            keys=[(5, 0), (5, 1)],
+        )
         sampler.generate([[1, 2, 3, 4, 5], [7]], n=3, max_tokens=30, stop_ids=[], on_finish=gain.on_finish)
         assert gain.forwards > 0 or max_rows != 6, "what waits is asked as soon as pages get short"
         J = [J for _, J in gain.results()]
@@ -724,7 +862,9 @@ def test_the_smallest_pool_gives_the_same_gains(kind, num_pages):
         return torch.cat(J)
 
     for max_rows in (1, 6):
-        torch.testing.assert_close(gains(num_pages, max_rows), gains(4000, 256), atol=1e-6 * (kind == "forced"), rtol=0)
+        torch.testing.assert_close(
+            gains(num_pages, max_rows), gains(4000, 256), atol=1e-6 * (kind == "forced"), rtol=0
+        )
 
 
 def test_misused_nouns_are_explained():

@@ -1,4 +1,6 @@
-"""What the L2T preset hands to its parts, on the embedded model: options, prefixes, log-probs, steps, ranks."""
+"""What the L2T preset hands to its parts, on the embedded model: options, prefixes, log-probs, steps,
+ranks.
+"""
 
 import json
 import re
@@ -17,7 +19,15 @@ from thinkrl.compression import DAMPING, Row
 from thinkrl.config import parse
 from thinkrl.distributed import World, start
 from thinkrl.episodes import segment
-from thinkrl.l2t import episode_rewards, group_normalise, returns_to_go, surprise, to_go_advantages, token_rewards, truncated_mean
+from thinkrl.l2t import (
+    episode_rewards,
+    group_normalise,
+    returns_to_go,
+    surprise,
+    to_go_advantages,
+    token_rewards,
+    truncated_mean,
+)
 from thinkrl.learner import TINY
 from thinkrl.metrics import Tally
 from thinkrl.presets import L2T
@@ -70,15 +80,23 @@ def test_to_go_credit_gets_each_state_s_own_prediction(world, written):
     expected = []
     for group in (written[:4], written[4:]):
         to_go = [returns_to_go(t.reward, column(t, "process_reward"), ALPHA) for t in group]
-        expected += to_go_advantages(to_go, [column(t, "J") for t in group], [column(t, "episode_ids") for t in group])
+        expected += to_go_advantages(
+            to_go, [column(t, "J") for t in group], [column(t, "episode_ids") for t in group]
+        )
     for advantage, values in zip(advantages(world, written, "--credit", "to_go"), expected, strict=True):
         torch.testing.assert_close(advantage, values.float())
 
 
 def test_keep_reaches_the_truncated_mean(world, written):
     options = ["--statistic", "token_trunc_mean", "--credit", "uniform", "--keep", "0.5"]
-    rewards = [token_rewards(episode_rewards(t.reward, column(t, "process_reward"), ALPHA), column(t, "episode_ids"),
-                             torch.tensor(t.turns[0].logprobs)) for t in written]
+    rewards = [
+        token_rewards(
+            episode_rewards(t.reward, column(t, "process_reward"), ALPHA),
+            column(t, "episode_ids"),
+            torch.tensor(t.turns[0].logprobs),
+        )
+        for t in written
+    ]
     means = torch.stack([truncated_mean(r, 0.5) for r in rewards]).split(4)
     expected = torch.cat([group_normalise(group, 1e-8) for group in means]).float()
     torch.testing.assert_close(torch.stack([a[0] for a in advantages(world, written, *options)]), expected)
@@ -132,7 +150,9 @@ def test_the_natural_step_divides_by_the_mean_fisher(world):
         [(x, g)] = (tuple(f.double() for f in pair) for pair in preset.proxy.factors(row))
     fisher = g.T.square() @ x.square() / len(x)
     expected = episode_quadratic_ref(x, g, row.cu_episodes, 1 / (fisher + DAMPING)) ** 2
-    torch.testing.assert_close(torch.cat([column(t, "compression") for t in trajectories]), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        torch.cat([column(t, "compression") for t in trajectories]), expected, rtol=1e-3, atol=0
+    )
 
 
 def save_own(folder, **changes) -> str:
@@ -149,7 +169,9 @@ def save_own(folder, **changes) -> str:
 def save_separator(folder, context: int = 1024) -> str:
     """A reward model with a separator and a vocabulary of its own, in which words are spelled."""
     tokenizer = write_tokenizer(folder, ["<eos>", SEPARATOR, *string.printable])
-    model = random_prm(True, tokenizer.encode(SEPARATOR)[0], config=replace(CONFIG, vocab_size=102, max_positions=context))
+    model = random_prm(
+        True, tokenizer.encode(SEPARATOR)[0], config=replace(CONFIG, vocab_size=102, max_positions=context)
+    )
     save_prm(model, tokenizer, folder)
     return str(folder)
 
@@ -164,12 +186,16 @@ def test_a_reward_model_never_sees_the_answer(world, tmp_path):
     preset, seen = preset_of(world, "--gain", "prm", "--prm", save_own(tmp_path)), []
     preset.prm.body.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[0].tolist()))
     trajectories, tally = rolled(preset)
-    assert any("<answer>" in t.text for t in trajectories) and preset.tokenizer.encode("<answer>")[0] not in seen
+    assert (
+        any("<answer>" in t.text for t in trajectories) and preset.tokenizer.encode("<answer>")[0] not in seen
+    )
     assert tally.pairs["probe_tokens"] == [len(seen), 1]
     for t in trajectories:
         turn = t.turns[0]
         counts = segment(turn.completion, preset.tokenizer).prefixes
-        expected = scores(preset.prm, turn.prompt + turn.completion, [len(turn.prompt) + n - 1 for n in counts])
+        expected = scores(
+            preset.prm, turn.prompt + turn.completion, [len(turn.prompt) + n - 1 for n in counts]
+        )
         torch.testing.assert_close(column(t, "J"), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -181,12 +207,16 @@ def test_a_separator_model_is_told_one_step_per_episode(world, tmp_path):
     for t in trajectories:
         if t.extra["malformed"]:
             continue
-        prompt = own.encode_chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": t.problem.question}])
+        prompt = own.encode_chat(
+            [{"role": "system", "content": SYSTEM}, {"role": "user", "content": t.problem.question}]
+        )
         row, positions = [*prompt], []
         for step in re.findall(r"<episode_\d+>(.*?)</episode_\d+>", t.text, re.DOTALL):
             row += own.encode(step.strip()) + separator
             positions.append(len(row) - 1)
-        expected = torch.cat([scores(preset.prm, prompt + separator, [len(prompt)]), scores(preset.prm, row, positions)])
+        expected = torch.cat(
+            [scores(preset.prm, prompt + separator, [len(prompt)]), scores(preset.prm, row, positions)]
+        )
         torch.testing.assert_close(column(t, "J"), expected, atol=1e-5, rtol=1e-4)
         read += len(prompt) + 1 + len(row)
         several += len(positions) > 1
@@ -194,8 +224,12 @@ def test_a_separator_model_is_told_one_step_per_episode(world, tmp_path):
 
 
 def test_beyond_a_separator_model_s_context_nothing_is_gained(world, tmp_path):
-    long, short = (rolled(preset_of(world, "--gain", "prm", "--prm", save_separator(tmp_path / str(context), context)))[0]
-                   for context in (1024, 110))
+    long, short = (
+        rolled(preset_of(world, "--gain", "prm", "--prm", save_separator(tmp_path / str(context), context)))[
+            0
+        ]
+        for context in (1024, 110)
+    )
     held = 0
     for whole, t in zip((column(t, "J") for t in long), short):
         J = column(t, "J")
@@ -210,7 +244,9 @@ def test_a_reward_model_that_cannot_read_the_policy_is_refused(world, tmp_path):
     save_prm(random_prm(), write_tokenizer(foreign), foreign)
     with pytest.raises(UserError, match="reads ids otherwise than the policy"):
         preset_of(world, "--gain", "prm", "--prm", str(foreign))
-    preset = preset_of(world, "--gain", "prm", "--prm", save_own(tmp_path / "short", max_position_embeddings=100))
+    preset = preset_of(
+        world, "--gain", "prm", "--prm", save_own(tmp_path / "short", max_position_embeddings=100)
+    )
     with pytest.raises(UserError, match="exceed the reward model's context of 100"):
         preset.require_trainable(PROBLEMS)
     preset = preset_of(world, "--gain", "prm", "--prm", save_separator(tmp_path / "other", context=40))
@@ -225,4 +261,6 @@ def test_two_ranks_pay_what_one_pays(written, tmp_path):
     for name in ("compression", "penalty"):
         theirs = torch.load(tmp_path / "penalties")[name]
         for t, values in zip(written, theirs, strict=True):
-            torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), column(t, name), rtol=1e-4, atol=0)
+            torch.testing.assert_close(
+                torch.tensor(values, dtype=torch.float64), column(t, name), rtol=1e-4, atol=0
+            )

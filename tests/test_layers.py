@@ -9,7 +9,17 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     0: ["kernels"],
     1: ["config", "types", "distributed", "metrics", "runs"],
-    2: ["model", "checkpoint", "tokenizer", "problems", "arith", "grading", "pages", "episodes", "conversation"],
+    2: [
+        "model",
+        "checkpoint",
+        "tokenizer",
+        "problems",
+        "arith",
+        "grading",
+        "pages",
+        "episodes",
+        "conversation",
+    ],
     3: ["sampler", "grpo", "sft", "rollout"],
     4: ["l2t", "gain", "compression", "thoughts", "longshort", "prm", "evaluate", "report", "learner"],
     5: ["presets", "bench"],
@@ -17,8 +27,14 @@ LAYERS = {
 }
 # Within a layer, modules do not see each other, but for these.
 SIDEWAYS = {
-    ("metrics", "distributed"), ("runs", "config"), ("runs", "distributed"),
-    ("checkpoint", "model"), ("episodes", "grading"), ("problems", "grading"), ("problems", "arith"), ("rollout", "sampler"),
+    ("metrics", "distributed"),
+    ("runs", "config"),
+    ("runs", "distributed"),
+    ("checkpoint", "model"),
+    ("episodes", "grading"),
+    ("problems", "grading"),
+    ("problems", "arith"),
+    ("rollout", "sampler"),
     ("gain", "prm"),
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
@@ -31,7 +47,11 @@ def imported(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names |= {node.module} if node.module != "thinkrl" else {f"thinkrl.{alias.name}" for alias in node.names}
+            names |= (
+                {node.module}
+                if node.module != "thinkrl"
+                else {f"thinkrl.{alias.name}" for alias in node.names}
+            )
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     roots = {"thinkrl", "kernels", *LAYERS[6]}

@@ -79,26 +79,43 @@ def test_rethink_then_answer():
     short = Scripted(["<answer>c</rethink>"], ["<answer>2+2=4\n4</answer>"])
     [t] = talk(long, short)
     assert [turn.role for turn in t.turns] == ["long", "short", "long", "short"]
-    assert t.extra == {"texts": ["<think>a</think>", "<answer>c</rethink>", "<think>b</think>", "<answer>2+2=4\n4</answer>"],
-                       "ended": "answered"}
+    assert t.extra == {
+        "texts": ["<think>a</think>", "<answer>c</rethink>", "<think>b</think>", "<answer>2+2=4\n4</answer>"],
+        "ended": "answered",
+    }
     assert (t.answer, t.outcome_reward, t.reward) == ("4", 1.0, 1.0)
     assert t.text == "<answer>2+2=4\n4</answer>" and exchanges([t]) == [2]
     assert long.asked == [["(L\nq0)"], ["(L\nq0|<think>a</think>|<answer>c</rethink>)"]]
-    assert short.asked == [["(S\nq0|<think>a</think>)"], ["(S\nq0|<think>a</think>|<answer>c</rethink>|<think>b</think>)"]]
-    assert t.turns[2].prompt == build("long", "q0", [turn.completion for turn in t.turns[:2]], Letters(), PROMPTS)
+    assert short.asked == [
+        ["(S\nq0|<think>a</think>)"],
+        ["(S\nq0|<think>a</think>|<answer>c</rethink>|<think>b</think>)"],
+    ]
+    assert t.turns[2].prompt == build(
+        "long", "q0", [turn.completion for turn in t.turns[:2]], Letters(), PROMPTS
+    )
 
 
 def test_each_role_has_its_own_sampling_and_every_turn_its_own_key():
-    long, short = Scripted(["<think>a</think>"] * 4, ["<think>a</think>"] * 2), Scripted(
-        ["<answer>4</answer>", "<answer>c</rethink>"] * 2, ["<answer>5</answer>", "<answer>4</answer>"])
+    long, short = (
+        Scripted(["<think>a</think>"] * 4, ["<think>a</think>"] * 2),
+        Scripted(
+            ["<answer>4</answer>", "<answer>c</rethink>"] * 2, ["<answer>5</answer>", "<answer>4</answer>"]
+        ),
+    )
     talks = talk(long, short, problems=2, group_size=2)
     assert [t.outcome_reward for t in talks] == [1, 0, 1, 1] and exchanges(talks) == [1, 2, 1, 2]
     assert [(t.problem.id, t.sample) for t in talks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert {(o["temperature"], o["max_tokens"], o["stop"]) for o in long.options} == {(0.9, 50, ("</think>",))}
-    assert {(o["temperature"], o["max_tokens"], o["stop"]) for o in short.options} == {(0.3, 60, ("</answer>", "</rethink>"))}
+    assert {(o["temperature"], o["max_tokens"], o["stop"]) for o in long.options} == {
+        (0.9, 50, ("</think>",))
+    }
+    assert {(o["temperature"], o["max_tokens"], o["stop"]) for o in short.options} == {
+        (0.3, 60, ("</answer>", "</rethink>"))
+    }
     keys = [key for o in long.options + short.options for key in o["keys"]]
     assert len(set(keys)) == len(keys) == 12 and all(key[:2] == (0, 7) for key in keys)
-    assert [len(asked) for asked in long.asked] == [2, 2], "a group's first prompt is one prompt; ended conversations wait"
+    assert [len(asked) for asked in long.asked] == [2, 2], (
+        "a group's first prompt is one prompt; ended conversations wait"
+    )
 
 
 def test_never_answers():
@@ -107,26 +124,44 @@ def test_never_answers():
     assert (len(t.turns), t.extra["ended"], t.outcome_reward, t.answer) == (6, "turns", 0.0, None)
 
 
-@pytest.mark.parametrize("text", ["", "<think></think>", "<think> \n</think>", "<think>a", "a</think>",
-                                  "<think>a</think><answer>4</answer>", "<think>a</answer>", "<think>a</think>\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<think></think>",
+        "<think> \n</think>",
+        "<think>a",
+        "a</think>",
+        "<think>a</think><answer>4</answer>",
+        "<think>a</answer>",
+        "<think>a</think>\n",
+    ],
+)
 def test_a_malformed_thought_ends_the_conversation(text):
     [t] = talk(Scripted([text]), Scripted())
     assert (len(t.turns), t.extra["ended"], t.outcome_reward) == (1, "malformed", 0.0)
     assert own_samples([t], "short", [torch.zeros(0)]) == []
 
 
-@pytest.mark.parametrize("text", ["", "4", "<answer></answer>", "<answer>4</answer></rethink>",
-                                  "<think>a</think><answer>4</answer>"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "4", "<answer></answer>", "<answer>4</answer></rethink>", "<think>a</think><answer>4</answer>"],
+)
 def test_a_malformed_answer_is_not_graded(text):
     [t] = talk(Scripted(["<think>a</think>"]), Scripted([text]))
     assert (len(t.turns), t.extra["ended"], t.outcome_reward) == (2, "malformed", 0.0)
 
 
 def test_no_room_for_another_turn():
-    long = Scripted(["<think>a</think>"] * 2, ["<think>a</think>"], context=100)  # the second prompt has 40 + 36 characters
+    long = Scripted(
+        ["<think>a</think>"] * 2, ["<think>a</think>"], context=100
+    )  # the second prompt has 40 + 36 characters
     short = Scripted(["<answer>c</rethink>", "<answer>" + "c" * 40 + "</rethink>"], ["<answer>4</answer>"])
     talks = talk(long, short, problems=2)
-    assert [t.extra["ended"] for t in talks] == ["answered", "context"] and [len(t.turns) for t in talks] == [4, 2]
+    assert [t.extra["ended"] for t in talks] == ["answered", "context"] and [len(t.turns) for t in talks] == [
+        4,
+        2,
+    ]
 
 
 def test_single_exchange_grades_the_one_reply():
@@ -137,9 +172,13 @@ def test_single_exchange_grades_the_one_reply():
 
 # Rewards
 
+
 def test_format_reward():
     assert [format_reward("<think>x < 3</think>", "long", strict) for strict in (False, True)] == [1.0, 0.0]
-    assert format_reward("<answer>b</rethink>", "short") == 1.0 and format_reward("<answer></answer>", "short") == 0.0
+    assert (
+        format_reward("<answer>b</rethink>", "short") == 1.0
+        and format_reward("<answer></answer>", "short") == 0.0
+    )
 
 
 def test_length_reward():
@@ -150,7 +189,13 @@ def test_length_reward():
 
 
 def attempt(*turns, correct=True, sample=0):
-    out = Trajectory(Problem(5, "q", "4"), sample, [], outcome_reward=float(correct), extra={"texts": [], "ended": "answered"})
+    out = Trajectory(
+        Problem(5, "q", "4"),
+        sample,
+        [],
+        outcome_reward=float(correct),
+        extra={"texts": [], "ended": "answered"},
+    )
     for i, (role, text) in enumerate(turns):
         out.turns.append(Turn(role, [1000 + i], Letters().encode(text), [-0.1 * (i + 1)] * len(text), "stop"))
         out.extra["texts"].append(text)
@@ -160,13 +205,20 @@ def attempt(*turns, correct=True, sample=0):
 def test_total_reward():
     """Own lengths 16 and 32 + 16; the group is the problem's; LM is in [-0.5, 0.5]."""
     thought = "<think>a</think>"
-    talks = [attempt(("long", thought), ("short", "<answer>4</answer>")),
-             attempt(("long", thought + thought), ("short", "<answer>4</rethink>"), ("long", thought), sample=1),
-             attempt(("long", thought), correct=False), attempt(("long", thought), correct=False, sample=1)]
+    talks = [
+        attempt(("long", thought), ("short", "<answer>4</answer>")),
+        attempt(("long", thought + thought), ("short", "<answer>4</rethink>"), ("long", thought), sample=1),
+        attempt(("long", thought), correct=False),
+        attempt(("long", thought), correct=False, sample=1),
+    ]
     rewards = role_rewards(talks, "long", 2, outcome_coef=2, format_coef=3, length_coef=4)
     assert rewards[0] == RoleReward(outcome=1, format=1, length=0.5, total=2 + 3 + 2)
-    assert rewards[1] == RoleReward(outcome=1, format=0, length=-0.5, total=2 + 0 - 2), "one bad turn spoils the format"
-    assert rewards[2] == rewards[3] == RoleReward(outcome=0, format=1, length=0, total=3), "equal lengths, and no other problem's"
+    assert rewards[1] == RoleReward(outcome=1, format=0, length=-0.5, total=2 + 0 - 2), (
+        "one bad turn spoils the format"
+    )
+    assert rewards[2] == rewards[3] == RoleReward(outcome=0, format=1, length=0, total=3), (
+        "equal lengths, and no other problem's"
+    )
 
 
 def test_brevity_is_relative_to_the_group():
@@ -175,19 +227,34 @@ def test_brevity_is_relative_to_the_group():
 
 
 def test_who_never_spoke_earns_nothing_and_sets_no_length():
-    talks = [attempt(("long", "x"), correct=False), *(
-        attempt(("long", "<think>a</think>"), ("short", f"<answer>{'4' * n}</answer>"), sample=n) for n in (1, 2))]
-    assert [r.total for r in role_rewards(talks, "short", 3, length_coef=1.0)] == [0, 1 + 1 + 0.5, 1 + 1 - 0.5]
+    talks = [
+        attempt(("long", "x"), correct=False),
+        *(
+            attempt(("long", "<think>a</think>"), ("short", f"<answer>{'4' * n}</answer>"), sample=n)
+            for n in (1, 2)
+        ),
+    ]
+    assert [r.total for r in role_rewards(talks, "short", 3, length_coef=1.0)] == [
+        0,
+        1 + 1 + 0.5,
+        1 + 1 - 0.5,
+    ]
 
 
 def test_advantages_of_the_spec():
     assert group_advantages(torch.tensor([[2.5, 1.0], [1.0, 1.0]]), eps=1e-4).tolist() == [
-        [pytest.approx(0.70704, abs=1e-5), pytest.approx(-0.70704, abs=1e-5)], [0, 0]]
+        [pytest.approx(0.70704, abs=1e-5), pytest.approx(-0.70704, abs=1e-5)],
+        [0, 0],
+    ]
 
 
 def test_only_own_turns_enter_the_loss():
-    t = attempt(("long", "<think>aa</think>"), ("short", "<answer>c</rethink>"), ("long", "<think>b</think>"),
-                ("short", "<answer>4</answer>"))
+    t = attempt(
+        ("long", "<think>aa</think>"),
+        ("short", "<answer>c</rethink>"),
+        ("long", "<think>b</think>"),
+        ("short", "<answer>4</answer>"),
+    )
     for role, turns in (("long", (0, 2)), ("short", (1, 3))):
         n = own_tokens(t, role)
         assert n == sum(len(t.turns[i].completion) for i in turns)
@@ -198,11 +265,15 @@ def test_only_own_turns_enter_the_loss():
         own = [token for i in turns for token in t.turns[i].completion]
         assert sorted(row.tokens[row.mask == 1].tolist()) == sorted(own)
         assert row.sampler_logprob[row.mask == 1].tolist() == pytest.approx(
-            [p for s in sorted(samples, key=len) for p in s.sampler_logprob.tolist()])
-        assert torch.cat([s.advantage for s in samples]).tolist() == list(range(1, n + 1)), "in the order of the turns"
+            [p for s in sorted(samples, key=len) for p in s.sampler_logprob.tolist()]
+        )
+        assert torch.cat([s.advantage for s in samples]).tolist() == list(range(1, n + 1)), (
+            "in the order of the turns"
+        )
 
 
 # Rounds
+
 
 def test_schedule():
     assert schedule("LLSLSL") == ["long", "long", "short", "long", "short", "long"]
@@ -214,8 +285,14 @@ def test_schedule():
 
 def test_rounds():
     at = [round_at(step, "LS", steps_per_round=3, length_coef=2.0) for step in range(6)]
-    assert [(r.index, r.role, r.step) for r in at] == [(0, "long", 0), (0, "long", 1), (0, "long", 2), (1, "short", 0),
-                                                       (1, "short", 1), (1, "short", 2)]
+    assert [(r.index, r.role, r.step) for r in at] == [
+        (0, "long", 0),
+        (0, "long", 1),
+        (0, "long", 2),
+        (1, "short", 0),
+        (1, "short", 1),
+        (1, "short", 2),
+    ]
     assert [r.length_coef for r in at] == [0, 1, 2, 0, 1, 2]
     assert round_at(1, "LL", steps_per_round=1).length_coef == 0
     with pytest.raises(AssertionError):
@@ -224,6 +301,7 @@ def test_rounds():
 
 
 # With the embedded model
+
 
 @pytest.fixture(scope="module")
 def tiny():
@@ -240,18 +318,30 @@ def test_the_real_sampler_holds_a_conversation(tiny):
     for t in talks:
         history = []
         for turn, text in zip(t.turns, t.extra["texts"]):
-            assert turn.prompt == build(turn.role, t.problem.question, history, tiny.tokenizer, prompts), "token ids in and out"
-            assert tiny.tokenizer.decode(turn.completion) == text and len(turn.logprobs) == len(turn.completion) <= 30
+            assert turn.prompt == build(turn.role, t.problem.question, history, tiny.tokenizer, prompts), (
+                "token ids in and out"
+            )
+            assert (
+                tiny.tokenizer.decode(turn.completion) == text
+                and len(turn.logprobs) == len(turn.completion) <= 30
+            )
             history.append(turn.completion)
     alone = converse(voices, problems[1:2], prompts, group_size=4, max_turns=2, seed=3, address=(0, 1))
-    assert [t.extra["texts"] for t in alone] == [t.extra["texts"] for t in talks[4:8]], "neighbours change nothing"
+    assert [t.extra["texts"] for t in alone] == [t.extra["texts"] for t in talks[4:8]], (
+        "neighbours change nothing"
+    )
     counts = summary(talks)
-    assert sum(counts["ended"].values()) == pytest.approx(1) and 1 <= counts["turns"]["min"] <= counts["turns"]["max"] <= 2
+    assert (
+        sum(counts["ended"].values()) == pytest.approx(1)
+        and 1 <= counts["turns"]["min"] <= counts["turns"]["max"] <= 2
+    )
     assert counts["long_tokens"] + counts["short_tokens"] == pytest.approx(sum(t.tokens for t in talks) / 12)
 
 
 def test_a_turn_ends_at_any_stop_id_of_the_checkpoint(tiny, tmp_path):
-    """generation_config.json may name several. Here one of them is "<episode_1>", with which a thought goes on otherwise."""
+    """generation_config.json may name several. Here one of them is "<episode_1>", with which a thought
+    goes on otherwise.
+    """
     for file in TINY.glob("*.json"):
         shutil.copy(file, tmp_path)
     end = tiny.tokenizer.encode("<episode_1>")
@@ -259,16 +349,28 @@ def test_a_turn_ends_at_any_stop_id_of_the_checkpoint(tiny, tmp_path):
     talks = []
     for tokenizer in (tiny.tokenizer, Tokenizer(tmp_path)):
         voice = Voice(Sampler(tiny.model, tokenizer, num_pages=20), 0.0, 6)
-        talks += converse({"long": voice, "short": voice}, [Problem(0, "2*3?", "6")], load_prompts(folder=TINY), group_size=1,
-                          seed=3, address=(0, 1))
+        talks += converse(
+            {"long": voice, "short": voice},
+            [Problem(0, "2*3?", "6")],
+            load_prompts(folder=TINY),
+            group_size=1,
+            seed=3,
+            address=(0, 1),
+        )
     (plain, *_), (stopped, *_) = (talk.turns for talk in talks)
-    assert talks[1].extra == {"texts": ["<think><episode_1>"], "ended": "malformed"} and stopped.finish_reason == "stop"
+    assert (
+        talks[1].extra == {"texts": ["<think><episode_1>"], "ended": "malformed"}
+        and stopped.finish_reason == "stop"
+    )
     assert len(plain.completion) == 6 and plain.completion[:2] == stopped.completion
 
 
 def test_transcript():
     t = attempt(("long", "<think>a</think>"), ("short", "<answer>4</answer>"))
-    assert transcript(t, colour=False) == "q\n\nlong (16 tokens)\n<think>a</think>\n\nshort (18 tokens)\n<answer>4</answer>"
+    assert (
+        transcript(t, colour=False)
+        == "q\n\nlong (16 tokens)\n<think>a</think>\n\nshort (18 tokens)\n<answer>4</answer>"
+    )
     assert "\033[36mlong" in transcript(t) and transcript(t).count("\033[0m") == 2
 
 
@@ -277,7 +379,11 @@ def test_tokenizers_must_agree(tmp_path):
     require_same_tokenizer(ours, Tokenizer(TINY))
     text = (TINY / "tokenizer.json").read_text()
     a, b = ours.encode("+")[0], ours.encode("-")[0]
-    other = text.replace(f'"+": {a}', f'"-": {a}').replace(f'"-": {b}', f'"+": {b}', 1) if f'"+": {a}' in text else ""
+    other = (
+        text.replace(f'"+": {a}', f'"-": {a}').replace(f'"-": {b}', f'"+": {b}', 1)
+        if f'"+": {a}' in text
+        else ""
+    )
     assert other, "the file is written otherwise than this test expects"
     (tmp_path / "tokenizer.json").write_text(other)
     with pytest.raises(UserError, match="different tokenizers"):
@@ -296,5 +402,8 @@ def test_a_question_without_room_is_named_before_the_first_step(tiny):
     problems = [Problem(3, "2*3?", "6"), Problem(4, "1" * 90, "1")]
     prompts = Prompts("<|long|>", "<|short|>", joiner="")
     require_room(problems, tiny.tokenizer, 140, 40, prompts)
-    with pytest.raises(UserError, match=r"problem 4 \(counted from 0\): an opening prompt of \d+ tokens and a turn of 40 exceed"):
+    with pytest.raises(
+        UserError,
+        match=r"problem 4 \(counted from 0\): an opening prompt of \d+ tokens and a turn of 40 exceed",
+    ):
         require_room(problems, tiny.tokenizer, 100, 40, prompts)

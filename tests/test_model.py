@@ -20,20 +20,35 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 CASES = {
-    "qwen2-gqa6-tied": ("Qwen2", {"num_attention_heads": 6, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen2-gqa6-tied": (
+        "Qwen2",
+        {"num_attention_heads": 6, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
     "qwen2-gqa7": ("Qwen2", {"num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 56}),
     "qwen3-head-dim": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10}),
-    "qwen3-tied": ("Qwen3", {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}),
-    "llama3-scaled": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": LLAMA3}),
+    "qwen3-tied": (
+        "Qwen3",
+        {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
+    ),
+    "llama3-scaled": (
+        "Llama",
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": LLAMA3},
+    ),
     "llama-linear": (
         "Llama",
-        {"num_attention_heads": 3, "num_key_value_heads": 3, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+        {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+        },
     ),
 }
 
 
 def oracle(case: str) -> transformers.PreTrainedModel:
-    """A random model of transformers' whose norms and biases are random too, so that none of them can be forgotten."""
+    """A random model of transformers' whose norms and biases are random too, so that none of them can be
+    forgotten.
+    """
     family, options = CASES[case]
     base = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
     base |= {"max_position_embeddings": 256, "rms_norm_eps": 1e-5}
@@ -67,7 +82,9 @@ def test_logits_gradients_and_greedy_tokens_are_those_of_transformers(case, tmp_
     assert (ours.embed.weight.grad - expected).abs().max() < 1e-4 * expected.abs().max()
 
     prompt = tokens[:5]
-    expected = theirs.generate(prompt[None], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
+    expected = theirs.generate(
+        prompt[None], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0]
     row = prompt
     with torch.no_grad():
         for _ in range(12):
@@ -102,7 +119,9 @@ def test_attention_is_passed_in():
 
     def attend(layer, q, k, v):
         seen.append((layer, q.shape, k.shape, v.shape))
-        return v.repeat_interleave(2, dim=1)  # every token attends to itself: what causal attention does at length 1
+        return v.repeat_interleave(
+            2, dim=1
+        )  # every token attends to itself: what causal attention does at length 1
 
     tokens = torch.tensor([3, 1, 4])
     hidden = model(tokens, positions=torch.tensor([0, 0, 0]), attend=attend)
@@ -124,10 +143,12 @@ def test_rotation_turns_a_pair_by_its_position():
 
 
 def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
-    # theta = 10^4 over 8 dimensions: frequencies 1, 0.1, 0.01, 0.001, and 2π/frequency is the wavelength in tokens.
-    # Within 628 tokens they make 100, 10, 1 and 0.1 turns: 3 turns or fewer are stretched whole, 23 or more kept, and 10
-    # turns are 7/20 of the way between.
-    rope = Rope(10000.0, "llama3", factor=4.0, low_freq_factor=3, high_freq_factor=23, original_max_positions=628)
+    # theta = 10^4 over 8 dimensions: frequencies 1, 0.1, 0.01, 0.001, and 2π/frequency is the wavelength in
+    # tokens. Within 628 tokens they make 100, 10, 1 and 0.1 turns: 3 turns or fewer are stretched whole, 23
+    # or more kept, and 10 turns are 7/20 of the way between.
+    rope = Rope(
+        10000.0, "llama3", factor=4.0, low_freq_factor=3, high_freq_factor=23, original_max_positions=628
+    )
     frequency = inverse_frequencies(8, rope, torch.device("cpu"))
     expected = torch.tensor([1.0, 0.1 * (0.35 + 0.65 / 4), 0.01 / 4, 0.001 / 4])
     assert torch.allclose(frequency, expected, rtol=1e-3)
@@ -142,7 +163,9 @@ def test_a_model_from_the_meta_device_lacks_nothing_but_its_parameters():
 
 
 def test_a_model_that_has_sampled_can_still_be_trained():
-    model = Transformer.random(dataclasses.replace(tiny("Qwen2ForCausalLM"), rope=Rope(theta=77.0)))  # no cached frequencies
+    model = Transformer.random(
+        dataclasses.replace(tiny("Qwen2ForCausalLM"), rope=Rope(theta=77.0))
+    )  # no cached frequencies
     with torch.inference_mode():
         sampled = model(torch.arange(4), cumulative(4))
     trained = model(torch.arange(4), cumulative(4))
@@ -171,14 +194,20 @@ def test_both_layouts_of_a_rope_config_mean_the_same():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM.*Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM"),
+        (
+            {"architectures": ["MistralForCausalLM"]},
+            "MistralForCausalLM.*Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM",
+        ),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM is not supported"),
         ({"architectures": None}, "none is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' is not supported; supported are default, linear, llama3"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "'yarn' is not supported; supported are default, linear, llama3",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "needs the number factor"),
         ({"vocab_size": "50"}, "vocab_size must be an integer, it is '50'"),
         ({"hidden_size": None}, "hidden_size must be an integer"),

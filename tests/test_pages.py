@@ -19,7 +19,9 @@ def write(pages, start, values):
 
 def read(pages):
     flat = [
-        pages.pool.storage[:, :, page, offset, 0, 0] for page in pages.table for offset in range(pages.pool.page_size)
+        pages.pool.storage[:, :, page, offset, 0, 0]
+        for page in pages.table
+        for offset in range(pages.pool.page_size)
     ]
     assert all((slot == slot[0, 0]).all() for slot in flat), "layers, keys and values must hold the same"
     return [int(slot[0, 0]) for slot in flat][: pages.filled]
@@ -40,7 +42,9 @@ def test_three_samples_share_the_prompt_and_copy_its_last_page_when_they_write()
     for sample in samples:
         sample.reserve(40)
     a, b, c = 0, 1, 2
-    assert [sample.table for sample in samples] == [[a, b, 3], [a, b, 4], [a, b, c]], "the last holder writes in place"
+    assert [sample.table for sample in samples] == [[a, b, 3], [a, b, 4], [a, b, c]], (
+        "the last holder writes in place"
+    )
     assert pool.free_pages == 5
     assert [read(sample) for sample in samples] == [list(range(36))] * 3
     for sample in samples:
@@ -111,7 +115,9 @@ def test_release_all_but_keeps_what_was_held_before():
     assert pool.free_pages == 3 and pool.handles == {kept}
 
 
-operation = st.tuples(st.sampled_from(["new", "grow", "fork", "release"]), st.integers(0, 100), st.integers(1, 9))
+operation = st.tuples(
+    st.sampled_from(["new", "grow", "fork", "release"]), st.integers(0, 100), st.integers(1, 9)
+)
 
 
 @settings(deadline=None, max_examples=60)

@@ -9,26 +9,43 @@ from thinkrl.pipeline import collect, parse, require_exchanges, table
 
 
 def result(accuracy: float, tokens: float, turns: int | None = None) -> dict:
-    part = {"accuracy": accuracy, "tokens": tokens, "by_level": {"easy": {"accuracy": accuracy, "tokens": tokens}}}
+    part = {
+        "accuracy": accuracy,
+        "tokens": tokens,
+        "by_level": {"easy": {"accuracy": accuracy, "tokens": tokens}},
+    }
     if turns:
-        part |= {"turns": {"min": 1, "mean": (1 + turns) / 2, "max": turns}, "long_tokens": tokens / 4,
-                 "short_tokens": 3 * tokens / 4, "ended": {"answered": 1.0}}
+        part |= {
+            "turns": {"min": 1, "mean": (1 + turns) / 2, "max": turns},
+            "long_tokens": tokens / 4,
+            "short_tokens": 3 * tokens / 4,
+            "ended": {"answered": 1.0},
+        }
     return part | {"greedy": part}
 
 
 def test_one_entry_per_round(tmp_path):
     files = {
-        "longshort/summary.json": {"before": result(0.4, 80, 3), "L1⊗S0": result(0.5, 60, 2), "after": result(0.75, 30, 1)},
+        "longshort/summary.json": {
+            "before": result(0.4, 80, 3),
+            "L1⊗S0": result(0.5, 60, 2),
+            "after": result(0.75, 30, 1),
+        },
         "grpo/summary.json": {"before": result(0.5, 60), "after": result(0.6, 30)},
-        "chunk/annotated.json": [{"lengths": [10, 20], "thoughts": ["a", "b"], "segments": ["x"] * 4},
-                                 {"lengths": [30, 40], "thoughts": ["a", "b"], "segments": ["x"] * 2}],
+        "chunk/annotated.json": [
+            {"lengths": [10, 20], "thoughts": ["a", "b"], "segments": ["x"] * 4},
+            {"lengths": [30, 40], "thoughts": ["a", "b"], "segments": ["x"] * 2},
+        ],
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
     summary = collect(tmp_path, "LS")
     assert [(r["policies"], r["trained"], r["accuracy"]) for r in summary["rounds"]] == [
-        ("L0⊗S0", None, 0.4), ("L1⊗S0", "long", 0.5), ("L1⊗S1", "short", 0.75)]
+        ("L0⊗S0", None, 0.4),
+        ("L1⊗S0", "long", 0.5),
+        ("L1⊗S1", "short", 0.75),
+    ]
     # against 50 % at 60 tokens: (60-80)/60 - 5·0.2; nothing; (60-30)/60 + 3·0.5
     assert [round(r["aes"], 4) for r in summary["rounds"]] == [-1.3333, 0.0, 2.0]
     assert summary["base"]["aes"] == 0 and round(summary["grpo"]["aes"], 4) == 1.1
@@ -40,7 +57,18 @@ def test_one_entry_per_round(tmp_path):
 
 def test_all_stages_and_continuing(tmp_path, capfd):
     """Two steps of cold start teach no protocol: the command does all of its work, and then says so."""
-    arguments = ["--out", str(tmp_path), "--chains", "70", "--sft_steps", "2", "--steps_per_round", "1", "--eval_problems", "20"]
+    arguments = [
+        "--out",
+        str(tmp_path),
+        "--chains",
+        "70",
+        "--sft_steps",
+        "2",
+        "--steps_per_round",
+        "1",
+        "--eval_problems",
+        "20",
+    ]
     small = parse([*arguments, "--rounds", "LS"])
     with pytest.raises(SystemExit) as stopped:
         pipeline.main(small)
@@ -54,12 +82,19 @@ def test_all_stages_and_continuing(tmp_path, capfd):
     with pytest.raises(SystemExit):
         pipeline.main(parse([*arguments, "--rounds", "LS", "--ranks", "1"]))
     said = capfd.readouterr().out
-    assert "== 1 chunk" in said and "== 2" not in said and "== 3" not in said, "finished stages are not done again"
+    assert "== 1 chunk" in said and "== 2" not in said and "== 3" not in said, (
+        "finished stages are not done again"
+    )
     with pytest.raises(SystemExit) as stopped:
         pipeline.main(parse([*arguments, "--rounds", "LLS"]))
     said = capfd.readouterr()
-    assert stopped.value.code == 2 and "was begun with rounds 'LS', now 'LLS': give the same, or choose another" in said.err
-    assert not said.out and json.loads((tmp_path / "summary.json").read_text()) == summary, "no pair's number under another's name"
+    assert (
+        stopped.value.code == 2
+        and "was begun with rounds 'LS', now 'LLS': give the same, or choose another" in said.err
+    )
+    assert not said.out and json.loads((tmp_path / "summary.json").read_text()) == summary, (
+        "no pair's number under another's name"
+    )
 
 
 def test_a_wrong_schedule_before_anything_runs():
@@ -71,8 +106,14 @@ def test_a_wrong_schedule_before_anything_runs():
 
 def test_a_folder_belongs_to_its_options(tmp_path):
     folder = pipeline.open_folder(parse(["--out", str(tmp_path / "out")]))
-    assert pipeline.open_folder(parse(["--out", str(folder), "--ranks", "1"])) == folder, "the number of ranks decides nothing"
-    with pytest.raises(pipeline.UserError, match="was begun with seed 42, now 43; chains 800, now 70: give the same"):
+    assert pipeline.open_folder(parse(["--out", str(folder), "--ranks", "1"])) == folder, (
+        "the number of ranks decides nothing"
+    )
+    with pytest.raises(
+        pipeline.UserError, match="was begun with seed 42, now 43; chains 800, now 70: give the same"
+    ):
         pipeline.open_folder(parse(["--out", str(folder), "--seed", "43", "--chains", "70"]))
-    with pytest.raises(pipeline.UserError, match="config.json is not a folder that can be written: choose another --out"):
+    with pytest.raises(
+        pipeline.UserError, match="config.json is not a folder that can be written: choose another --out"
+    ):
         pipeline.open_folder(parse(["--out", str(folder / "config.json")]))

@@ -1,4 +1,6 @@
-"""Presets inside the step, on the embedded model: what each of them pays, and that its options reach the reward."""
+"""Presets inside the step, on the embedded model: what each of them pays, and that its options reach the
+reward.
+"""
 
 import dataclasses
 import itertools
@@ -58,8 +60,20 @@ def test_l2t_pays_every_episode(default):
     paid = sum(sum(t.extra["penalty"]) for t in trajectories) / len(trajectories)
     assert paid == pytest.approx(0.05), "the mean completion pays kappa"
     known = tally.pairs.keys() & DEFINITIONS.keys()
-    assert {"episodes", "malformed", "fitting_gain", "compression", "penalty", "process_reward", "probe_tokens",
-            "probe_seconds", "penalty_seconds", "penalty_tokens", "penalty_length_correlation", "advantage_max"} <= known
+    assert {
+        "episodes",
+        "malformed",
+        "fitting_gain",
+        "compression",
+        "penalty",
+        "process_reward",
+        "probe_tokens",
+        "probe_seconds",
+        "penalty_seconds",
+        "penalty_tokens",
+        "penalty_length_correlation",
+        "advantage_max",
+    } <= known
     assert tally.pairs["penalty_tokens"][0] == 0, "the states that the sampler kept serve"
 
 
@@ -72,9 +86,15 @@ def test_rollouts_do_not_depend_on_the_preset(world, default):
 def test_the_kernel_reaches_the_reward(world, default, monkeypatch):
     """Break kernels.fisher's quadratic form: what an episode is paid changes."""
     whole = thinkrl.compression.episode_quadratic
-    monkeypatch.setattr(thinkrl.compression, "episode_quadratic", lambda x, g, cu, w, **more: whole(x, g, cu, w, **more).flip(0))
+    monkeypatch.setattr(
+        thinkrl.compression,
+        "episode_quadratic",
+        lambda x, g, cu, w, **more: whole(x, g, cu, w, **more).flip(0),
+    )
     _, trajectories, _, _ = step_of(world, "l2t")
-    assert any(t.extra["process_reward"] != u.extra["process_reward"] for t, u in zip(trajectories, default[1]))
+    assert any(
+        t.extra["process_reward"] != u.extra["process_reward"] for t, u in zip(trajectories, default[1])
+    )
 
 
 def test_profile_grpo_is_grpo_to_the_bit(world):
@@ -84,20 +104,39 @@ def test_profile_grpo_is_grpo_to_the_bit(world):
     assert all(torch.equal(a, b) for a, b in zip(plain, profile))
 
 
-@pytest.mark.parametrize("options", [
-    ["--beta", "0"], ["--profile", "paper"], ["--credit", "guarded"], ["--credit", "to_go"], ["--statistic", "token_trunc_mean"],
-    ["--compression", "rank1"], ["--compression", "natural"], ["--compression", "drift"], ["--proxy", "lm_head"],
-    ["--proxy", "last_block"], ["--proxy", "layers"], ["--gain", "mc"], ["--gain", "continue"], ["--episodes", "fixed:10"],
-    ["--alpha", "0"],
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--beta", "0"],
+        ["--profile", "paper"],
+        ["--credit", "guarded"],
+        ["--credit", "to_go"],
+        ["--statistic", "token_trunc_mean"],
+        ["--compression", "rank1"],
+        ["--compression", "natural"],
+        ["--compression", "drift"],
+        ["--proxy", "lm_head"],
+        ["--proxy", "last_block"],
+        ["--proxy", "layers"],
+        ["--gain", "mc"],
+        ["--gain", "continue"],
+        ["--episodes", "fixed:10"],
+        ["--alpha", "0"],
+    ],
+    ids=" ".join,
+)
 def test_every_option_changes_what_is_paid(world, default, options):
     _, trajectories, advantages, tally = step_of(world, "l2t", *options)
     assert all(a.isfinite().all() for a in advantages)
     spent = {key: tally.pairs[key][0] for key in ("probe_tokens", "penalty_tokens")}
-    assert (spent["penalty_tokens"] > 0) == (options[-1] in ("last_block", "layers")), "other proxies use the sampler's states"
+    assert (spent["penalty_tokens"] > 0) == (options[-1] in ("last_block", "layers")), (
+        "other proxies use the sampler's states"
+    )
     assert spent["probe_tokens"] > default[3].pairs["probe_tokens"][0] or options[-1] != "continue", "dearer"
     if options == ["--compression", "drift"]:
-        assert all(c == 0 for t in trajectories for c in t.extra["compression"]), "nothing has moved before the first step"
+        assert all(c == 0 for t in trajectories for c in t.extra["compression"]), (
+            "nothing has moved before the first step"
+        )
         return
     assert any(not torch.equal(a, b) for a, b in zip(advantages, default[2]))
 
@@ -105,8 +144,11 @@ def test_every_option_changes_what_is_paid(world, default, options):
 def test_profile_code_sums_gains_by_length(world, monkeypatch):
     monkeypatch.setattr(presets, "load_prm", lambda *_: new_prm(TINY))
     monkeypatch.setattr(presets, "model_path", lambda *_: TINY)
-    monkeypatch.setattr(presets, "score_completions", lambda model, prompts, completions, prefixes: [
-        torch.linspace(0, 1, len(p)) for p in prefixes])
+    monkeypatch.setattr(
+        presets,
+        "score_completions",
+        lambda model, prompts, completions, prefixes: [torch.linspace(0, 1, len(p)) for p in prefixes],
+    )
     preset, trajectories, _, _ = step_of(world, "l2t", "--profile", "code", "--prm", "x")
     for t in trajectories:
         prefixes = segment(t.turns[0].completion, preset.tokenizer).prefixes
@@ -140,12 +182,20 @@ SIX = [Problem(0, "2*3?", "6"), Problem(1, "1*6?", "6")]
 
 
 def pair_of(world, *argv: str) -> presets.LongShort:
-    return train.LongShort(parse(["longshort", "--rounds", "LS", "--steps_per_round", "3", "--group_size", "2", *argv]), world)
+    return train.LongShort(
+        parse(["longshort", "--rounds", "LS", "--steps_per_round", "3", "--group_size", "2", *argv]), world
+    )
 
 
 def listen(monkeypatch, pair, **texts: list[str]) -> list[tuple]:
-    """(role, temperature, max_tokens) of every call of a sampler. Roles that are given texts say these, in order, over and over."""
-    asked, generate, spoken = [], Sampler.generate, {role: itertools.cycle(own) for role, own in texts.items()}
+    """(role, temperature, max_tokens) of every call of a sampler. Roles that are given texts say these, in
+    order, over and over.
+    """
+    asked, generate, spoken = (
+        [],
+        Sampler.generate,
+        {role: itertools.cycle(own) for role, own in texts.items()},
+    )
 
     def heard(sampler, prompts, n, **options):
         role = next(role for role, learner in pair.learners.items() if learner.sampler is sampler)
@@ -153,15 +203,29 @@ def listen(monkeypatch, pair, **texts: list[str]) -> list[tuple]:
         if role not in spoken:
             return generate(sampler, prompts, n, **options)
         ids = [pair.learners[role].tokenizer.encode(next(spoken[role])) for _ in range(len(prompts) * n)]
-        return [[Completion(own, [-0.5] * len(own), "stop") for own in ids[i : i + n]] for i in range(0, len(ids), n)]
+        return [
+            [Completion(own, [-0.5] * len(own), "stop") for own in ids[i : i + n]]
+            for i in range(0, len(ids), n)
+        ]
 
     monkeypatch.setattr(Sampler, "generate", heard)
     return asked
 
 
 def test_trained_role_partner_and_evaluation_are_sampled_differently(world, monkeypatch):
-    pair = pair_of(world, "--rollout", "single_exchange", "--temperature", "0.9", "--max_tokens", "12",
-                   "--partner_temperature", "0.3", "--partner_max_tokens", "8")
+    pair = pair_of(
+        world,
+        "--rollout",
+        "single_exchange",
+        "--temperature",
+        "0.9",
+        "--max_tokens",
+        "12",
+        "--partner_temperature",
+        "0.3",
+        "--partner_max_tokens",
+        "8",
+    )
     asked = listen(monkeypatch, pair)
     pair.rollout(SIX, 0, Tally())
     pair.rollout(SIX, 3, Tally())
@@ -173,32 +237,50 @@ def test_trained_role_partner_and_evaluation_are_sampled_differently(world, monk
 
 
 def test_brevity_is_paid_within_a_group_and_more_from_step_to_step(world, monkeypatch):
-    """Everybody is right (1) and well formed (1); the briefer half of a group gets µ/2 more than that, the other µ/2 less."""
+    """Everybody is right (1) and well formed (1); the briefer half of a group gets µ/2 more than that, the
+    other µ/2 less.
+    """
     pair = pair_of(world, "--length_coef", "2")
-    listen(monkeypatch, pair, long=["<think>1</think>", "<think>12</think>", "<think>1234</think>", "<think>12345</think>"],
-           short=["<answer>2*3=6\n6</answer>", "<answer>6</answer>"])
+    listen(
+        monkeypatch,
+        pair,
+        long=["<think>1</think>", "<think>12</think>", "<think>1234</think>", "<think>12345</think>"],
+        short=["<answer>2*3=6\n6</answer>", "<answer>6</answer>"],
+    )
     paid = [[t.reward for t in pair.rollout(SIX, step, Tally())] for step in range(6)]
     assert paid[:3] == [[2, 2, 2, 2], [2.5, 1.5, 2.5, 1.5], [3, 1, 3, 1]]
-    assert paid[3:] == [[2, 2, 2, 2], [1.5, 2.5, 1.5, 2.5], [1, 3, 1, 3]], "µ is 0 again; now the short turns count"
+    assert paid[3:] == [[2, 2, 2, 2], [1.5, 2.5, 1.5, 2.5], [1, 3, 1, 3]], (
+        "µ is 0 again; now the short turns count"
+    )
 
 
-@pytest.mark.parametrize("options, paid", [
-    ("", [0 + 1 + 0, 1 + 1 - 0.5]),
-    ("--symmetric_length", [0 + 1 + 0.5, 1 + 1 - 0.5]),  # brief and wrong is paid too
-    ("--strict_format", [0 + 1 + 0, 1 + 0 - 0.5]),  # the second thought holds a "<"
-    ("--format_coef 3", [0 + 3 + 0, 1 + 3 - 0.5]),
-])
+@pytest.mark.parametrize(
+    "options, paid",
+    [
+        ("", [0 + 1 + 0, 1 + 1 - 0.5]),
+        ("--symmetric_length", [0 + 1 + 0.5, 1 + 1 - 0.5]),  # brief and wrong is paid too
+        ("--strict_format", [0 + 1 + 0, 1 + 0 - 0.5]),  # the second thought holds a "<"
+        ("--format_coef 3", [0 + 3 + 0, 1 + 3 - 0.5]),
+    ],
+)
 def test_options_of_the_role_reward(world, monkeypatch, options, paid):
-    """Outcome, format and length at the end of a round, where µ is 1: a brief thought that fails, a longer one that succeeds."""
+    """Outcome, format and length at the end of a round, where µ is 1: a brief thought that fails, a longer
+    one that succeeds.
+    """
     pair = pair_of(world, "--length_coef", "1", *options.split())
-    listen(monkeypatch, pair, long=["<think>1</think>", "<think><episode_1>1</episode_1></think>"],
-           short=["<answer>5</answer>", "<answer>6</answer>"])
+    listen(
+        monkeypatch,
+        pair,
+        long=["<think>1</think>", "<think><episode_1>1</episode_1></think>"],
+        short=["<answer>5</answer>", "<answer>6</answer>"],
+    )
     assert [t.reward for t in pair.rollout(SIX[:1], 2, Tally())] == paid
 
 
-@pytest.mark.parametrize("options, turns, ended", [
-    ("", 10, "turns"), ("--max_turns 3", 6, "turns"), ("--rollout single_exchange", 2, "answered"),
-])
+@pytest.mark.parametrize(
+    "options, turns, ended",
+    [("", 10, "turns"), ("--max_turns 3", 6, "turns"), ("--rollout single_exchange", 2, "answered")],
+)
 def test_how_long_a_conversation_goes_on(world, monkeypatch, options, turns, ended):
     pair = pair_of(world, *options.split())
     listen(monkeypatch, pair, long=["<think>1</think>"], short=["<answer>1</rethink>"])
@@ -214,20 +296,40 @@ def test_the_learning_rate_starts_anew_with_every_round(world):
 def test_roles_with_different_tokenizers_are_refused(world, tmp_path):
     for file in TINY.glob("*.json"):
         text = file.read_text()
-        (tmp_path / file.name).write_text(text.replace('"+"', '"\0"').replace('"-"', '"+"').replace('"\0"', '"-"'))
+        (tmp_path / file.name).write_text(
+            text.replace('"+"', '"\0"').replace('"-"', '"+"').replace('"\0"', '"-"')
+        )
     (tmp_path / "model.safetensors").symlink_to(TINY / "model.safetensors")
     with pytest.raises(UserError, match="different tokenizers"):
         pair_of(world, "--long", "tiny", "--short", str(tmp_path))
 
 
 def test_two_sizes_of_one_family_train_each_other(world, tmp_path):
-    """The embedded model thinks, one a third as wide with random weights replies; each is trained for one step."""
+    """The embedded model thinks, one a third as wide with random weights replies; each is trained for one
+    step.
+    """
     known = ModelConfig.from_hf(json.loads((TINY / "config.json").read_text()))
     narrow = dataclasses.replace(known, width=32, layers=2, heads=2, kv_heads=1, mlp_width=48)
     save_hf(Transformer.random(narrow), Tokenizer(TINY), tmp_path / "narrow")
-    pair = pair_of(world, "--long", "tiny", "--short", str(tmp_path / "narrow"), "--rollout", "single_exchange",
-                   "--max_tokens", "16", "--partner_max_tokens", "16", "--kl_coef", "0.1")
-    assert [pair.learners[role].policy.head_weight.shape for role in ("long", "short")] == [(72, 96), (72, 32)]
+    pair = pair_of(
+        world,
+        "--long",
+        "tiny",
+        "--short",
+        str(tmp_path / "narrow"),
+        "--rollout",
+        "single_exchange",
+        "--max_tokens",
+        "16",
+        "--partner_max_tokens",
+        "16",
+        "--kl_coef",
+        "0.1",
+    )
+    assert [pair.learners[role].policy.head_weight.shape for role in ("long", "short")] == [
+        (72, 96),
+        (72, 32),
+    ]
 
     def weights(role: str) -> torch.Tensor:
         return pair.learners[role].policy.head_weight.full_tensor().clone()
@@ -242,7 +344,10 @@ def test_two_sizes_of_one_family_train_each_other(world, tmp_path):
         assert grad_norm > 0 and not torch.equal(own, weights(role)) and torch.equal(other, weights(partner))
         assert torch.equal(learner.sampler.model.head_weight, weights(role))
         mismatch, tokens = tally.pairs["mismatch"]
-        assert tokens == sum(len(t.turns[role == "short"].completion) for t in talks) and mismatch / tokens < 1e-5
+        assert (
+            tokens == sum(len(t.turns[role == "short"].completion) for t in talks)
+            and mismatch / tokens < 1e-5
+        )
 
 
 def test_published_longshort_values_on_a_real_model():

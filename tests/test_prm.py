@@ -31,11 +31,34 @@ from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory, Turn, UserError, empty_pack, pack
 
-PIECES = ["<eos>", "?", "a", "b", "4", "5", "<answer>", "</answer>", "<extra_0>", "<episode_1>", "</episode_1>", " ", "\n"]
+PIECES = [
+    "<eos>",
+    "?",
+    "a",
+    "b",
+    "4",
+    "5",
+    "<answer>",
+    "</answer>",
+    "<extra_0>",
+    "<episode_1>",
+    "</episode_1>",
+    " ",
+    "\n",
+]
 ID = {piece: i for i, piece in enumerate(PIECES)}
 V = 16
-CONFIG = ModelConfig("Qwen2ForCausalLM", vocab_size=V, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_width=24,
-                     max_positions=128)
+CONFIG = ModelConfig(
+    "Qwen2ForCausalLM",
+    vocab_size=V,
+    width=16,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    mlp_width=24,
+    max_positions=128,
+)
 
 
 def ids(text: str) -> list[int]:
@@ -74,7 +97,9 @@ def p_positive(model: StepRewardModel, tokens: list[int]) -> float:
 
 
 def test_loss_by_hand():
-    logits = torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, math.log(3)]], dtype=torch.float64)  # P = 1/2, 3/4, 3/4
+    logits = torch.tensor(
+        [[0.0, 0.0], [0.0, math.log(3)], [0.0, math.log(3)]], dtype=torch.float64
+    )  # P = 1/2, 3/4, 3/4
     labels = torch.tensor([1.0, 1.0, 0.25])
     by_hand = [math.log(2), math.log(4 / 3), 0.25 * math.log(4 / 3) + 0.75 * math.log(4)]
     for n in (1, 2, 3):
@@ -119,7 +144,9 @@ def test_forwards_are_the_tokens_that_the_model_reads(separator):
     seen = []
     model.body.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     score_completions(model, [ids("a b ?")], [ids("a 4 b 5 a b <answer> 5 </answer> <eos>")], [[0, 2, 5]])
-    assert model.forwards == sum(seen) == (8 if separator is None else 4 + 8 + 2), "J_0's row, and a separator behind each step"
+    assert model.forwards == sum(seen) == (8 if separator is None else 4 + 8 + 2), (
+        "J_0's row, and a separator behind each step"
+    )
 
 
 def attempt(problem: Problem, prompt: str, completion: str, sample=0) -> Trajectory:
@@ -128,7 +155,9 @@ def attempt(problem: Problem, prompt: str, completion: str, sample=0) -> Traject
 
 
 def bigrams(successors: dict[str, list[str]]) -> Transformer:
-    """A policy in which the last token alone decides: one-hot embeddings, silent blocks, and a head that is a table."""
+    """A policy in which the last token alone decides: one-hot embeddings, silent blocks, and a head that
+    is a table.
+    """
     model = Transformer.random(replace(CONFIG, tied=False))
     with torch.no_grad():
         for parameter in model.blocks.parameters():
@@ -140,14 +169,29 @@ def bigrams(successors: dict[str, list[str]]) -> Transformer:
     return model
 
 
-SUCCESSORS = {"?": ["<answer>"], "<answer>": ["4", "5"], "4": ["</answer>"], "5": ["</answer>"], "</answer>": ["<eos>"],
-              "a": ["a"]}
+SUCCESSORS = {
+    "?": ["<answer>"],
+    "<answer>": ["4", "5"],
+    "4": ["</answer>"],
+    "5": ["</answer>"],
+    "</answer>": ["<eos>"],
+    "a": ["a"],
+}
 
 
 def label(tokenizer, trajectories, prefixes, continuations):
     sampler = Sampler(bigrams(SUCCESSORS), tokenizer, num_pages=200)
-    labels = prefix_labels(sampler, tokenizer, trajectories, prefixes, continuations=continuations, max_tokens=6,
-                           temperature=1.0, seed=0, address=(7,))
+    labels = prefix_labels(
+        sampler,
+        tokenizer,
+        trajectories,
+        prefixes,
+        continuations=continuations,
+        max_tokens=6,
+        temperature=1.0,
+        seed=0,
+        address=(7,),
+    )
     return labels, sampler
 
 
@@ -167,8 +211,13 @@ def test_equal_prefixes_are_continued_once_and_world_size_does_not_matter(tokeni
     trajectories = [attempt(p, "?", "a <answer> 5 </answer> <eos>", i) for p in problems for i in range(2)]
     prefixes = [[0, 1, 3]] * 4
     together, sampler = label(tokenizer, trajectories, prefixes, continuations=8)
-    assert sampler.forwards.decode == sum(  # (3 tokens up to </answer>, then <eos>; 6 times 'a'; </answer>, <eos>), 2 problems
-        8 * n for n in (4, 6, 2)) * 2
+    assert (
+        sampler.forwards.decode
+        == sum(  # (3 tokens up to </answer>, then <eos>; 6 times 'a'; </answer>, <eos>), 2 problems
+            8 * n for n in (4, 6, 2)
+        )
+        * 2
+    )
     apart = [label(tokenizer, trajectories[i : i + 2], prefixes[:2], continuations=8)[0] for i in (0, 2)]
     assert [x.tolist() for x in together] == [x.tolist() for part in apart for x in part]
     assert together[0][0] + together[2][0] != 1.0, "two problems with the same prompt draw differently"
@@ -179,7 +228,9 @@ def packed(trajectories, prefixes, labels, budget=1000):
 
 
 def test_labels_stand_at_the_ends_of_their_prefixes():
-    p, = packed([attempt(Problem(1, "", "5"), "a b ?", "a b <answer> 5 <eos>")], [[0, 2]], [torch.tensor([0.5, 0.0])])
+    (p,) = packed(
+        [attempt(Problem(1, "", "5"), "a b ?", "a b <answer> 5 <eos>")], [[0, 2]], [torch.tensor([0.5, 0.0])]
+    )
     assert p.tokens.tolist() == ids("a b ? a b"), "nothing behind the last prefix is read"
     assert label_positions(p).tolist() == [2, 4] and p.advantage[[2, 4]].tolist() == [0.5, 0.0]
     assert label_positions(empty_pack()).tolist() == []
@@ -205,11 +256,14 @@ def test_a_toy_is_learned():
         sum(loss).backward()
         optimizer.step()
         first = first or sum(loss).item()
-    # The eight J_0 are coins: the least possible loss is half of ln 2, the mean over 8 coins and 8 certainties.
+    # The eight J_0 are coins: the least possible loss is half of ln 2, the mean over 8 coins and 8
+    # certainties.
     assert sum(loss).item() - math.log(2) / 2 < 0.02 < first - math.log(2) / 2
     assert stats[0]["label_error"][0] / stats[0]["label_error"][1] < 0.05 and stats[0]["label_error"][1] == 16
     turns = [t.turns[0] for t in trajectories]
-    J = score_completions(model, [turn.prompt for turn in turns], [turn.completion for turn in turns], prefixes)
+    J = score_completions(
+        model, [turn.prompt for turn in turns], [turn.completion for turn in turns], prefixes
+    )
     for scores, (coin, truth) in zip(J, labels):
         assert abs(scores[0] - coin) < 0.1 and abs(scores[1] - truth) < 0.1
 
@@ -265,7 +319,7 @@ def test_new_prm_is_the_policy_undecided(tmp_path, tokenizer):
     model = new_prm(tmp_path / "policy")
     tokens, cu = torch.tensor(ids("a b ? 4")), torch.tensor([0, 4], dtype=torch.int32)
     assert torch.equal(model(tokens, cu), policy(tokens, cu))
-    J, = score_completions(model, [ids("a ?")], [ids("4 5")], [[0, 2]])
+    (J,) = score_completions(model, [ids("a ?")], [ids("4 5")], [[0, 2]])
     assert J.tolist() == [0.5, 0.5]
 
 
@@ -274,7 +328,10 @@ def test_saved_and_loaded_are_equal(architecture, tmp_path, tokenizer):
     model = random_prm(config=replace(CONFIG, architecture=architecture))
     save_prm(model, tokenizer, tmp_path / "prm")
     config = json.loads((tmp_path / "prm" / "config.json").read_text())
-    assert config["architectures"] == [architecture.replace("CausalLM", "ProcessRewardModel")] and config["thinkrl_prm"] is True
+    assert (
+        config["architectures"] == [architecture.replace("CausalLM", "ProcessRewardModel")]
+        and config["thinkrl_prm"] is True
+    )
     assert "lm_head.weight" not in load_file(tmp_path / "prm" / "model.safetensors")
     loaded = load_prm(tmp_path / "prm")
     assert loaded.separator is None and Tokenizer(tmp_path / "prm").decode(ids("a ?")) == "a?"
@@ -284,21 +341,37 @@ def test_saved_and_loaded_are_equal(architecture, tmp_path, tokenizer):
 
 @pytest.fixture
 def qwen_prm(tmp_path):
-    """A folder as Qwen2.5-Math-PRM is laid out: body by transformers, score.0 and score.2, an lm_head nobody needs."""
+    """A folder as Qwen2.5-Math-PRM is laid out: body by transformers, score.0 and score.2, an lm_head
+    nobody needs.
+    """
     folder = tmp_path / "qwen"
     write_tokenizer(folder)
     torch.manual_seed(1)
-    config = transformers.Qwen2Config(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                      num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128)
+    config = transformers.Qwen2Config(
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+    )
     body = transformers.Qwen2Model(config).eval()
     score = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
     with torch.no_grad():
         for parameter in [*body.parameters(), *score.parameters()]:
             parameter.add_(0.3 * torch.randn_like(parameter))
-    tensors = {f"model.{name}": t.clone() for name, t in body.state_dict().items()} | {"lm_head.weight": torch.randn(V, 16)}
-    save_file(tensors | {f"score.{name}": t.clone() for name, t in score.state_dict().items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
-    raw = json.loads(config.to_json_string(use_diff=False)) | {"architectures": ["Qwen2ForProcessRewardModel"]}
+    tensors = {f"model.{name}": t.clone() for name, t in body.state_dict().items()} | {
+        "lm_head.weight": torch.randn(V, 16)
+    }
+    save_file(
+        tensors | {f"score.{name}": t.clone() for name, t in score.state_dict().items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    raw = json.loads(config.to_json_string(use_diff=False)) | {
+        "architectures": ["Qwen2ForProcessRewardModel"]
+    }
     (folder / "config.json").write_text(json.dumps(raw))
     return folder, body, score
 
@@ -311,7 +384,7 @@ def test_a_separator_model_scores_as_its_authors_do(qwen_prm):
     with torch.no_grad():
         at = torch.tensor(conversation) == ID["<extra_0>"]
         expected = score(body(torch.tensor([conversation])).last_hidden_state[0, at]).softmax(-1)[:, 1]
-    J, = score_completions(model, [ids("a b ?")], [ids("a 4 b 5 a b <eos>")], [[0, 2, 5, 6]])
+    (J,) = score_completions(model, [ids("a b ?")], [ids("a 4 b 5 a b <eos>")], [[0, 2, 5, 6]])
     torch.testing.assert_close(J[1:], expected, atol=1e-5, rtol=1e-4)
     assert J[0] == pytest.approx(p_positive(model, ids("a b ? <extra_0>")), abs=1e-6)
     assert expected.max() - expected.min() > 1e-3
@@ -338,7 +411,9 @@ def test_what_reaches_beyond_the_context_is_not_told(tokenizer):
     assert whole[1] == [0, 1, 4, 5, 6]
     for context, told in ((10, 4), (9, 3), (8, 3), (7, 2), (6, 2), (5, 1), (2, 1), (1, 0)):
         _, completion, prefixes = retell("a?", steps, tokenizer, len(prompt) + context)
-        assert (completion, prefixes) == (whole[0][: prefixes[-1]], whole[1][: told + 1]), "with its separators it must fit"
+        assert (completion, prefixes) == (whole[0][: prefixes[-1]], whole[1][: told + 1]), (
+            "with its separators it must fit"
+        )
 
 
 def test_foreign_ids_are_refused(tmp_path, tokenizer):
@@ -350,7 +425,9 @@ def test_foreign_ids_are_refused(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("separator, needed", [(None, 2 + 30), (ID["<extra_0>"], 3 + 1)])
 def test_a_short_context_is_refused(separator, needed, tokenizer):
-    """The ids' reader needs room for a whole completion; told in its own words, "a\n?" is three tokens without the prompt's."""
+    """The ids' reader needs room for a whole completion; told in its own words, "a\n?" is three tokens
+    without the prompt's.
+    """
     problems, prompts = [Problem(0, "", "5"), Problem(7, "a\n?", "5")], [ids("a"), ids("a ?")]
     needed += len(retell("", [], tokenizer, 128)[0]) if separator is not None else 0
     for context in (needed, needed - 1):
@@ -370,7 +447,9 @@ def test_mistakes_are_named(qwen_prm, tmp_path, tokenizer):
         save_file({k: v for k, v in tensors.items() if k not in names}, folder / "model.safetensors")
 
     save_hf(Transformer.random(CONFIG), tokenizer, tmp_path / "policy")
-    with pytest.raises(UserError, match="policy: tensor score.weight .* is missing, so this is not a step reward model"):
+    with pytest.raises(
+        UserError, match="policy: tensor score.weight .* is missing, so this is not a step reward model"
+    ):
         load_prm(tmp_path / "policy")
     without("score.2.bias")
     with pytest.raises(UserError, match="qwen: tensor score.2.bias of shape .2. is missing"):

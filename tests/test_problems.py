@@ -7,7 +7,16 @@ import pytest
 
 from thinkrl import arith
 from thinkrl.grading import grade
-from thinkrl.problems import GPQA_OPTIONS, Stream, held_out_problems, load_problems, messages, read_rows, split_files, spread
+from thinkrl.problems import (
+    GPQA_OPTIONS,
+    Stream,
+    held_out_problems,
+    load_problems,
+    messages,
+    read_rows,
+    split_files,
+    spread,
+)
 from thinkrl.types import Problem, UserError
 
 
@@ -18,7 +27,10 @@ def write(path, *rows):
 
 VERL = {
     "data_source": "openai/gsm8k",
-    "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'What is 6*7? Answer after "####".'}],
+    "prompt": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": 'What is 6*7? Answer after "####".'},
+    ],
     "ability": "math",
     "reward_model": {"style": "rule", "ground_truth": "42"},
     "extra_info": {"split": "train", "index": 0, "answer": "6*7=42\n#### 42", "question": "What is 6*7?"},
@@ -43,13 +55,19 @@ def test_jsonl_with_every_spelling_of_a_row(tmp_path):
 
 
 def test_the_callers_source_is_for_rows_that_name_none(tmp_path):
-    path = write(tmp_path / "d.jsonl", {"problem": "1+1?", "answer": "2"}, {"problem": "x", "answer": "x", "source": "math"})
+    path = write(
+        tmp_path / "d.jsonl",
+        {"problem": "1+1?", "answer": "2"},
+        {"problem": "x", "answer": "x", "source": "math"},
+    )
     assert [p.source for p in load_problems(path, "arith")] == ["arith", "math"]
 
 
 def test_a_json_list(tmp_path):
     path = tmp_path / "d.json"
-    path.write_text(json.dumps([{"problem": "1+1?", "answer": 2}, {"problem": "2+2?", "answer": 4}], indent=1))
+    path.write_text(
+        json.dumps([{"problem": "1+1?", "answer": 2}, {"problem": "2+2?", "answer": 4}], indent=1)
+    )
     assert [p.answer for p in load_problems(str(path))] == ["2", "4"]
 
 
@@ -74,7 +92,10 @@ def test_verl_parquet(tmp_path):
 GOOD = {"problem": "1+1?", "answer": "2"}
 CHOICE = {"problem": "1+1?", "options": ["2", "3", "4", "5"], "answer": "2"}
 GPQA = {"Question": "1+1?", **dict(zip(GPQA_OPTIONS, ("right", "wrong", "worse", "worst")))}
-LISTED = {"problem": "1+1?\nCandidate answer: (1) two, or so, or (2) f(3), or (3) 4, or (4) five", "answer": "two, or so"}
+LISTED = {
+    "problem": "1+1?\nCandidate answer: (1) two, or so, or (2) f(3), or (3) 4, or (4) five",
+    "answer": "two, or so",
+}
 
 
 @pytest.mark.parametrize(
@@ -85,26 +106,56 @@ LISTED = {"problem": "1+1?\nCandidate answer: (1) two, or so, or (2) f(3), or (3
         ({"problem": "1+1?", "solution": "two"}, "d.jsonl:2: field 'answer' is missing"),
         ({"problem": ["1+1?"], "answer": "2"}, "d.jsonl:2: field 'problem' must be text, not list"),
         ({"problem": "1+1?", "answer": True}, "d.jsonl:2: field 'answer' must be text, not bool"),
-        ({"problem": "1+1?", "answer": "two", "source": "gsm8k"}, "d.jsonl:2: field 'answer': 'two' is not a number"),
+        (
+            {"problem": "1+1?", "answer": "two", "source": "gsm8k"},
+            "d.jsonl:2: field 'answer': 'two' is not a number",
+        ),
         ({"problem": "1+1?", "answer": r"\frac{1"}, "d.jsonl:2: field 'answer': .* unpaired"),
-        ({"problem": "1+1?", "answer": "2", "source": "gsm9k"}, "d.jsonl:2: field 'source': no grading rule.*gsm8k"),
+        (
+            {"problem": "1+1?", "answer": "2", "source": "gsm9k"},
+            "d.jsonl:2: field 'source': no grading rule.*gsm8k",
+        ),
         ('{"problem": "1+1?"', "d.jsonl:2: not valid JSON"),
         ("[1]", "d.jsonl:2: a row must be an object with named fields, not list"),
         (CHOICE | {"answer": "7"}, "d.jsonl:2: field 'answer' must be one of the options"),
-        (CHOICE | {"options": ["2", "2"]}, "d.jsonl:2: field 'options' must be a list of 2 to 26 different texts"),
+        (
+            CHOICE | {"options": ["2", "2"]},
+            "d.jsonl:2: field 'options' must be a list of 2 to 26 different texts",
+        ),
         (CHOICE | {"options": "2, 3"}, "d.jsonl:2: field 'options'"),
         (CHOICE | {"options": ["2", "3", " "]}, "d.jsonl:2: field 'options'"),
         (CHOICE | {"options": ["2", 3]}, "d.jsonl:2: field 'options'"),
-        (GPQA | {"Incorrect Answer 2": ""}, "d.jsonl:2: fields .*'Incorrect Answer 2'.* must be different texts, none"),
+        (
+            GPQA | {"Incorrect Answer 2": ""},
+            "d.jsonl:2: fields .*'Incorrect Answer 2'.* must be different texts, none",
+        ),
         (GPQA | {"Incorrect Answer 2": "worst "}, "d.jsonl:2: fields 'Correct Answer', "),
-        ({k: v for k, v in GPQA.items() if k != "Incorrect Answer 3"}, "d.jsonl:2: fields 'Correct Answer', "),
-        (LISTED | {"problem": LISTED["problem"].replace("(4)", "(3)")}, "d.jsonl:2: field 'problem' must list its"),
-        (LISTED | {"problem": LISTED["problem"].replace(" five", "")}, "d.jsonl:2: field 'problem' must list its"),
-        (LISTED | {"problem": "1+1? Candidate answer: (1) two, so (2) three"}, "d.jsonl:2: field 'problem' must list"),
+        (
+            {k: v for k, v in GPQA.items() if k != "Incorrect Answer 3"},
+            "d.jsonl:2: fields 'Correct Answer', ",
+        ),
+        (
+            LISTED | {"problem": LISTED["problem"].replace("(4)", "(3)")},
+            "d.jsonl:2: field 'problem' must list its",
+        ),
+        (
+            LISTED | {"problem": LISTED["problem"].replace(" five", "")},
+            "d.jsonl:2: field 'problem' must list its",
+        ),
+        (
+            LISTED | {"problem": "1+1? Candidate answer: (1) two, so (2) three"},
+            "d.jsonl:2: field 'problem' must list",
+        ),
         (LISTED | {"answer": "(1)"}, "d.jsonl:2: field 'answer' must be one of the options"),
-        (VERL | {"reward_model": {"style": "rule"}}, "d.jsonl:2: field 'reward_model.ground_truth' is missing"),
+        (
+            VERL | {"reward_model": {"style": "rule"}},
+            "d.jsonl:2: field 'reward_model.ground_truth' is missing",
+        ),
         (VERL | {"reward_model": "42"}, "d.jsonl:2: field 'reward_model.ground_truth' is missing"),
-        (VERL | {"reward_model": {"ground_truth": "x"}}, "d.jsonl:2: field 'reward_model.ground_truth': 'x' is not a number"),
+        (
+            VERL | {"reward_model": {"ground_truth": "x"}},
+            "d.jsonl:2: field 'reward_model.ground_truth': 'x' is not a number",
+        ),
         (VERL | {"prompt": "What?"}, "d.jsonl:2: field 'prompt' must be a list of messages"),
         (VERL | {"prompt": [{"role": "user"}]}, "d.jsonl:2: field 'prompt' must be a list of messages"),
         (VERL | {"prompt": []}, "d.jsonl:2: field 'prompt' must be a list of messages"),
@@ -122,7 +173,9 @@ def test_options_are_shuffled_the_same_way_every_time(tmp_path):
     assert all(f"({p.answer}) right" in p.question and p.source == "math" for p in problems)
     letters = Counter(p.answer for p in problems)
     assert set(letters) == set("ABCD") and max(letters.values()) < 80
-    assert load_problems(write(tmp_path / "other.jsonl", *rows[100:]))[0].question == problems[100].question, "wherever it stands"
+    assert (
+        load_problems(write(tmp_path / "other.jsonl", *rows[100:]))[0].question == problems[100].question
+    ), "wherever it stands"
     [asked] = load_problems(write(tmp_path / "one.jsonl", CHOICE))
     assert sorted(line[4:] for line in asked.question.splitlines()[1:5]) == ["2", "3", "4", "5"]
     assert grade(rf"It is \boxed{{({asked.answer})}}.", asked.answer, asked.source)
@@ -131,16 +184,41 @@ def test_options_are_shuffled_the_same_way_every_time(tmp_path):
 def test_options_inside_the_question_are_shuffled_too(tmp_path):
     """The layout of the Long⊗Short paper's GPQA file: as the same options in a field of their own."""
     [listed] = load_problems(write(tmp_path / "listed.jsonl", LISTED | {"source": "gpqa"}))
-    [apart] = load_problems(write(tmp_path / "apart.jsonl", {"problem": "1+1?", "options": ["two, or so", "f(3)", "4", "five"],
-                                                             "answer": "two, or so", "source": "gpqa"}))
-    assert listed == apart and f"({listed.answer}) two, or so" in listed.question and "Candidate" not in listed.question
-    places = Counter(p.answer for p in load_problems(write(tmp_path / "many.jsonl", *(
-        LISTED | {"problem": LISTED["problem"].replace("1+1", f"{i}+1")} for i in range(200)))))
+    [apart] = load_problems(
+        write(
+            tmp_path / "apart.jsonl",
+            {
+                "problem": "1+1?",
+                "options": ["two, or so", "f(3)", "4", "five"],
+                "answer": "two, or so",
+                "source": "gpqa",
+            },
+        )
+    )
+    assert (
+        listed == apart
+        and f"({listed.answer}) two, or so" in listed.question
+        and "Candidate" not in listed.question
+    )
+    places = Counter(
+        p.answer
+        for p in load_problems(
+            write(
+                tmp_path / "many.jsonl",
+                *(LISTED | {"problem": LISTED["problem"].replace("1+1", f"{i}+1")} for i in range(200)),
+            )
+        )
+    )
     assert set(places) == set("ABCD") and max(places.values()) < 80
 
 
 def test_unusable_files(tmp_path):
-    for content, message in (("", "has no rows"), ("\n\n", "has no rows"), ("[]", "has no rows"), ("[1", "not valid JSON")):
+    for content, message in (
+        ("", "has no rows"),
+        ("\n\n", "has no rows"),
+        ("[]", "has no rows"),
+        ("[1", "not valid JSON"),
+    ):
         (tmp_path / "d.jsonl").write_text(content)
         with pytest.raises(UserError, match=message):
             load_problems(str(tmp_path / "d.jsonl"))
@@ -170,7 +248,13 @@ def test_a_dataset_out_of_reach_is_a_sentence(monkeypatch):
 
 
 def test_which_files_of_a_dataset_make_a_split():
-    files = ["README.md", "main/train-0.parquet", "main/train-1.parquet", "main/test-0.parquet", "socratic/train-0.parquet"]
+    files = [
+        "README.md",
+        "main/train-0.parquet",
+        "main/train-1.parquet",
+        "main/test-0.parquet",
+        "socratic/train-0.parquet",
+    ]
     assert split_files(files, "main/train", "hub:a/b") == files[1:3]
     assert split_files(files, "test", "hub:a/b") == ["main/test-0.parquet"]
     assert split_files(["test.jsonl", "trainer.json"], "test", "hub:a/b") == ["test.jsonl"]
@@ -205,7 +289,9 @@ def test_an_epoch_of_a_list_meets_each_row_once_and_no_step_meets_one_twice():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert all(len(set(stream.take(step, 4))) == 4 for step in range(20))
-    assert {row for step in range(20) for row in stream.take(step, 4)} == set(range(10))  # nobody is left out for ever
+    assert {row for step in range(20) for row in stream.take(step, 4)} == set(
+        range(10)
+    )  # nobody is left out for ever
     with pytest.raises(UserError, match="10 rows, fewer than the 11"):
         stream.take(0, 11)
 
@@ -217,7 +303,9 @@ def test_arith_trains_on_what_it_does_not_evaluate():
     assert len(held_out) == len({p.question for p in held_out}) == 500
     assert not trained & {p.question for p in held_out}
     assert stream.take(2, 4)[1] == arith.training_problem(3, 9)
-    assert held_out_problems("arith", "other.jsonl") == held_out and held_out_problems("", "other.jsonl") == []
+    assert (
+        held_out_problems("arith", "other.jsonl") == held_out and held_out_problems("", "other.jsonl") == []
+    )
 
 
 def test_messages_ask_for_the_marker_once():
@@ -225,7 +313,10 @@ def test_messages_ask_for_the_marker_once():
         return [(m["role"], m["content"]) for m in messages(problem, **options)]
 
     assert content(Problem(0, "6*7?", "42")) == [("user", "6*7?")]
-    assert content(Problem(0, "6*7?", "42"), system="S", suffix="End.") == [("system", "S"), ("user", "6*7?\nEnd.")]
+    assert content(Problem(0, "6*7?", "42"), system="S", suffix="End.") == [
+        ("system", "S"),
+        ("user", "6*7?\nEnd."),
+    ]
     assert "####" in content(Problem(0, "6*7?", "42", "openai/gsm8k"))[0][1]
     assert r"\boxed{}" in content(Problem(0, "6*7?", "42", "math"))[0][1]
     asked = Problem(0, r"6*7? Use \boxed{}.", "42", "math", system="Own.")

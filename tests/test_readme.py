@@ -15,6 +15,7 @@ def test_every_metric_is_explained_as_defined():
 
 def test_files_that_are_named_exist():
     import re
+
     root = Path(__file__).parent.parent
     for name in re.findall(r"`((?:thinkrl|kernels|tests)/[a-z_/]+\.py)`", README):
         assert (root / name).exists(), name

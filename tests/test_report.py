@@ -16,10 +16,18 @@ from thinkrl.types import Problem, Trajectory, Turn
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "thinkrl" / "assets" / "tiny"
-PARTS = ["<think><episode_1>2+3=5</episode_1>", "<episode_2>5*2=10</episode_2>",
-         "<episode_3>10 ok</episode_3></think><answer>10</answer>"]
-EPISODES = dict(J=[0.25, 0.5, 0.25, 1.0], compression=[0.004, 0.002, 0.001], penalty=[0.04, 0.02, 0.01],
-                process_reward=[0.25, -0.5, 1.0], malformed=False)
+PARTS = [
+    "<think><episode_1>2+3=5</episode_1>",
+    "<episode_2>5*2=10</episode_2>",
+    "<episode_3>10 ok</episode_3></think><answer>10</answer>",
+]
+EPISODES = dict(
+    J=[0.25, 0.5, 0.25, 1.0],
+    compression=[0.004, 0.002, 0.001],
+    penalty=[0.04, 0.02, 0.01],
+    process_reward=[0.25, -0.5, 1.0],
+    malformed=False,
+)
 VOID = {"meta", "line", "polyline", "circle", "rect"}
 
 
@@ -50,7 +58,11 @@ class Page(HTMLParser):
             element[2] += data
 
     def all(self, tag: str, kind: str = "") -> list[tuple[dict, str]]:
-        return [(a, text) for t, a, text in self.elements if t == tag and set(kind.split()) <= set(a.get("class", "").split())]
+        return [
+            (a, text)
+            for t, a, text in self.elements
+            if t == tag and set(kind.split()) <= set(a.get("class", "").split())
+        ]
 
     def texts(self, tag: str, kind: str = "") -> list[str]:
         return [text for _, text in self.all(tag, kind)]
@@ -70,18 +82,38 @@ def with_tokenizer(log: Log, step: int = 10, source: Path = TINY) -> Tokenizer:
     return Tokenizer(folder)
 
 
-def sample(text: str, sample: int = 0, question="What is (2+3)*2?", answer="10", roles=("policy",), **extra) -> dict:
+def sample(
+    text: str, sample: int = 0, question="What is (2+3)*2?", answer="10", roles=("policy",), **extra
+) -> dict:
     """A row of samples.jsonl as train.py writes it."""
     tokenizer = Tokenizer(TINY)
-    turns = [Turn(role, [1], tokenizer.encode(part), [], "stop") for role, part in zip(roles, text.split("|"))]
+    turns = [
+        Turn(role, [1], tokenizer.encode(part), [], "stop") for role, part in zip(roles, text.split("|"))
+    ]
     right = answer == "10"
-    t = Trajectory(Problem(7, question, "10", level="two steps"), sample, turns, text, answer, float(right), float(right), extra)
+    t = Trajectory(
+        Problem(7, question, "10", level="two steps"),
+        sample,
+        turns,
+        text,
+        answer,
+        float(right),
+        float(right),
+        extra,
+    )
     return train.describe(t, torch.full((t.tokens,), 0.5))
 
 
 def summary(accuracy: float, tokens: float, level: float) -> dict:
-    own = {"completions": 4, "accuracy": accuracy, "tokens": tokens,
-           "by_level": {"": {"accuracy": 0.0, "tokens": 0.0}, "easy": {"completions": 2, "accuracy": level, "tokens": 2 * tokens}}}
+    own = {
+        "completions": 4,
+        "accuracy": accuracy,
+        "tokens": tokens,
+        "by_level": {
+            "": {"accuracy": 0.0, "tokens": 0.0},
+            "easy": {"completions": 2, "accuracy": level, "tokens": 2 * tokens},
+        },
+    }
     return own | {"greedy": own | {"accuracy": 1.0, "tokens": 10.0}}
 
 
@@ -91,15 +123,25 @@ def test_the_page_is_whole_and_asks_for_nothing(tmp_path):
     for step in range(1, 4):
         log.step(dict.fromkeys(DEFINITIONS, 0.5) | {"step": step})
         log.samples(step, [sample("".join(PARTS), ends=[1, 2, 3], **EPISODES)])
-    (log.folder / "summary.json").write_text(json.dumps({"before": summary(0.5, 40, 0.5), "after": summary(0.75, 30, 1.0)}))
+    (log.folder / "summary.json").write_text(
+        json.dumps({"before": summary(0.5, 40, 0.5), "after": summary(0.75, 30, 1.0)})
+    )
     path = write_report(log.folder)
     page = Page(path)
     assert path == log.folder / "report.html" and not list(log.folder.glob("*.tmp"))
-    assert "://" not in page.source and not {"script", "link", "img", "iframe"} & {tag for tag, _, _ in page.elements}
-    assert not any(name.startswith("on") or name in ("src", "href") for _, a, _ in page.elements for name in a)
-    assert any(a.get("content") == "default-src 'none'; style-src 'unsafe-inline'" for a, _ in page.all("meta"))
+    assert "://" not in page.source and not {"script", "link", "img", "iframe"} & {
+        tag for tag, _, _ in page.elements
+    }
+    assert not any(
+        name.startswith("on") or name in ("src", "href") for _, a, _ in page.elements for name in a
+    )
+    assert any(
+        a.get("content") == "default-src 'none'; style-src 'unsafe-inline'" for a, _ in page.all("meta")
+    )
     drawn = page.texts("figcaption")
-    assert sorted(drawn) == sorted(words for key, words in DEFINITIONS.items() if key != "step"), "every curve, with its definition"
+    assert sorted(drawn) == sorted(words for key, words in DEFINITIONS.items() if key != "step"), (
+        "every curve, with its definition"
+    )
 
 
 def test_episodes_are_coloured_by_what_they_were_paid(tmp_path):
@@ -115,8 +157,10 @@ def test_episodes_are_coloured_by_what_they_were_paid(tmp_path):
     # Square roots of 0.25, 0.5 and 1.0 over the largest, 1.0.
     colours = [(a["class"], a["style"]) for a, _ in spans]
     assert colours == [("ep plus", "--w:0.50"), ("ep minus", "--w:0.71"), ("ep plus", "--w:1.00")]
-    assert spans[1][0]["data-tip"] == (f"episode 2 of 3 · {lengths[1]} tokens\nJ 0.5 → 0.25 · fitting gain −0.25\n"
-                                       "compression 0.002 raw · 0.02 normalised\nprocess reward −0.5 · advantage +0.5")
+    assert spans[1][0]["data-tip"] == (
+        f"episode 2 of 3 · {lengths[1]} tokens\nJ 0.5 → 0.25 · fitting gain −0.25\n"
+        "compression 0.002 raw · 0.02 normalised\nprocess reward −0.5 · advantage +0.5"
+    )
     assert page.texts("p", "legend")[0].startswith("−1+1")
     assert page.texts("span", "badge") == ["✓ 10"]
     assert f"{ends[-1] + 1} tokens" in page.texts("span", "chip")
@@ -126,7 +170,9 @@ def test_without_a_tokenizer_the_text_is_plain(tmp_path):
     log = new_run(tmp_path)
     log.samples(1, [sample("".join(PARTS), ends=[3, 6, 9], **EPISODES)])
     page = Page(write_report(log.folder))
-    assert page.texts("pre") == ["".join(PARTS)] and not page.all("span", "ep") and not page.all("p", "legend")
+    assert (
+        page.texts("pre") == ["".join(PARTS)] and not page.all("span", "ep") and not page.all("p", "legend")
+    )
 
 
 def test_a_character_in_two_tokens_belongs_to_the_later_episode(tmp_path):
@@ -135,7 +181,10 @@ def test_a_character_in_two_tokens_belongs_to_the_later_episode(tmp_path):
     from tokenizers import decoders, models, pre_tokenizers
 
     raw = Raw(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
     source = tmp_path / "bytes"
     source.mkdir()
     raw.save(str(source / "tokenizer.json"))
@@ -149,7 +198,7 @@ def test_a_character_in_two_tokens_belongs_to_the_later_episode(tmp_path):
 
 def test_model_text_is_data(tmp_path):
     log = new_run(tmp_path)
-    evil = '</pre><script>alert("1")</script><b onclick=\'x\'>&amp;\x00\x1b'
+    evil = "</pre><script>alert(\"1\")</script><b onclick='x'>&amp;\x00\x1b"
     log.samples(1, [sample(evil, question=evil, answer=evil, note=evil) | {"text": evil + "\ud800"}])
     page = Page(write_report(log.folder))
     seen = evil.replace("\x00", "␀").replace("\x1b", "␛")
@@ -163,14 +212,32 @@ def test_first_middle_and_last_step_are_shown(tmp_path):
     for step in (1, 2, 3, 7, 20):
         log.samples(step, [sample(f"{step}", i, answer=answer) for i, answer in enumerate(("10", None))])
     page = Page(write_report(log.folder))
-    assert page.texts("h3", "step") == ["Step 1", "Step 3", "Step 20"] and page.texts("pre") == ["1", "1", "3", "3", "20", "20"]
-    assert page.texts("span", "badge")[:2] == ["✓ 10", "✗ no answer"] and "1 of 2 right" in page.texts("span", "chip")
+    assert page.texts("h3", "step") == ["Step 1", "Step 3", "Step 20"] and page.texts("pre") == [
+        "1",
+        "1",
+        "3",
+        "3",
+        "20",
+        "20",
+    ]
+    assert page.texts("span", "badge")[:2] == ["✓ 10", "✗ no answer"] and "1 of 2 right" in page.texts(
+        "span", "chip"
+    )
 
 
 def test_turns_carry_their_roles(tmp_path):
     log = new_run(tmp_path)
     with_tokenizer(log)
-    log.samples(1, [sample("<think>2+3=5</think>|5</rethink>|<answer>10", roles=("long", "short", "long"), format_reward=1.0)])
+    log.samples(
+        1,
+        [
+            sample(
+                "<think>2+3=5</think>|5</rethink>|<answer>10",
+                roles=("long", "short", "long"),
+                format_reward=1.0,
+            )
+        ],
+    )
     page = Page(write_report(log.folder))
     assert page.texts("pre") == ["<think>2+3=5</think>", "5</rethink>", "<answer>10"]
     assert [a["class"] for a, _ in page.all("div", "turn")] == ["turn long", "turn short", "turn long"]
@@ -179,25 +246,36 @@ def test_turns_carry_their_roles(tmp_path):
 
 def test_before_and_after_by_level(tmp_path):
     log = new_run(tmp_path)
-    (log.folder / "summary.json").write_text(json.dumps({"before": summary(0.5, 40, 0.5), "after": summary(0.75, 30, 0.25)}))
+    (log.folder / "summary.json").write_text(
+        json.dumps({"before": summary(0.5, 40, 0.5), "after": summary(0.75, 30, 0.25)})
+    )
     page = Page(write_report(log.folder))
     rows = page.texts("tr")
-    assert rows[:3] == ["sampledaccuracy, %tokens", "all50.075.0+25.040.030.0−25.0 %", "easy50.025.0−25.080.060.0−25.0 %"]
+    assert rows[:3] == [
+        "sampledaccuracy, %tokens",
+        "all50.075.0+25.040.030.0−25.0 %",
+        "easy50.025.0−25.080.060.0−25.0 %",
+    ]
     assert rows[4] == "all100.0100.0+0.010.010.0+0.0 %"
     assert page.texts("dd") == ["75.0 %", "30.0", "100.0 %", "10.0"]
     verdicts = [a["class"] for a, _ in page.all("span") if a.get("class") in ("good", "bad", "same")]
-    assert verdicts[4:9] == ["good", "good", "bad", "good", "same"], "accuracy should rise, tokens should fall"
+    assert verdicts[4:9] == ["good", "good", "bad", "good", "same"], (
+        "accuracy should rise, tokens should fall"
+    )
 
 
 def test_every_evaluation_stands_on_the_curves(tmp_path):
     log = new_run(tmp_path, "longshort")
     for step in (1, 2):
         log.step({"step": step, "accuracy": 0.5, "tokens": 40.0, "loss": 0.1})
-    evaluations = {when: {"step": step} | summary(0.5, 40, 0.5) for step, when in enumerate(("before", "L1⊗S0", "after"))}
+    evaluations = {
+        when: {"step": step} | summary(0.5, 40, 0.5) for step, when in enumerate(("before", "L1⊗S0", "after"))
+    }
     (log.folder / "summary.json").write_text(json.dumps(evaluations))
     page = Page(write_report(log.folder))
     assert [title for title in page.texts("title") if title.startswith("held-out")] == [
-        f"held-out, step {step}: {value}" for value in ("50.0 %", "40.0") for step in (0, 1, 2)]
+        f"held-out, step {step}: {value}" for value in ("50.0 %", "40.0") for step in (0, 1, 2)
+    ]
 
 
 def test_options_that_differ_and_no_others(tmp_path):
@@ -276,8 +354,10 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", str(log.folder)])
     runpy.run_module("thinkrl.report", run_name="__main__")
     assert capsys.readouterr().out.strip() == str(log.folder / "report.html")
-    for arguments, sentence in (([str(tmp_path)], f"{tmp_path} is not a run folder, it has no config.json"),
-                                ([], "usage: python -m thinkrl.report runs/NAME")):
+    for arguments, sentence in (
+        ([str(tmp_path)], f"{tmp_path} is not a run folder, it has no config.json"),
+        ([], "usage: python -m thinkrl.report runs/NAME"),
+    ):
         monkeypatch.setattr(sys, "argv", ["report", *arguments])
         with pytest.raises(SystemExit) as end:
             runpy.run_module("thinkrl.report", run_name="__main__")

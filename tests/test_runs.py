@@ -1,4 +1,6 @@
-"""Run folders: a name is used once, a run continues only as it was started. Metrics: sums over counts, lines once."""
+"""Run folders: a name is used once, a run continues only as it was started. Metrics: sums over counts,
+lines once.
+"""
 
 import json
 import os
@@ -24,7 +26,11 @@ def options(tmp_path, *more: str):
 
 def test_fresh_names_differ(world, tmp_path):
     a, b = (open_run(options(tmp_path), world).folder for _ in range(2))
-    assert a != b and a.name.startswith("grpo-") and json.loads((a / "config.json").read_text())["preset"] == "grpo"
+    assert (
+        a != b
+        and a.name.startswith("grpo-")
+        and json.loads((a / "config.json").read_text())["preset"] == "grpo"
+    )
 
 
 def test_a_name_is_used_once(world, tmp_path):
@@ -37,13 +43,17 @@ def test_resume_continues_the_same_configuration_only(world, tmp_path):
     run = open_run(options(tmp_path, "--name", "x"), world)
     assert open_run(options(tmp_path, "--name", "x", "--resume", "auto"), world).folder == run.folder
     assert open_run(options(tmp_path, "--resume", str(run.folder)), world).resumed
-    assert open_run(options(tmp_path, "--resume", "auto"), world).folder == run.folder, "found without its name"
+    assert open_run(options(tmp_path, "--resume", "auto"), world).folder == run.folder, (
+        "found without its name"
+    )
     with pytest.raises(UserError, match="lr 0.0002, now 0.5"):
         open_run(options(tmp_path, "--name", "x", "--resume", "auto", "--lr", "0.5"), world)
     run.update_summary(after={"accuracy": 1.0})
     with pytest.raises(UserError, match="finished"):
         open_run(options(tmp_path, "--name", "x", "--resume", "auto"), world)
-    assert not open_run(options(tmp_path, "--resume", "auto"), world).resumed, "a finished run is not continued"
+    assert not open_run(options(tmp_path, "--resume", "auto"), world).resumed, (
+        "a finished run is not continued"
+    )
 
 
 def test_resume_of_what_is_no_run(world, tmp_path):

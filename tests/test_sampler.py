@@ -74,19 +74,25 @@ def test_greedy_equals_transformers(family, tmp_path):
     ours = sampler.generate(PROMPTS, max_tokens=40, temperature=0)
     for prompt, [completion] in zip(PROMPTS, ours):
         ids = torch.tensor([prompt])
-        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)[
-            0, len(prompt) :
-        ]
+        expected = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False
+        )[0, len(prompt) :]
         assert completion.tokens == expected.tolist()
-    assert len({token for [completion] in ours for token in completion.tokens}) > 20, "constant text would prove little"
+    assert len({token for [completion] in ours for token in completion.tokens}) > 20, (
+        "constant text would prove little"
+    )
 
 
 def test_logprobs_and_hidden_states_are_those_of_a_packed_forward(model):
-    groups = Sampler(model, num_pages=100).generate(PROMPTS, n=2, max_tokens=20, temperature=0.7, return_hidden=True)
+    groups = Sampler(model, num_pages=100).generate(
+        PROMPTS, n=2, max_tokens=20, temperature=0.7, return_hidden=True
+    )
     for prompt, group in zip(PROMPTS, groups):
         for completion in group:
             logprob, hidden = full_forward(model, prompt + completion.tokens, 0.7)
-            torch.testing.assert_close(torch.tensor(completion.logprobs), logprob[len(prompt) - 1 :], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                torch.tensor(completion.logprobs), logprob[len(prompt) - 1 :], atol=1e-5, rtol=0
+            )
             torch.testing.assert_close(completion.hidden, hidden[len(prompt) - 1 :], atol=1e-4, rtol=0)
             assert not completion.hidden.is_inference()
 
@@ -101,13 +107,17 @@ def test_first_tokens_follow_the_models_distribution(model):
     [group] = Sampler(model, num_pages=300).generate([[3, 1]], n=2000, max_tokens=1)
     counts = torch.bincount(torch.tensor([completion.tokens[0] for completion in group]), minlength=V)
     with torch.no_grad():
-        probability = model.logits(model(torch.tensor([3, 1]), torch.tensor([0, 2], dtype=torch.int32)))[-1].softmax(-1)
+        probability = model.logits(model(torch.tensor([3, 1]), torch.tensor([0, 2], dtype=torch.int32)))[
+            -1
+        ].softmax(-1)
     error = (counts / 2000 - probability).abs()
     assert (error < 5 * (probability * (1 - probability) / 2000).sqrt() + 1e-3).all()
 
 
 def test_a_prompt_is_prefilled_once_and_its_full_pages_are_shared(model):
-    """64 prompt tokens: 63 are prefilled into 4 pages, 3 of them full. 8 samples of 4 tokens add at most two each."""
+    """64 prompt tokens: 63 are prefilled into 4 pages, 3 of them full. 8 samples of 4 tokens add at most
+    two each.
+    """
     sampler = Sampler(model, num_pages=3 + 1 + 8 * 2)
     prompt = [t % V for t in range(64)]
     [group] = sampler.generate([prompt], n=8, max_tokens=4)
@@ -171,7 +181,9 @@ def tokenizer(tmp_path_factory):
 
 
 def scripted(*words):
-    """A model that continues each word's first piece with its second and so on, at probability ~1: a chain per word."""
+    """A model that continues each word's first piece with its second and so on, at probability ~1: a chain
+    per word.
+    """
     config = ModelConfig(
         "LlamaForCausalLM",
         vocab_size=len(PIECES),
@@ -198,7 +210,11 @@ def scripted(*words):
 @pytest.mark.parametrize(
     "word, stops, kept",
     [
-        (["a", "<", "/", "th", "ink", ">\n", "b"], ["</think>"], 5),  # the newline rides along in the last piece
+        (
+            ["a", "<", "/", "th", "ink", ">\n", "b"],
+            ["</think>"],
+            5,
+        ),  # the newline rides along in the last piece
         (["a", "</think", "x>y", "b"], ["</thinkx>", "zz"], 2),  # ends inside a piece
         (["a", "<", "/", "th", "ink", "b", ">", " "], ["</think>"], 8),  # not the string: runs to the limit
         (["a", "b", "<", "/", "th"], ["/", "ab"], 3),  # several: the first to be completed
@@ -272,7 +288,9 @@ def test_probes_inside_the_callback_while_others_still_decode(model):
     groups = sampler.generate(PROMPTS, max_tokens=40, stop_ids=[3, 4, 5], on_finish=probe)
     assert tokens_of(groups) == tokens_of(expected)
     for p, (first, last) in scores.items():
-        torch.testing.assert_close(first, full_forward(model, PROMPTS[p] + [9, 8, 7])[0][-3:], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            first, full_forward(model, PROMPTS[p] + [9, 8, 7])[0][-3:], atol=1e-5, rtol=0
+        )
         whole = PROMPTS[p] + groups[p][0].tokens
         torch.testing.assert_close(last, full_forward(model, whole + [6])[0][-1:], atol=1e-5, rtol=0)
     assert len(scores) == len(PROMPTS) and sampler.pool.free_pages == 14
@@ -316,7 +334,8 @@ def test_the_fast_product_is_the_plain_one():
     exact = x.double() @ weight.double().T
     with torch.inference_mode():
         fast = fast_linear(x, weight)
-    # Either sums 300 products in some order of its own: both are within a few roundings of the largest partial sum.
+    # Either sums 300 products in some order of its own: both are within a few roundings of the largest
+    # partial sum.
     assert (fast - exact).abs().max() < 300**0.5 * 2.0**-23 * exact.abs().max()
     with torch.inference_mode():  # oneDNN has no bf16 product for a processor without AVX-512
         fast = fast_linear(x.bfloat16(), weight.bfloat16()).double()
@@ -326,7 +345,9 @@ def test_the_fast_product_is_the_plain_one():
     full_forward(model, list(range(20)))
     tokens, cu_seqlens = torch.arange(20), torch.tensor([0, 20], dtype=torch.int32)
     model(tokens, cu_seqlens).sum().backward()
-    assert all(block.down.weight.grad.abs().sum() > 0 for block in model.blocks), "the sampler's model can be trained"
+    assert all(block.down.weight.grad.abs().sum() > 0 for block in model.blocks), (
+        "the sampler's model can be trained"
+    )
 
 
 def test_a_callback_may_sample_from_the_forks_it_made(model):
@@ -336,7 +357,9 @@ def test_a_callback_may_sample_from_the_forks_it_made(model):
 
     def on_finish(completion, pages):
         fork = pages.fork(len(PROMPTS[completion.prompt]) + 1)
-        inner[completion.prompt] = sampler.generate([[]], n=2, max_tokens=20, prefix=[fork], keys=[(7, 0), (7, 1)])
+        inner[completion.prompt] = sampler.generate(
+            [[]], n=2, max_tokens=20, prefix=[fork], keys=[(7, 0), (7, 1)]
+        )
         fork.release()
 
     groups = sampler.generate(PROMPTS, **options, on_finish=on_finish)
@@ -347,7 +370,9 @@ def test_a_callback_may_sample_from_the_forks_it_made(model):
         expected = roomy.generate([prefix], n=2, max_tokens=20, keys=[(7, 0), (7, 1)])
         assert [[a.tokens, b.tokens]] == tokens_of(expected)
     assert len(inner) == len(PROMPTS) and sampler.pool.free_pages == 11
-    assert sampler.forwards.prefill > sum(map(len, PROMPTS)), "nothing gave way: the test shows less than it says"
+    assert sampler.forwards.prefill > sum(map(len, PROMPTS)), (
+        "nothing gave way: the test shows less than it says"
+    )
 
 
 def test_an_idle_fork_gives_its_pages_back_and_is_recomputed(model):
@@ -442,7 +467,11 @@ def test_weights_of_another_architecture_are_refused(model):
         ([[1]], {"max_tokens": 0}, "max_tokens = 0"),
         ([[1]], {"n": 0}, "n = 0"),
         ([[1]], {"temperature": -1.0}, "temperature = -1.0"),
-        ([[1], [1] * 250], {"max_tokens": 7}, "prompt 1: 250 tokens and 7 more exceed the model's context of 256"),
+        (
+            [[1], [1] * 250],
+            {"max_tokens": 7},
+            "prompt 1: 250 tokens and 7 more exceed the model's context of 256",
+        ),
         ([[1] * 100], {"max_tokens": 80}, "needs 12 KV pages of 16, but the pool has only 10"),
         ([[V]], {}, "outside the vocabulary"),
         ([[1]], {"stop_ids": [V]}, "stop_ids"),
@@ -468,7 +497,9 @@ def test_a_probe_beyond_the_context_is_refused_and_its_fork_released(model):
 def test_the_pool_sizes_itself_and_can_be_given_back(model):
     sampler = Sampler(model, max_rows=4)
     first = tokens_of(sampler.generate(PROMPTS, max_tokens=10))
-    assert sampler.pool.num_pages == sampler.pool.free_pages == 4 * 256 // 16, "four rows of the model's whole context"
+    assert sampler.pool.num_pages == sampler.pool.free_pages == 4 * 256 // 16, (
+        "four rows of the model's whole context"
+    )
     sampler.release_pool()
     assert tokens_of(sampler.generate(PROMPTS, max_tokens=10)) == first
 

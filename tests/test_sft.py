@@ -25,7 +25,11 @@ def user(text):
         ({"question": "p", "answer": 42}, user("p"), "42"),
         ({"instruction": "do", "input": "this", "output": "c"}, user("do\nthis"), "c"),
         ({"instruction": "do", "input": "", "output": "c"}, user("do"), "c"),
-        ({"system": "S", "prompt": "p", "completion": "c"}, [{"role": "system", "content": "S"}, *user("p")], "c"),
+        (
+            {"system": "S", "prompt": "p", "completion": "c"},
+            [{"role": "system", "content": "S"}, *user("p")],
+            "c",
+        ),
     ],
 )
 def test_layouts(tmp_path, row, messages, completion):
@@ -38,7 +42,10 @@ def test_layouts(tmp_path, row, messages, completion):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"completion": "c"}, r"rows.jsonl:2: field 'prompt' \(or problem, question, instruction\) is missing or empty"),
+        (
+            {"completion": "c"},
+            r"rows.jsonl:2: field 'prompt' \(or problem, question, instruction\) is missing or empty",
+        ),
         ({"prompt": "p"}, "rows.jsonl:2: field 'completion' .* is missing or empty"),
         ({"prompt": "p", "completion": ""}, "rows.jsonl:2: field 'completion' .* is missing or empty"),
         ({"prompt": "p", "completion": ["c"]}, "rows.jsonl:2: field 'completion' must be text, not list"),
@@ -53,13 +60,17 @@ def test_a_malformed_row_is_named(tmp_path, row, message):
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    """One id per character: a=0, b=1, c=2, <eos>=3, but bc=7 is one; and a template that writes [user message]."""
+    """One id per character: a=0, b=1, c=2, <eos>=3, but bc=7 is one; and a template that writes [user
+    message].
+    """
     vocabulary = {"a": 0, "b": 1, "c": 2, "<eos>": 3, "[": 4, "]": 5, "\n": 6, "bc": 7}
     ids = Ids(models.BPE(vocabulary, merges=[("b", "c")]))
     ids.add_special_tokens(["<eos>"])
     ids.save(str(tmp_path / "tokenizer.json"))
     template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": template}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<eos>", "chat_template": template})
+    )
     return Tokenizer(tmp_path)
 
 
@@ -77,16 +88,23 @@ def test_a_row_beyond_the_context_is_named(tokenizer, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = load_rows(tmp_path / "rows.jsonl")
     assert [len(sample) for sample in samples(rows, tokenizer, context=7)] == [6, 7]
-    with pytest.raises(UserError, match="rows.jsonl:2: prompt and completion have 7 tokens, more than the model's context of 6"):
+    with pytest.raises(
+        UserError,
+        match="rows.jsonl:2: prompt and completion have 7 tokens, more than the model's context of 6",
+    ):
         samples(rows, tokenizer, context=6)
 
 
 def test_a_row_of_a_conversation_has_the_ids_of_reinforcement_learning(tokenizer, tmp_path):
-    """Two turns "b" and "c" stay two ids, as they were when they were sampled; read as alpaca they would merge."""
+    """Two turns "b" and "c" stay two ids, as they were when they were sampled; read as alpaca they would
+    merge.
+    """
     prompts = Prompts("a", "a", joiner="")
     row = example("long", "a", ["b", "c"], "ca", prompts)
     assert row["instruction"] + "\n" + row["input"] == "a\nabc"
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in (row, {k: row[k] for k in row if k != "conversation"})))
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps(r) for r in (row, {k: row[k] for k in row if k != "conversation"}))
+    )
     told, alpaca = samples(load_rows(tmp_path / "rows.jsonl"), tokenizer)
     assert told.prompt == build("long", "a", ["b", "c"], tokenizer, prompts) == [4, 0, 6, 0, 1, 2, 5]
     assert alpaca.prompt == [4, 0, 6, 0, 7, 5] and told.completion == alpaca.completion == [2, 0, 3]

@@ -1,4 +1,6 @@
-"""Eq. 1 and the labels against the paper's numbers; chunking, rollouts and completion; the two cold-start sets."""
+"""Eq. 1 and the labels against the paper's numbers; chunking, rollouts and completion; the two cold-start
+sets.
+"""
 
 import json
 import math
@@ -14,7 +16,18 @@ from thinkrl.conversation import Prompts
 from thinkrl.learner import TINY
 from thinkrl.rollout import prompt_ids
 from thinkrl.sampler import Completion, Sampler
-from thinkrl.thoughts import Prefix, Rejected, Thought, cold_start, importance, label, read_blocks, read_json, runs, segments
+from thinkrl.thoughts import (
+    Prefix,
+    Rejected,
+    Thought,
+    cold_start,
+    importance,
+    label,
+    read_blocks,
+    read_json,
+    runs,
+    segments,
+)
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem
 
@@ -35,7 +48,8 @@ def test_second_vector():
 
 
 def test_by_hand():
-    # Two thoughts of equal length: T1 = T2 = 1/2, P = 1 -> log2(1.25); then T1 = 0, and equal accuracy costs delta.
+    # Two thoughts of equal length: T1 = T2 = 1/2, P = 1 -> log2(1.25); then T1 = 0, and equal accuracy costs
+    # delta.
     assert importance([4, 4], [1, 1]) == pytest.approx([math.log2(1.25), -0.25])
     assert importance([4, 4], [0.5, 1], decay=0.9) == pytest.approx([math.log2(1.125), 0.0])
     assert importance([], []) == []
@@ -77,7 +91,9 @@ def test_the_shipped_metric_obeys_the_bound():
         assert 0 < abs(m - optimum) <= abs(estimate - true) / math.log(2)
 
 
-@pytest.mark.parametrize("lengths, accuracies", [([1], [1, 1]), ([0, 0], [1, 1]), ([1, 1], [0, 1.5]), ([-1, 2], [0, 0])])
+@pytest.mark.parametrize(
+    "lengths, accuracies", [([1], [1, 1]), ([0, 0], [1, 1]), ([1, 1], [0, 1.5]), ([-1, 2], [0, 0])]
+)
 def test_impossible_numbers(lengths, accuracies):
     with pytest.raises(ValueError):
         importance(lengths, accuracies)
@@ -102,7 +118,11 @@ def test_tags_keep_the_response_to_the_letter():
     assert [t.text for t in cut] == ["20*3=60", "so 60"]
     assert "".join(t.prefix for t in cut) == response.partition("</think>")[0]
     assert cut[0].prefix == "<think><episode_1>20*3=60</episode_1>"
-    for bad in ("<answer>60</answer>", "<episode_1>a</episode_2></think>", "<episode_1>a</episode_1>b</think>"):
+    for bad in (
+        "<answer>60</answer>",
+        "<episode_1>a</episode_2></think>",
+        "<episode_1>a</episode_1>b</think>",
+    ):
         with pytest.raises(Rejected):
             thoughts.tags("<think>" + bad)
 
@@ -111,15 +131,32 @@ STEPS = ["a", "b", "c", "d"]
 
 
 def test_blocks_must_cover_every_step():
-    answer = {"block 1": {"start": "1", "end": 1, "block type": "x"}, "block 2": {"start": 2, "end": 4, "block type": "y"}}
+    answer = {
+        "block 1": {"start": "1", "end": 1, "block type": "x"},
+        "block 2": {"start": 2, "end": 4, "block type": "y"},
+    }
     assert [(t.text, t.kind) for t in read_blocks(answer, STEPS)] == [("a", "x"), ("b\n\nc\n\nd", "y")]
     assert [t.text for t in read_blocks(list(answer.values()), STEPS)] == ["a", "b\n\nc\n\nd"]
-    for spans, reason in [([(1, 3)], "1 to 3 of 4"), ([(1, 2), (2, 4)], "step 3 is next"), ([(1, 2), (4, 4)], "step 3 is next"),
-                          ([(2, 4)], "step 1 is next"), ([(1, 5)], "1 to 5 of 4"), ([(1, 4), (5, 3)], "step 5 is next")]:
+    for spans, reason in [
+        ([(1, 3)], "1 to 3 of 4"),
+        ([(1, 2), (2, 4)], "step 3 is next"),
+        ([(1, 2), (4, 4)], "step 3 is next"),
+        ([(2, 4)], "step 1 is next"),
+        ([(1, 5)], "1 to 5 of 4"),
+        ([(1, 4), (5, 3)], "step 5 is next"),
+    ]:
         with pytest.raises(Rejected, match=reason):
             read_blocks([{"start": a, "end": b} for a, b in spans], STEPS)
-    for bad in ([], {}, "text", [{"start": 1}], [{"start": "one", "end": 4}], [3], {"block 1": {"start": None, "end": 2}},
-                [{"start": 1, "end": float("inf")}]):
+    for bad in (
+        [],
+        {},
+        "text",
+        [{"start": 1}],
+        [{"start": "one", "end": 4}],
+        [3],
+        {"block 1": {"start": None, "end": 2}},
+        [{"start": 1, "end": float("inf")}],
+    ):
         with pytest.raises(Rejected):
             read_blocks(bad, STEPS)
 
@@ -127,9 +164,13 @@ def test_blocks_must_cover_every_step():
 def test_published_blocks_lose_nothing():
     """Their numbering starts before the thinking and they drop the tail: the last block takes it."""
     response = "<think>\n\nA\n\nB\n\nC\n</think>\n\nanswer"  # steps: "", A, B, "C\n"
-    cut = thoughts.given_blocks({"block 1": {"start": 1, "end": 2}, "block 2": {"start": 3, "end": 3}}, response)
+    cut = thoughts.given_blocks(
+        {"block 1": {"start": 1, "end": 2}, "block 2": {"start": 3, "end": 3}}, response
+    )
     assert [t.text for t in cut] == ["A", "B\n\nC"]
-    cut = thoughts.given_blocks({"block 1": {"start": 1, "end": 3}, "block 2": {"start": 4, "end": 6}}, response)
+    cut = thoughts.given_blocks(
+        {"block 1": {"start": 1, "end": 3}, "block 2": {"start": 4, "end": 6}}, response
+    )
     assert [t.text for t in cut] == ["A\n\nB", "C"]
     with pytest.raises(Rejected):
         thoughts.given_blocks(None, response)
@@ -140,37 +181,61 @@ def test_published_blocks_lose_nothing():
 texts = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="\\"), max_size=12)
 
 
-@given(st.recursive(st.one_of(st.integers(-1000, 1000), texts, st.booleans(), st.none()), lambda inner: st.one_of(
-    st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=3)), max_leaves=8))
+@given(
+    st.recursive(
+        st.one_of(st.integers(-1000, 1000), texts, st.booleans(), st.none()),
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=3)),
+        max_leaves=8,
+    )
+)
 def test_reads_what_json_writes(value):
-    if isinstance(value, (dict, list)) and value and not any(mark in json.dumps(value) for mark in (",]", ",}", ", ]", ", }")):
+    if (
+        isinstance(value, (dict, list))
+        and value
+        and not any(mark in json.dumps(value) for mark in (",]", ",}", ", ]", ", }"))
+    ):
         assert read_json(f"Sure:\n```json\n{json.dumps(value, indent=1)}\n```") == value
 
 
-@pytest.mark.parametrize("text, value", [
-    ("{'block 1': {'start': '1', 'end': '2', 'block type': 'the student\\'s plan'}}",
-     {"block 1": {"start": "1", "end": "2", "block type": "the student's plan"}}),
-    ('{"a": [1, 2,], }', {"a": [1, 2]}),
-    (r'[{"content": "so \frac{1}{2} \times 3 \neq \boxed{7}\nThen \\pi"}]',
-     [{"content": "so \\frac{1}{2} \\times 3 \\neq \\boxed{7}\nThen \\pi"}]),
-    ('{"a": "two\nlines"}', {"a": "two\nlines"}),
-    (r'["\neg p \nleq \nearrow \newline \nabla f \nu_1 + \nu \neq3 \ne 4 \notin S \not= 5"]',
-     [r"\neg p \nleq \nearrow \newline \nabla f \nu_1 + \nu \neq3 \ne 4 \notin S \not= 5"]),
-    (r'["so\nother\nnext\nuntil\negative\n\nequals\n2"]', ["so\nother\nnext\nuntil\negative\n\nequals\n2"]),
-    ('As in [] and {x}: {"a": 1} and more {', {"a": 1}),
-    ("{'a': 'it is John's \"x\"'}", {"a": 'it is John\'s "x"'}),
-])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        (
+            "{'block 1': {'start': '1', 'end': '2', 'block type': 'the student\\'s plan'}}",
+            {"block 1": {"start": "1", "end": "2", "block type": "the student's plan"}},
+        ),
+        ('{"a": [1, 2,], }', {"a": [1, 2]}),
+        (
+            r'[{"content": "so \frac{1}{2} \times 3 \neq \boxed{7}\nThen \\pi"}]',
+            [{"content": "so \\frac{1}{2} \\times 3 \\neq \\boxed{7}\nThen \\pi"}],
+        ),
+        ('{"a": "two\nlines"}', {"a": "two\nlines"}),
+        (
+            r'["\neg p \nleq \nearrow \newline \nabla f \nu_1 + \nu \neq3 \ne 4 \notin S \not= 5"]',
+            [r"\neg p \nleq \nearrow \newline \nabla f \nu_1 + \nu \neq3 \ne 4 \notin S \not= 5"],
+        ),
+        (
+            r'["so\nother\nnext\nuntil\negative\n\nequals\n2"]',
+            ["so\nother\nnext\nuntil\negative\n\nequals\n2"],
+        ),
+        ('As in [] and {x}: {"a": 1} and more {', {"a": 1}),
+        ("{'a': 'it is John's \"x\"'}", {"a": 'it is John\'s "x"'}),
+    ],
+)
 def test_forgives(text, value):
     assert read_json(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "no", "{", "{}", '{"a": ', "[" * 100_000, "{'a': __import__('os')}", '{"a" 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "no", "{", "{}", '{"a": ', "[" * 100_000, "{'a': __import__('os')}", '{"a" 1}']
+)
 def test_gives_up(text):
     with pytest.raises(Rejected):
         read_json(text)
 
 
 # An instruct model that answers from a script
+
 
 class Letters:
     stop_ids = ()
@@ -206,7 +271,9 @@ def test_the_chunker_is_asked_again_until_it_parses():
     model = Scripted([GOOD, "sorry"], ["{}"], [GOOD])
     cut = thoughts.chunk_by_model(model, Letters(), PROBLEMS, ["a\n\nb", "c\n\nd"], 100, 0.1, seed=0)
     assert [[(t.text, t.kind) for t in chain] for chain in cut] == [
-        [("a", "plan"), ("b", "compute")], [("c", "plan"), ("d", "compute")]]
+        [("a", "plan"), ("b", "compute")],
+        [("c", "plan"), ("d", "compute")],
+    ]
     assert "Step 1: a\nStep 2: b" in model.asked[0][0] and "q7" in model.asked[0][0]
     assert [len(asked) for asked in model.asked] == [2, 1, 1], "only what did not parse is asked again"
     assert len(set(model.keys)) == 4, "a second try must not repeat the first one's randomness"
@@ -216,34 +283,50 @@ def test_a_chunker_that_never_parses_is_given_up():
     model = Scripted(*[["no"]] * thoughts.TRIES)
     [why] = thoughts.chunk_by_model(model, Letters(), PROBLEMS[:1], ["a\n\nb"], 100, 0.1, seed=0)
     assert isinstance(why, Rejected) and "no JSON" in str(why) and "5 answers" in str(why)
-    [why] = thoughts.chunk_by_model(Scripted(context=50), Letters(), PROBLEMS[:1], ["a\n\nb"], 10, 0.1, seed=0)
+    [why] = thoughts.chunk_by_model(
+        Scripted(context=50), Letters(), PROBLEMS[:1], ["a\n\nb"], 10, 0.1, seed=0
+    )
     assert "context of 50" in str(why)
 
 
-CHAIN_OF_5 = [Thought(f"t{i}", f"t{i}\n\n", kind) for i, kind in enumerate(["plan", "set up", "solve", "check", "check"], start=1)]
+CHAIN_OF_5 = [
+    Thought(f"t{i}", f"t{i}\n\n", kind)
+    for i, kind in enumerate(["plan", "set up", "solve", "check", "check"], start=1)
+]
 LABELS = ["long", "short", "long", "short", "short"]
 
 
 def test_completion_is_matched_by_place():
     answer = '{"completed": [{"part": "Setting up", "content": "<answer>u2</answer>"}, {"part": "x", "content": "so \\boxed{3}"}]}'
     model = Scripted([answer])
-    [texts] = thoughts.complete_by_model(model, Letters(), PROBLEMS[:1], ["q7 boxed"], [CHAIN_OF_5], [LABELS], 100, 0.1, seed=0)
+    [texts] = thoughts.complete_by_model(
+        model, Letters(), PROBLEMS[:1], ["q7 boxed"], [CHAIN_OF_5], [LABELS], 100, 0.1, seed=0
+    )
     assert texts == ["t1", "u2", "t3", "so \\boxed{3}"]
     [[asked]] = model.asked
-    assert '"part 1": "t1"' in asked and '"part 2": "set up"' in asked and '"part 4": "check"' in asked and "q7 boxed" in asked
+    assert (
+        '"part 1": "t1"' in asked
+        and '"part 2": "set up"' in asked
+        and '"part 4": "check"' in asked
+        and "q7 boxed" in asked
+    )
     assert "t2" not in asked and "t4" not in asked, "short thoughts are named, not shown"
 
 
 def test_requests_in_other_words():
     """Only the placeholders are filled in, once: braces of the text and of what is filled in stay."""
-    prompts = Prompts("L", "S", chunk='Q {problem}\n{steps}\n{"start": 1}', complete="{problem} {solution} {missing} {x}")
+    prompts = Prompts(
+        "L", "S", chunk='Q {problem}\n{steps}\n{"start": 1}', complete="{problem} {solution} {missing} {x}"
+    )
     model = Scripted([GOOD])
     problem = Problem(7, "x in {steps}?", "3", "math")
     thoughts.chunk_by_model(model, Letters(), [problem], ["a\n\nb"], 100, 0.1, seed=0, prompts=prompts)
     assert model.asked == [['Q x in {steps}?\nStep 1: a\nStep 2: b\n{"start": 1}']]
     chain = [Thought("t1", ""), Thought("t2", "", "check")]
     model = Scripted(['["so \\boxed{3}"]'])
-    thoughts.complete_by_model(model, Letters(), [problem], ["q"], [chain], [["long", "short"]], 100, 0.1, seed=0, prompts=prompts)
+    thoughts.complete_by_model(
+        model, Letters(), [problem], ["q"], [chain], [["long", "short"]], 100, 0.1, seed=0, prompts=prompts
+    )
     assert model.asked == [['q {"part 1": "t1"\n"part 2": "check"} part 2 (check) {x}']]
 
 
@@ -257,13 +340,22 @@ def test_completion_must_have_every_part():
 
 # Segments and the cold start
 
+
 def test_segments_and_cold_start_of_the_paper():
     texts = ["t1", "s2\n\ns3", "t4", "\\boxed{3}"]
     labels = ["long", "short", "short", "long", "short"]
     talk = segments(texts, labels, PROBLEMS[0])
-    assert talk == ["<think>t1</think>", "<answer>s2\n\ns3</rethink>", "<think>t4</think>", "<answer>\\boxed{3}</answer>"]
+    assert talk == [
+        "<think>t1</think>",
+        "<answer>s2\n\ns3</rethink>",
+        "<think>t4</think>",
+        "<answer>\\boxed{3}</answer>",
+    ]
     long, short = cold_start("q", talk, Prompts("L", "S", joiner=""))
-    assert [row["output"] for row in long] == [talk[0], talk[2]] and [row["output"] for row in short] == [talk[1], talk[3]]
+    assert [row["output"] for row in long] == [talk[0], talk[2]] and [row["output"] for row in short] == [
+        talk[1],
+        talk[3],
+    ]
     assert [row["instruction"] for row in long + short] == ["L", "L", "S", "S"]
     assert long[0]["input"] == "q" and long[1]["input"] == "q<think>t1</think><answer>s2\n\ns3</rethink>"
     assert short[0]["input"] == "q<think>t1</think>" and short[1]["input"] == "q" + "".join(talk[:3])
@@ -283,10 +375,14 @@ def test_completion_by_block_gives_the_answer_once():
     assert thoughts.complete_by_block(problem, chain, labels, "64") == ["20*3=60", "60+4=64\n\nso 64\n64"]
     chain[2] = Thought("64", "")
     assert thoughts.complete_by_block(problem, chain, labels, "64") == ["20*3=60", "60+4=64\n\n64"]
-    assert segments(["20*3=60", "60+4=64\n\nso 64\n64"], labels, problem)[1] == "<answer>60+4=64\n\nso 64\n64</answer>"
+    assert (
+        segments(["20*3=60", "60+4=64\n\nso 64\n64"], labels, problem)[1]
+        == "<answer>60+4=64\n\nso 64\n64</answer>"
+    )
 
 
 # Rollouts with the real sampler
+
 
 @pytest.fixture(scope="module")
 def tiny():
@@ -294,15 +390,21 @@ def tiny():
     return Sampler(load_model(TINY), tokenizer, num_pages=200)
 
 
-RESPONSE = ("<think><episode_1>20*3=60</episode_1><episode_2>4*3=12</episode_2><episode_3>60+12=72</episode_3></think>"
-            "<answer>72</answer>")
+RESPONSE = (
+    "<think><episode_1>20*3=60</episode_1><episode_2>4*3=12</episode_2><episode_3>60+12=72</episode_3></think>"
+    "<answer>72</answer>"
+)
 
 
 def test_a_chain_goes_through_the_model_once(tiny):
     problem, chain = Problem(3, "24*3?", "72", "arith"), thoughts.tags(RESPONSE)
     before = tiny.forwards.prefill
-    [prefixes] = thoughts.rollouts(tiny, tiny.tokenizer, [problem], [chain], n=4, max_tokens=40, temperature=1.0, seed=0)
-    tokens = len(prompt_ids(problem, tiny.tokenizer)) + len(tiny.tokenizer.encode(RESPONSE.partition("</think>")[0]))
+    [prefixes] = thoughts.rollouts(
+        tiny, tiny.tokenizer, [problem], [chain], n=4, max_tokens=40, temperature=1.0, seed=0
+    )
+    tokens = len(prompt_ids(problem, tiny.tokenizer)) + len(
+        tiny.tokenizer.encode(RESPONSE.partition("</think>")[0])
+    )
     assert tiny.forwards.prefill - before == tokens - 1, "the last token is fed as the first decode step"
     assert tiny.pool.free_pages == tiny.pool.num_pages, "every page was given back"
     assert [p.rollouts for p in prefixes] == [4, 4, 4]
@@ -313,7 +415,9 @@ def test_a_chain_goes_through_the_model_once(tiny):
 def test_rollouts_are_those_of_the_prefix_alone(tiny):
     """Slow twin: every prefix as a prompt of its own."""
     problem, chain = Problem(3, "24*3?", "72", "arith"), thoughts.tags(RESPONSE)
-    [prefixes] = thoughts.rollouts(tiny, tiny.tokenizer, [problem], [chain], n=4, max_tokens=40, temperature=1.0, seed=5)
+    [prefixes] = thoughts.rollouts(
+        tiny, tiny.tokenizer, [problem], [chain], n=4, max_tokens=40, temperature=1.0, seed=5
+    )
     for i, prefix in enumerate(prefixes, start=1):
         text = "".join(t.prefix for t in chain[:i])
         prompt = prompt_ids(problem, tiny.tokenizer) + tiny.tokenizer.encode(text)
@@ -324,13 +428,17 @@ def test_rollouts_are_those_of_the_prefix_alone(tiny):
 
 
 def test_a_cut_continuation_is_graded_by_what_it_says_itself(tiny):
-    """The chain mentions the answer at once. Cut in its thinking, the model has not given it; at its own end, it has."""
+    """The chain mentions the answer at once. Cut in its thinking, the model has not given it; at its own
+    end, it has.
+    """
     problem = Problem(3, "24*3?", "72", "arith")
     chain = [Thought("", "<answer>72</answer><think>"), *thoughts.tags(RESPONSE)]
     chain[1] = Thought(chain[1].text, chain[1].prefix.removeprefix("<think>"))
 
     def accuracies(chain: list[Thought], max_tokens: int) -> list[float]:
-        [prefixes] = thoughts.rollouts(tiny, tiny.tokenizer, [problem], [chain], 1, max_tokens, temperature=0.0, seed=0)
+        [prefixes] = thoughts.rollouts(
+            tiny, tiny.tokenizer, [problem], [chain], 1, max_tokens, temperature=0.0, seed=0
+        )
         return [prefix.accuracy for prefix in prefixes]
 
     assert accuracies(chain, max_tokens=3) == [0, 0, 0, 0]
@@ -341,12 +449,19 @@ def test_a_cut_continuation_is_graded_by_what_it_says_itself(tiny):
 def test_chains_that_cannot_be_rolled_out(tiny):
     problem, chain = Problem(3, "24*3?", "72", "arith"), thoughts.tags(RESPONSE)
     thoughts.require_room(problem, chain, tiny.tokenizer, context=100, max_tokens=40)
-    for bad, context, reason in [(chain[:1], 100, "one thought"), ([], 100, "no thought"), (chain, 60, "no room for 40")]:
+    for bad, context, reason in [
+        (chain[:1], 100, "one thought"),
+        ([], 100, "no thought"),
+        (chain, 60, "no room for 40"),
+    ]:
         with pytest.raises(Rejected, match=reason):
             thoughts.require_room(problem, bad, tiny.tokenizer, context, max_tokens=40)
 
 
 def test_plot(tmp_path):
-    items = [{"importance": [0.4, -0.25], "accuracies": [0.5, 0.5]}, {"importance": [0.1, 0.2, 0.0], "accuracies": [0, 0.5, 1]}]
+    items = [
+        {"importance": [0.4, -0.25], "accuracies": [0.5, 0.5]},
+        {"importance": [0.1, 0.2, 0.0], "accuracies": [0, 0.5, 1]},
+    ]
     thoughts.plot(items, tmp_path / "importance.png")
     assert (tmp_path / "importance.png").stat().st_size > 1000

@@ -1,4 +1,6 @@
-"""Chat templates against transformers, stop strings and incremental text against decoding everything again."""
+"""Chat templates against transformers, stop strings and incremental text against decoding everything
+again.
+"""
 
 import json
 import random
@@ -34,7 +36,8 @@ LLAMA = (
     " + message['content'] | trim + eos_token %}{{ text }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# What templates on the hub use besides: namespaces, macros, loop controls, tojson, generation blocks, an undefined tool list.
+# What templates on the hub use besides: namespaces, macros, loop controls, tojson, generation blocks, an
+# undefined tool list.
 EVERYTHING = """{% set ns = namespace(count=0) %}
 {% macro turn(m) %}{{ m.role | upper }}: {{ m | tojson }}{% endmacro %}
 {% for m in messages %}
@@ -48,7 +51,7 @@ EVERYTHING = """{% set ns = namespace(count=0) %}
 {% if add_generation_prompt %}<|assistant|>{% endif %}
 """
 CHAT = [
-    {"role": "system", "content": "Answer <b>\"carefully\"</b> & kindly, 答案。 "},
+    {"role": "system", "content": 'Answer <b>"carefully"</b> & kindly, 答案。 '},
     {"role": "user", "content": "What is 2+3?\n"},
     {"role": "skip", "content": "not this"},
     {"role": "assistant", "content": "<think>\n2+3=5\n</think>\n\n5"},
@@ -59,19 +62,25 @@ CHAT = [
 def byte_level() -> tokenizers.Tokenizer:
     """As in Qwen and Llama 3: tokens are bytes, and merges run across ">" and line ends."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"\s?\w+|[^\w\s]+\n*|\s"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        tokenizers.Regex(r"\s?\w+|[^\w\s]+\n*|\s"), behavior="isolated"
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
 
 
 def sentencepiece_like() -> tokenizers.Tokenizer:
-    """As in Llama 2: a mark for spaces that decoding drops at the start, and byte tokens for unknown characters."""
+    """As in Llama 2: a mark for spaces that decoding drops at the start, and byte tokens for unknown
+    characters.
+    """
     pieces = [*"▁abcdehiknrstw<>/.\n", "▁a", "▁the", "think", "</", "</think", ">\n", "▁</", "in"]
     vocabulary = ["<unk>", *SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), *pieces]
     merges = [("▁", "a"), ("<", "/"), (">", "\n"), ("▁", "</"), ("i", "n")]
@@ -88,7 +97,11 @@ def sentencepiece_like() -> tokenizers.Tokenizer:
 def write_folder(path, tokenizer=None, template=None, **config):
     path.mkdir(parents=True, exist_ok=True)
     (tokenizer or byte_level()).save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "bos_token": "<|begin|>"} | config
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+        "bos_token": "<|begin|>",
+    } | config
     if template is not None:
         config["chat_template"] = template
     (path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -104,32 +117,44 @@ def tokenizer(request, tmp_path_factory) -> Tokenizer:
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_a_rendered_chat_and_its_ids_are_those_of_transformers(template, add_generation_prompt, tmp_path):
     tokenizer = byte_level()
-    tokenizer.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+    )
     ours = Tokenizer(write_folder(tmp_path, tokenizer, template))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for chat in (CHAT, CHAT[1:2]):
         options = {"add_generation_prompt": add_generation_prompt}
-        assert ours.render_chat(chat, **options) == theirs.apply_chat_template(chat, tokenize=False, **options)
+        assert ours.render_chat(chat, **options) == theirs.apply_chat_template(
+            chat, tokenize=False, **options
+        )
         ids = ours.encode_chat(chat, **options)
         assert ids == theirs.apply_chat_template(chat, tokenize=True, return_dict=False, **options)
-        assert ids.count(0) == (template != CHATML)  # one beginning of sequence where the template writes it, else none
+        assert ids.count(0) == (
+            template != CHATML
+        )  # one beginning of sequence where the template writes it, else none
         assert ours.decode(ids) == theirs.decode(ids)
 
 
 def test_templates_are_found_where_transformers_looks_for_them(tmp_path):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": LLAMA}]
     folder = write_folder(tmp_path / "named", template=named)
-    assert Tokenizer(folder).render_chat(CHAT) == Tokenizer(write_folder(tmp_path / "one", template=LLAMA)).render_chat(CHAT)
+    assert Tokenizer(folder).render_chat(CHAT) == Tokenizer(
+        write_folder(tmp_path / "one", template=LLAMA)
+    ).render_chat(CHAT)
     (folder / "chat_template.jinja").write_text(CHATML)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    assert Tokenizer(folder).render_chat(CHAT) == theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert Tokenizer(folder).render_chat(CHAT) == theirs.apply_chat_template(
+        CHAT, tokenize=False, add_generation_prompt=True
+    )
 
 
 def test_a_base_model_gets_the_contents_and_the_one_token_its_tokenizer_starts_with(tmp_path):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+3?"}]
     assert Tokenizer(write_folder(tmp_path / "without")).render_chat(chat) == "Be brief.\n\n2+3?"
     tokenizer = byte_level()
-    tokenizer.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+    )
     ours = Tokenizer(write_folder(tmp_path / "with", tokenizer))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "with")
     assert ours.encode_chat(chat) == theirs("Be brief.\n\n2+3?")["input_ids"]
@@ -166,7 +191,9 @@ def test_a_stop_string_is_seen_where_the_vocabulary_merges_it_away(tmp_path):
     a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
     assert StopStrings(tokenizer, ["ab"]).find([a, b, b]) == 1
     assert StopStrings(tokenizer, ["ab"]).find([a, b, b], start=2) is None  # found once, not again
-    assert StopStrings(tokenizer, ["5"]).find([tokenizer.vocab_size + 7, tokens[0]]) == 1  # a padded id is no text
+    assert (
+        StopStrings(tokenizer, ["5"]).find([tokenizer.vocab_size + 7, tokens[0]]) == 1
+    )  # a padded id is no text
 
 
 STOPS = [["</think>"], ["</think>", "the a"], ["。"], ["案。>"], ["é", "n\n"], [" "], ["a"], ["<|end|>"]]
@@ -178,7 +205,9 @@ def test_stop_strings_are_found_where_decoding_everything_finds_them(tokenizer, 
     rng = random.Random(0)
     matcher = StopStrings(tokenizer, stops)
     noise = list(range(tokenizer.vocab_size))
-    if "sentencepiece" in tokenizer.path.name:  # its decoder gives up a whole run of bytes for one bad byte, however far back
+    if (
+        "sentencepiece" in tokenizer.path.name
+    ):  # its decoder gives up a whole run of bytes for one bad byte, however far back
         noise = [i for i in noise if "\ufffd" not in tokenizer.pieces[i]]
     hits = 0
     for trial in range(150):
@@ -187,8 +216,12 @@ def test_stop_strings_are_found_where_decoding_everything_finds_them(tokenizer, 
         while len(tokens) < 12:
             text = rng.choice(stops)
             cut = rng.randrange(len(text) + 1)
-            tokens += tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:]) if rng.random() < 0.4 else []
-            tokens += rng.choices(noise, k=rng.randrange(3)) + tokenizer.encode(rng.choice(["", "é", "答", "😀"]))
+            tokens += (
+                tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:]) if rng.random() < 0.4 else []
+            )
+            tokens += rng.choices(noise, k=rng.randrange(3)) + tokenizer.encode(
+                rng.choice(["", "é", "答", "😀"])
+            )
         expected = find_stop_ref(tokenizer, stops, tokens)
         assert matcher.find(tokens) == expected, (trial, [tokenizer.decode([token]) for token in tokens])
         hits += expected is not None
@@ -197,7 +230,9 @@ def test_stop_strings_are_found_where_decoding_everything_finds_them(tokenizer, 
 
 def test_a_token_may_end_one_character_and_hold_the_rest_of_a_stop_string(tmp_path):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    first, second = (pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("é")[0][0])  # é is two bytes
+    first, second = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("é")[0][
+        0
+    ]  # é is two bytes
     ids = {piece: i for i, piece in enumerate([*alphabet, second + ">"])}
     plain = tokenizers.Tokenizer(models.BPE(ids, []))
     plain.decoder = decoders.ByteLevel()
@@ -220,7 +255,11 @@ def test_text_comes_in_parts_that_join_to_the_whole(tokenizer):
         parts = [stream.push(token) for token in ids]
         assert "".join(parts) + stream.flush() == tokenizer.continuation(ids)
         assert "\ufffd" not in "".join(parts)
-        assert all(part for part, piece in zip(parts, ids) if tokenizer.pieces[piece].isascii() and tokenizer.pieces[piece])
+        assert all(
+            part
+            for part, piece in zip(parts, ids)
+            if tokenizer.pieces[piece].isascii() and tokenizer.pieces[piece]
+        )
 
 
 def test_bytes_that_are_no_text_neither_stall_nor_spoil_what_follows(tokenizer):
@@ -256,13 +295,31 @@ def test_templates_cannot_leave_the_sandbox(tmp_path):
     [
         (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json: file not found"),
         (lambda path: (path / "tokenizer.json").write_text("{}"), "tokenizer.json: not a readable tokenizer"),
-        (lambda path: (path / "tokenizer_config.json").write_text("{"), "tokenizer_config.json: not readable as JSON"),
-        (lambda path: (path / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json: a JSON object is expected"),
-        (lambda path: (path / "generation_config.json").write_text("?"), "generation_config.json: not readable as JSON"),
+        (
+            lambda path: (path / "tokenizer_config.json").write_text("{"),
+            "tokenizer_config.json: not readable as JSON",
+        ),
+        (
+            lambda path: (path / "tokenizer_config.json").write_text("[]"),
+            "tokenizer_config.json: a JSON object is expected",
+        ),
+        (
+            lambda path: (path / "generation_config.json").write_text("?"),
+            "generation_config.json: not readable as JSON",
+        ),
         (lambda path: write_folder(path, eos_token="</s>"), "eos_token is missing or not in the vocabulary"),
-        (lambda path: write_folder(path, template="{% if %}"), "tokenizer_config.json: the chat template is not valid Jinja"),
-        (lambda path: write_folder(path, template="{{ raise_exception('roles must alternate') }}"), "roles must alternate"),
-        (lambda path: write_folder(path, template=[{"name": "rag", "template": ""}]), r"\['rag'\] is named default"),
+        (
+            lambda path: write_folder(path, template="{% if %}"),
+            "tokenizer_config.json: the chat template is not valid Jinja",
+        ),
+        (
+            lambda path: write_folder(path, template="{{ raise_exception('roles must alternate') }}"),
+            "roles must alternate",
+        ),
+        (
+            lambda path: write_folder(path, template=[{"name": "rag", "template": ""}]),
+            r"\['rag'\] is named default",
+        ),
     ],
 )
 def test_a_bad_folder_is_one_sentence(spoil, words, tmp_path):

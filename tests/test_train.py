@@ -1,4 +1,6 @@
-"""train.py as a user meets it: real checkpoints and data on two ranks, a kill and a resume, and every mistake's sentence."""
+"""train.py as a user meets it: real checkpoints and data on two ranks, a kill and a resume, and every
+mistake's sentence.
+"""
 
 import json
 import os
@@ -21,10 +23,18 @@ import train
 from thinkrl.config import parse
 
 ROOT = Path(__file__).parent.parent
-TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=256)
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SMALL = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +45,12 @@ def tokenizer_file(tmp_path_factory) -> Path:
     raw.decoder = decoders.ByteLevel()
     text = ["Think step by step, then put the final answer in \\boxed{7}. What is 12 + 34?"] * 4
     special = ["<|eos|>", "<|user|>", "<|system|>", "<|assistant|>"]
-    raw.train_from_iterator(text, trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    raw.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     raw.save(str(path))
     return path
@@ -47,30 +61,67 @@ def checkpoint(folder: Path, kind: str, tokenizer_file: Path) -> Path:
     fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token="<|eos|>")
     fast.chat_template = TEMPLATE
     torch.manual_seed(0)
-    config, model = {"qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-                     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}[kind]
+    config, model = {
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    }[kind]
     model(config(vocab_size=len(fast), eos_token_id=0, bos_token_id=None, **SMALL)).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
 
 
 def verl_rows(path: Path, count: int = 12) -> Path:
-    rows = [{"data_source": "openai/gsm8k", "prompt": [{"role": "user", "content": f"What is {i} + 1?"}], "ability": "math",
-             "reward_model": {"style": "rule", "ground_truth": str(i + 1)}, "extra_info": {"split": "train", "index": i}}
-            for i in range(count)]
+    rows = [
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": [{"role": "user", "content": f"What is {i} + 1?"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(i + 1)},
+            "extra_info": {"split": "train", "index": i},
+        }
+        for i in range(count)
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
 
 
-@pytest.mark.parametrize("kind, more", [
-    ("qwen2", ["--kl_coef", "0.1", "--updates_per_rollout", "2", "--importance_cap", "2"]),
-    ("llama", ["--aggregate", "sequence", "--activation_checkpointing", "--replicate", "2"]),
-])
+@pytest.mark.parametrize(
+    "kind, more",
+    [
+        ("qwen2", ["--kl_coef", "0.1", "--updates_per_rollout", "2", "--importance_cap", "2"]),
+        ("llama", ["--aggregate", "sequence", "--activation_checkpointing", "--replicate", "2"]),
+    ],
+)
 def test_a_real_checkpoint_and_a_verl_parquet_on_two_ranks(kind, more, tmp_path, tokenizer_file):
     model, data = checkpoint(tmp_path / "model", kind, tokenizer_file), verl_rows(tmp_path / "train.parquet")
-    done = torchrun(2, "train.py", "grpo", "--model", str(model), "--data", str(data), "--eval_data", str(data), "--steps", "3",
-                    "--problems_per_step", "3", "--group_size", "2", "--max_tokens", "12", "--lr", "1e-3", "--runs_dir",
-                    str(tmp_path), "--name", "run", "--save_every", "2", *more)
+    done = torchrun(
+        2,
+        "train.py",
+        "grpo",
+        "--model",
+        str(model),
+        "--data",
+        str(data),
+        "--eval_data",
+        str(data),
+        "--steps",
+        "3",
+        "--problems_per_step",
+        "3",
+        "--group_size",
+        "2",
+        "--max_tokens",
+        "12",
+        "--lr",
+        "1e-3",
+        "--runs_dir",
+        str(tmp_path),
+        "--name",
+        "run",
+        "--save_every",
+        "2",
+        *more,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -79,17 +130,37 @@ def test_a_real_checkpoint_and_a_verl_parquet_on_two_ranks(kind, more, tmp_path,
     assert rows[0]["mismatch"] < 1e-5, "sampler and trainer must agree"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {"accuracy", "tokens", "greedy", "by_level"} <= summary["before"].keys() & summary["after"].keys()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "step_3" / "hf")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "checkpoints" / "step_3" / "hf"
+    )
     before = load_file(model / "model.safetensors")
     moved = [n for n, w in loaded.state_dict().items() if n in before and not torch.equal(w, before[n])]
-    assert rows[-1]["zero_groups"] == 1.0 and kind == "llama" or moved, "weights move when anything was learnt"
+    assert rows[-1]["zero_groups"] == 1.0 and kind == "llama" or moved, (
+        "weights move when anything was learnt"
+    )
 
 
-COMMON = ["--save_every", "2", "--problems_per_step", "4", "--group_size", "4", "--max_tokens", "60", "--eval_problems", "4",
-          "--kl_coef", "0.01"]
+COMMON = [
+    "--save_every",
+    "2",
+    "--problems_per_step",
+    "4",
+    "--group_size",
+    "4",
+    "--max_tokens",
+    "60",
+    "--eval_problems",
+    "4",
+    "--kl_coef",
+    "0.01",
+]
 # preset, its own options, where it is killed, where it ends
 LONG = ["l2t", "--steps", "4"], 2, 4
-ROUNDS = ["longshort", "--rounds", "LS", "--steps_per_round", "3"], 4, 6  # killed inside the round of the short role
+ROUNDS = (
+    ["longshort", "--rounds", "LS", "--steps_per_round", "3"],
+    4,
+    6,
+)  # killed inside the round of the short role
 
 
 def start_ranks(size: int, *arguments: str) -> list[subprocess.Popen]:
@@ -97,15 +168,30 @@ def start_ranks(size: int, *arguments: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size),
-             "LOCAL_WORLD_SIZE": str(size)}
-    return [subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                             env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
+    place = {
+        "PYTHONPATH": str(ROOT),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(size)
+    ]
 
 
 @pytest.mark.parametrize("options, killed, steps", [LONG, ROUNDS], ids=["l2t", "longshort"])
 def test_kill_and_resume_is_the_same_run(tmp_path, options, killed, steps):
-    """2N steps == N steps, a kill, a resume: bit for bit. Optimizers, references, running Fisher and both roles included."""
+    """2N steps == N steps, a kill, a resume: bit for bit. Optimizers, references, running Fisher and both
+    roles included.
+    """
     whole = [*options, *COMMON, "--runs_dir", str(tmp_path), "--name", "whole"]
     cut = [*whole[:-1], "cut"]
     done = torchrun(2, "train.py", *whole)
@@ -117,17 +203,24 @@ def test_kill_and_resume_is_the_same_run(tmp_path, options, killed, steps):
     for rank in ranks:
         rank.kill()
         rank.wait()
-    assert "after" not in json.loads((tmp_path / "cut" / "summary.json").read_text()), "it was killed too late to test anything"
+    assert "after" not in json.loads((tmp_path / "cut" / "summary.json").read_text()), (
+        "it was killed too late to test anything"
+    )
     done = torchrun(2, "train.py", *cut, "--resume", "auto")
     assert done.returncode == 0, done.stderr[-3000:]
     last = f"checkpoints/step_{steps}"
-    for saved in (path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole" / last).rglob("model.safetensors")):
+    for saved in (
+        path.relative_to(tmp_path / "whole")
+        for path in (tmp_path / "whole" / last).rglob("model.safetensors")
+    ):
         one, other = (load_file(tmp_path / name / saved) for name in ("whole", "cut"))
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), saved
 
     def lines(name: str) -> list[dict]:
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in row.items() if "seconds" not in k and k != "tokens_per_second"} for row in rows]
+        return [
+            {k: v for k, v in row.items() if "seconds" not in k and k != "tokens_per_second"} for row in rows
+        ]
 
     assert lines("whole") == lines("cut")
 
@@ -192,24 +285,64 @@ def test_run_folders(capsys, tmp_path):
 def test_a_foreign_kernels_package(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")
-    done = subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); sys.path.append(sys.argv[2])\n"
-                           "from thinkrl import require_own_kernels\nrequire_own_kernels()", str(tmp_path), str(ROOT)],
-                          cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.path.insert(0, sys.argv[1]); sys.path.append(sys.argv[2])\n"
+            "from thinkrl import require_own_kernels\nrequire_own_kernels()",
+            str(tmp_path),
+            str(ROOT),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert "pip install -e ." in done.stderr
 
 
 def test_a_wrong_option_from_the_shell():
-    done = subprocess.run([sys.executable, "train.py", "--lrr", "1"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.strip()) == (2, "train.py: unknown option '--lrr' (did you mean 'lr'?): see --help")
+    done = subprocess.run(
+        [sys.executable, "train.py", "--lrr", "1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.strip()) == (
+        2,
+        "train.py: unknown option '--lrr' (did you mean 'lr'?): see --help",
+    )
 
 
 def test_sft_learns_its_rows_and_leaves_a_folder(tmp_path):
-    rows = [{"problem": f"{a}*{b}?", "response": f"<think></think><answer>{a * b}</answer>"} for a in (3, 4) for b in range(2, 10)]
+    rows = [
+        {"problem": f"{a}*{b}?", "response": f"<think></think><answer>{a * b}</answer>"}
+        for a in (3, 4)
+        for b in range(2, 10)
+    ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train.main(parse(["sft", "--data", str(data), "--steps", "6", "--problems_per_step", "8", "--lr", "1e-3", "--warmup", "0.1",
-                      "--runs_dir", str(tmp_path), "--name", "sft"]))
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
+    train.main(
+        parse(
+            [
+                "sft",
+                "--data",
+                str(data),
+                "--steps",
+                "6",
+                "--problems_per_step",
+                "8",
+                "--lr",
+                "1e-3",
+                "--warmup",
+                "0.1",
+                "--runs_dir",
+                str(tmp_path),
+                "--name",
+                "sft",
+            ]
+        )
+    )
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert losses[-1] < 0.7 * losses[0], losses
     folder = tmp_path / "sft" / "checkpoints" / "step_6" / "hf"
     assert transformers.AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 72
@@ -217,13 +350,38 @@ def test_sft_learns_its_rows_and_leaves_a_folder(tmp_path):
 
 
 def test_a_reward_model_is_trained_and_used(tmp_path):
-    small = ["--problems_per_step", "2", "--group_size", "2", "--max_tokens", "60", "--runs_dir", str(tmp_path)]
+    small = [
+        "--problems_per_step",
+        "2",
+        "--group_size",
+        "2",
+        "--max_tokens",
+        "60",
+        "--runs_dir",
+        str(tmp_path),
+    ]
     train.main(parse(["prm", "--steps", "2", "--gain_samples", "2", "--lr", "1e-3", "--name", "prm", *small]))
     rows = [json.loads(line) for line in (tmp_path / "prm" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(0 < row["label_error"] < 1 for row in rows)
     folder = tmp_path / "prm" / "checkpoints" / "step_2" / "prm"
-    train.main(parse(["l2t", "--gain", "prm", "--prm", str(folder), "--steps", "1", "--eval_problems", "2", "--name", "l2t",
-                      *small]))
+    train.main(
+        parse(
+            [
+                "l2t",
+                "--gain",
+                "prm",
+                "--prm",
+                str(folder),
+                "--steps",
+                "1",
+                "--eval_problems",
+                "2",
+                "--name",
+                "l2t",
+                *small,
+            ]
+        )
+    )
     [*_, last] = (json.loads(line) for line in (tmp_path / "l2t" / "samples.jsonl").read_text().splitlines())
     assert all(0 <= j <= 1 for j in last["J"]) and last["episode_ids"][-1] == len(last["J"]) - 2
 
@@ -235,17 +393,48 @@ def test_a_policy_is_no_reward_model(capsys, tmp_path):
 
 
 def test_a_round_trains_its_own_role_against_a_fresh_reference(tmp_path):
-    train.main(parse(["longshort", "--rounds", "LS", "--steps_per_round", "2", "--save_every", "2", "--problems_per_step", "4",
-                      "--group_size", "4", "--max_tokens", "40", "--eval_problems", "2", "--kl_coef", "0.1", "--lr", "1e-3",
-                      "--runs_dir", str(tmp_path), "--name", "run"]))
+    train.main(
+        parse(
+            [
+                "longshort",
+                "--rounds",
+                "LS",
+                "--steps_per_round",
+                "2",
+                "--save_every",
+                "2",
+                "--problems_per_step",
+                "4",
+                "--group_size",
+                "4",
+                "--max_tokens",
+                "40",
+                "--eval_problems",
+                "2",
+                "--kl_coef",
+                "0.1",
+                "--lr",
+                "1e-3",
+                "--runs_dir",
+                str(tmp_path),
+                "--name",
+                "run",
+            ]
+        )
+    )
     start = load_file(train.model_path("tiny") / "model.safetensors")
 
     def moved(step: int, role: str) -> bool:
-        weights = load_file(tmp_path / "run" / "checkpoints" / f"step_{step}" / f"hf_{role}" / "model.safetensors")
+        weights = load_file(
+            tmp_path / "run" / "checkpoints" / f"step_{step}" / f"hf_{role}" / "model.safetensors"
+        )
         return any(not torch.equal(weights[name], start[name]) for name in start)
 
     assert [moved(2, "long"), moved(2, "short"), moved(4, "short")] == [True, False, True]
-    long = [(tmp_path / "run" / "checkpoints" / f"step_{step}" / "hf_long" / "model.safetensors").read_bytes() for step in (2, 4)]
+    long = [
+        (tmp_path / "run" / "checkpoints" / f"step_{step}" / "hf_long" / "model.safetensors").read_bytes()
+        for step in (2, 4)
+    ]
     assert long[0] == long[1], "the frozen partner stays as it is"
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [1, 1, 2, 2]
@@ -258,30 +447,102 @@ def test_rounds_begin_at_their_reference_and_saving_changes_nothing(tmp_path):
     """With and without a checkpoint between the rounds: the same steps, the same weights."""
     runs = []
     for save_every in ("0", "2"):
-        train.main(parse(["longshort", "--rounds", "LLS", "--steps_per_round", "2", "--save_every", save_every, "--kl_coef", "0.1",
-                          "--problems_per_step", "4", "--group_size", "4", "--max_tokens", "40", "--eval_problems", "0",
-                          "--lr", "1e-3", "--runs_dir", str(tmp_path), "--name", save_every]))
-        rows = [json.loads(line) for line in (tmp_path / save_every / "metrics.jsonl").read_text().splitlines()]
+        train.main(
+            parse(
+                [
+                    "longshort",
+                    "--rounds",
+                    "LLS",
+                    "--steps_per_round",
+                    "2",
+                    "--save_every",
+                    save_every,
+                    "--kl_coef",
+                    "0.1",
+                    "--problems_per_step",
+                    "4",
+                    "--group_size",
+                    "4",
+                    "--max_tokens",
+                    "40",
+                    "--eval_problems",
+                    "0",
+                    "--lr",
+                    "1e-3",
+                    "--runs_dir",
+                    str(tmp_path),
+                    "--name",
+                    save_every,
+                ]
+            )
+        )
+        rows = [
+            json.loads(line) for line in (tmp_path / save_every / "metrics.jsonl").read_text().splitlines()
+        ]
         assert [row["kl"] > 0 for row in rows] == [False, True] * 3
         runs.append([(row["loss"], row["grad_norm"], row["kl"]) for row in rows])
         last = tmp_path / save_every / "checkpoints" / "step_6"
-        runs[-1] += [load_file(last / f"hf_{role}" / "model.safetensors")["lm_head.weight"] for role in ("long", "short")]
+        runs[-1] += [
+            load_file(last / f"hf_{role}" / "model.safetensors")["lm_head.weight"]
+            for role in ("long", "short")
+        ]
     for one, other in zip(*runs):
         assert torch.equal(one, other) if torch.is_tensor(one) else one == other
 
 
 def test_a_step_in_which_the_trained_role_never_speaks(tmp_path):
-    train.main(parse(["longshort", "--rounds", "S", "--steps_per_round", "1", "--max_tokens", "2", "--partner_max_tokens", "2",
-                      "--problems_per_step", "2", "--group_size", "2", "--eval_problems", "0", "--runs_dir", str(tmp_path),
-                      "--name", "run"]))
+    train.main(
+        parse(
+            [
+                "longshort",
+                "--rounds",
+                "S",
+                "--steps_per_round",
+                "1",
+                "--max_tokens",
+                "2",
+                "--partner_max_tokens",
+                "2",
+                "--problems_per_step",
+                "2",
+                "--group_size",
+                "2",
+                "--eval_problems",
+                "0",
+                "--runs_dir",
+                str(tmp_path),
+                "--name",
+                "run",
+            ]
+        )
+    )
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert row["turns"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0
 
 
 def test_what_a_kill_left_out_is_made_up(tmp_path):
     """Killed after a step was saved: its evaluation, and for a finished run the numbers of its last step."""
-    options = ["grpo", "--steps", "3", "--save_every", "1", "--eval_every", "1", "--problems_per_step", "2", "--group_size", "2",
-               "--max_tokens", "20", "--eval_problems", "2", "--runs_dir", str(tmp_path), "--name", "run"]
+    options = [
+        "grpo",
+        "--steps",
+        "3",
+        "--save_every",
+        "1",
+        "--eval_every",
+        "1",
+        "--problems_per_step",
+        "2",
+        "--group_size",
+        "2",
+        "--max_tokens",
+        "20",
+        "--eval_problems",
+        "2",
+        "--runs_dir",
+        str(tmp_path),
+        "--name",
+        "run",
+    ]
     train.main(parse(options))
     run = tmp_path / "run"
     whole = json.loads((run / "summary.json").read_text())
@@ -293,8 +554,19 @@ def test_what_a_kill_left_out_is_made_up(tmp_path):
 
     rows = [{"prompt": f"{i}+1?", "response": f"<answer>{i + 1}</answer>"} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["sft", "--data", str(tmp_path / "rows.jsonl"), "--steps", "2", "--problems_per_step", "4", "--runs_dir",
-               str(tmp_path), "--name", "sft"]
+    options = [
+        "sft",
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--steps",
+        "2",
+        "--problems_per_step",
+        "4",
+        "--runs_dir",
+        str(tmp_path),
+        "--name",
+        "sft",
+    ]
     train.main(parse(options))
     whole = json.loads((tmp_path / "sft" / "summary.json").read_text())
     (tmp_path / "sft" / "summary.json").unlink()

@@ -6,8 +6,13 @@ from thinkrl.types import Sample, empty_pack, pack
 
 
 def sample(prompt: int, completion: int, advantage: float = 1.0) -> Sample:
-    return Sample(list(range(prompt)), list(range(100, 100 + completion)), torch.full((completion,), advantage),
-                  torch.full((completion,), -0.5), f"{prompt}/{completion}")
+    return Sample(
+        list(range(prompt)),
+        list(range(100, 100 + completion)),
+        torch.full((completion,), advantage),
+        torch.full((completion,), -0.5),
+        f"{prompt}/{completion}",
+    )
 
 
 def test_the_worked_example():
@@ -40,4 +45,6 @@ def test_nothing():
 def test_moving_keeps_everything():
     [row] = pack([sample(2, 3)], budget=8)
     moved = row.to("cpu")
-    assert vars(moved).keys() == vars(row).keys() and moved.ids == row.ids and torch.equal(moved.mask, row.mask)
+    assert (
+        vars(moved).keys() == vars(row).keys() and moved.ids == row.ids and torch.equal(moved.mask, row.mask)
+    )

@@ -4,17 +4,21 @@ import importlib.util
 import os
 from pathlib import Path
 
-# The sampler's KV pool is freed for every backward: in fixed segments, whatever is allocated meanwhile would keep its memory
-# from it for good. Read when torch first allocates, so this comes before torch.
+# The sampler's KV pool is freed for every backward: in fixed segments, whatever is allocated meanwhile would
+# keep its memory from it for good. Read when torch first allocates, so this comes before torch.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one sentence that says what, where, and what instead. Entry points print it and exit 2."""
+    """A mistake of the user's: one sentence that says what, where, and what instead. Entry points print it
+    and exit 2.
+    """
 
 
 def require_own_kernels() -> None:
-    """`kernels` is also the name of a package on PyPI that transformers looks for: refuse to run with the wrong one."""
+    """`kernels` is also the name of a package on PyPI that transformers looks for: refuse to run with the
+    wrong one.
+    """
     spec = importlib.util.find_spec("kernels")
     found = Path(spec.origin).resolve().parent if spec and spec.origin else None
     ours = Path(__file__).resolve().parent.parent / "kernels"

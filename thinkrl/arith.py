@@ -1,16 +1,17 @@
 """The built-in task: products whose hard cases are unreliable at a glance and reliable step by step.
 
-A problem is `a*b?`, with a of one to three digits and b from 2 to 9. A small teacher writes chains for it, on purpose not
-efficient ones:
+A problem is `a*b?`, with a of one to three digits and b from 2 to 9. A small teacher writes chains for it, on
+purpose not efficient ones:
 
     at a glance     374*6?<think><episode_1>374*6=2244</episode_1></think><answer>2244</answer>
     step by step    374*6?<think><episode_1>300*6=1800</episode_1><episode_2>70*6=420</episode_2>
                     <episode_3>1800+420=2220</episode_3><episode_4>4*6=24</episode_4>
                     <episode_5>2220+24=2244</episode_5></think><answer>2244</answer>              (in one line)
 
-between which it recalls the question, restates and checks what it has, says `wait` and starts again. Which of the two ways
-it takes depends on the parity of b and not on the difficulty; a glance at a hard product is often wrong. So there is
-something to learn besides writing less: where thinking pays, how much of it, and what of it earns nothing.
+between which it recalls the question, restates and checks what it has, says `wait` and starts again. Which of
+the two ways it takes depends on the parity of b and not on the difficulty; a glance at a hard product is
+often wrong. So there is something to learn besides writing less: where thinking pays, how much of it, and
+what of it earns nothing.
 
 Everything here is a function of its arguments: problem i of seed s is the same on every rank and machine.
 """
@@ -36,8 +37,15 @@ HELD_OUT = 4  # one product in four is never trained on
 class Teacher:
     """The habits of the chain writer, as probabilities. Tuples over levels or parities say so."""
 
-    decompose: tuple[float, float] = (0.45, 0.70)  # for odd b, for even b: greedy decoding decomposes half of the problems
-    misjudge: tuple[float, ...] = (0.0, 0.30, 0.45)  # by level: a glance is wrong, and stays unreliable even greedily
+    decompose: tuple[float, float] = (
+        0.45,
+        0.70,
+    )  # for odd b, for even b: greedy decoding decomposes half of the problems
+    misjudge: tuple[float, ...] = (
+        0.0,
+        0.30,
+        0.45,
+    )  # by level: a glance is wrong, and stays unreliable even greedily
     slip: float = 0.03  # a step is wrong
     notice: float = 0.5  # and is noticed at once: "check … no", then the right step
     empty: float = 0.05  # nothing is thought, the answer is a glance
@@ -47,14 +55,18 @@ class Teacher:
     again_glance: float = 0.20  # wait, and then step by step
     again_steps: float = 0.12
     force: float = 0.35  # of the SFT rows: thinking cut after some episode, the answer demanded
-    force_empty: float = 0.12  # of those: before the first episode; few, because they teach to answer at a glance
+    force_empty: float = (
+        0.12  # of those: before the first episode; few, because they teach to answer at a glance
+    )
 
 
 TEACHER = Teacher()
 
 
 def is_heldout(a: int, b: int) -> bool:
-    """Whether the product a*b belongs to the evaluation set. As a step inside a chain it may still be met: 7*8=56 is known."""
+    """Whether the product a*b belongs to the evaluation set. As a step inside a chain it may still be met:
+    7*8=56 is known.
+    """
     return zlib.crc32(f"{a}*{b}".encode()) % HELD_OUT == 0
 
 
@@ -95,7 +107,8 @@ def operands(problem: Problem) -> tuple[int, int]:
 def episodes(problem: Problem, rng: random.Random, teacher: Teacher = TEACHER) -> tuple[list[str], str]:
     """One verbose chain as (contents of its episodes, the answer it comes to). At most LONGEST_CHAIN, possibly none.
 
-    A step `x=y` may be wrong, by `misjudge` and `slip`; "check x=y ok" never is, and "check x=y no" always is.
+    A step `x=y` may be wrong, by `misjudge` and `slip`; "check x=y ok" never is, and "check x=y no" always
+    is.
     """
     a, b = operands(problem)
     level = LEVELS.index(problem.level)
@@ -139,18 +152,23 @@ def chain(problem: Problem, rng: random.Random, teacher: Teacher = TEACHER) -> s
 def sft_rows(seed: int, count: int, teacher: Teacher = TEACHER) -> Iterator[dict[str, str]]:
     """Rows {"problem", "response"} for next-token training.
 
-    A share `teacher.force` has its thinking cut after some of its episodes and closed, and the *gold* answer as the response;
-    what precedes it is in the prompt and so outside the loss. This puts the answer-forcing probe, and with it the predicted
-    correctness J_k, into what the policy has been trained on.
+    A share `teacher.force` has its thinking cut after some of its episodes and closed, and the *gold* answer
+    as the response; what precedes it is in the prompt and so outside the loss. This puts the answer-forcing
+    probe, and with it the predicted correctness J_k, into what the policy has been trained on.
     """
     for index in range(count):
         problem = training_problem(seed, index)
         rng = random.Random(f"chain/{seed}/{index}")
         if rng.random() < teacher.force:
             thoughts, _ = episodes(problem, rng, teacher)
-            kept = 0 if rng.random() < teacher.force_empty else rng.randint(min(1, len(thoughts)), len(thoughts))
+            kept = (
+                0 if rng.random() < teacher.force_empty else rng.randint(min(1, len(thoughts)), len(thoughts))
+            )
             cut = thinking(thoughts[:kept])
-            yield {"problem": f"{problem.question}{cut}</think><answer>", "response": f"{problem.answer}</answer>"}
+            yield {
+                "problem": f"{problem.question}{cut}</think><answer>",
+                "response": f"{problem.answer}</answer>",
+            }
         else:
             yield {"problem": problem.question, "response": chain(problem, rng, teacher)}
 
@@ -160,7 +178,9 @@ def _range(level: int) -> tuple[int, int]:
 
 
 def _problem(index: int, a: int, b: int) -> Problem:
-    return Problem(id=index, question=f"{a}*{b}?", answer=str(a * b), source="arith", level=LEVELS[len(str(a)) - 1])
+    return Problem(
+        id=index, question=f"{a}*{b}?", answer=str(a * b), source="arith", level=LEVELS[len(str(a)) - 1]
+    )
 
 
 def _glance(value: int, level: int, rng: random.Random, teacher: Teacher) -> int:
@@ -176,9 +196,15 @@ def _misread(value: int, rng: random.Random) -> int:
 
 
 def _write_steps(thoughts: list[str], a: int, b: int, rng: random.Random, teacher: Teacher) -> int:
-    """Append the partial products from the left, each added to what stands, idling in between. Returns the result."""
+    """Append the partial products from the left, each added to what stands, idling in between. Returns the
+    result.
+    """
     digits = str(a)
-    parts = [int(digit) * 10 ** (len(digits) - place) for place, digit in enumerate(digits, start=1) if digit != "0"]
+    parts = [
+        int(digit) * 10 ** (len(digits) - place)
+        for place, digit in enumerate(digits, start=1)
+        if digit != "0"
+    ]
     total = _write_step(thoughts, f"{parts[0]}*{b}", parts[0] * b, rng, teacher)
     for part in parts[1:]:
         _idle(thoughts, teacher.idle_middle, a, b, rng)
@@ -188,8 +214,12 @@ def _write_steps(thoughts: list[str], a: int, b: int, rng: random.Random, teache
     return total
 
 
-def _write_step(thoughts: list[str], expression: str, value: int, rng: random.Random, teacher: Teacher) -> int:
-    """Append `expression=value`, or by a slip a wrong value, which is noticed and put right or stays. Returns what stands."""
+def _write_step(
+    thoughts: list[str], expression: str, value: int, rng: random.Random, teacher: Teacher
+) -> int:
+    """Append `expression=value`, or by a slip a wrong value, which is noticed and put right or stays.
+    Returns what stands.
+    """
     if rng.random() < teacher.slip:
         wrong = _misread(value, rng)
         thoughts.append(f"{expression}={wrong}")

@@ -3,17 +3,18 @@
     python -m thinkrl.bench sampler [--cases …] [--repeat N]
     python -m thinkrl.bench l2t [--repeat N]
 
-sampler:
-8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096, temperature 1, no filters.
-Two workloads: every completion runs to 128 tokens; or 64 of the 4096 ids stop, so that lengths spread over 1 to 128 and
-a static batch waits for its longest. Only tokens of completions count. The two engines take turns, and the best of the
-repeats is reported, because a neighbour on the machine can only slow a run down. transformers computes in fp32 always.
+sampler: 8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096,
+temperature 1, no filters. Two workloads: every completion runs to 128 tokens; or 64 of the 4096 ids stop, so
+that lengths spread over 1 to 128 and a static batch waits for its longest. Only tokens of completions count.
+The two engines take turns, and the best of the repeats is reported, because a neighbour on the machine can
+only slow a run down. transformers computes in fp32 always.
 
-"matmuls" is how fast decoding would be if a step were nothing but its matrix products on 64 rows, done by F.linear;
-"ours" is the same with the product that the sampler uses.
+"matmuls" is how fast decoding would be if a step were nothing but its matrix products on 64 rows, done by
+F.linear; "ours" is the same with the product that the sampler uses.
 
-l2t: 56 M parameters, 2 prompts × 4 completions of 1,000 tokens, 10 episodes of 100, probes of 25 tokens. The rollout is repeated
-with the same keys, so it is the same tokens with and without hidden states kept, and with and without probes.
+l2t: 56 M parameters, 2 prompts × 4 completions of 1,000 tokens, 10 episodes of 100, probes of 25 tokens. The
+rollout is repeated with the same keys, so it is the same tokens with and without hidden states kept, and with
+and without probes.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ def run_ours(sampler: Sampler, prompts: list[list[int]], stop_ids: list[int], se
 
 def matmuls_alone(model: Transformer, product: Callable, rows: int = PROMPTS * SAMPLES) -> float:
     """Tokens per second if a decode step were nothing but its matrix products."""
-    weights = [linear.weight for block in model.blocks for linear in (block.qkv, block.o, block.gate_up, block.down)]
+    weights = [
+        linear.weight for block in model.blocks for linear in (block.qkv, block.o, block.gate_up, block.down)
+    ]
     weights.append(model.head_weight)
     inputs = [torch.randn(rows, weight.shape[1]).to(weight.dtype) for weight in weights]
     best = 0.0
@@ -99,13 +102,18 @@ def matmuls_alone(model: Transformer, product: Callable, rows: int = PROMPTS * S
 def l2t_overhead(repeat: int) -> None:
     """Seconds of the parts of a step; best of the repeats, interleaved."""
     layers, width, heads, kv_heads, mlp_width, _ = CASES["56M fp32"]
-    config = ModelConfig("Qwen2ForCausalLM", VOCABULARY, width, layers, heads, kv_heads, width // heads, mlp_width, 2048)
+    config = ModelConfig(
+        "Qwen2ForCausalLM", VOCABULARY, width, layers, heads, kv_heads, width // heads, mlp_width, 2048
+    )
     model, policy = Transformer.random(config), Transformer.random(config)
     sampler = Sampler(model)
     optimizer = torch.optim.AdamW(policy.parameters())
     g = torch.Generator().manual_seed(0)
     prompts = torch.randint(VOCABULARY, (2, 100), generator=g).tolist()
-    probe = Probe(torch.randint(VOCABULARY, (20,), generator=g).tolist(), torch.randint(VOCABULARY, (5,), generator=g).tolist())
+    probe = Probe(
+        torch.randint(VOCABULARY, (20,), generator=g).tolist(),
+        torch.randint(VOCABULARY, (5,), generator=g).tolist(),
+    )
     starts = torch.arange(100, 1001, 100) - 1
     episodes = Episodes(torch.arange(1000) // 100, starts, starts)
     proxy = Proxy(model, rank_share=0.1)
@@ -118,8 +126,14 @@ def l2t_overhead(repeat: int) -> None:
         return result
 
     def rollout(gain: Gain | None, hidden: bool):
-        groups = sampler.generate(prompts, n=4, max_tokens=1000, stop_ids=[], return_hidden=hidden,
-                                  on_finish=gain.on_finish if gain else None)
+        groups = sampler.generate(
+            prompts,
+            n=4,
+            max_tokens=1000,
+            stop_ids=[],
+            return_hidden=hidden,
+            on_finish=gain.on_finish if gain else None,
+        )
         return [completion for group in groups for completion in group], gain and gain.results()
 
     def train(completions) -> None:
@@ -127,7 +141,9 @@ def l2t_overhead(repeat: int) -> None:
             tokens = torch.tensor(prompts[completion.prompt] + completion.tokens)
             states = policy(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32))
             logprob, _ = linear_logprob(states[99:-1], policy.head_weight, tokens[100:])
-            policy_loss(logprob, None, torch.ones(1000), torch.ones(1000), torch.tensor([0, 1000]))[0].backward()
+            policy_loss(logprob, None, torch.ones(1000), torch.ones(1000), torch.tensor([0, 1000]))[
+                0
+            ].backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -140,7 +156,10 @@ def l2t_overhead(repeat: int) -> None:
         gain = Gain(sampler, [probe, probe], lambda tokens: episodes)
         completions, _ = timed("rollout, states kept, probes", lambda: rollout(gain, hidden=True))  # noqa: B023
         best["probes, of it"] = min(best.get("probes, of it", float("inf")), gain.seconds)
-        turns = [Turn("policy", prompts[c.prompt], c.tokens, c.logprobs, c.finish_reason, c.hidden) for c in completions]
+        turns = [
+            Turn("policy", prompts[c.prompt], c.tokens, c.logprobs, c.finish_reason, c.hidden)
+            for c in completions
+        ]
         timed("penalty", lambda: penalise(step, turns))  # noqa: B023
         timed("training", lambda: train(completions))  # noqa: B023
     for name, seconds in best.items():
@@ -148,7 +167,9 @@ def l2t_overhead(repeat: int) -> None:
     step = best["rollout"] + best["training"]
     probes = best["probes, of it"]
     penalty = best["penalty"] + max(0.0, best["rollout, states kept, probes"] - probes - best["rollout"])
-    print(f"GRPO step {step:.2f} s; L2T adds {penalty / step:.1%} without probes and {(penalty + probes) / step:.1%} with them")
+    print(
+        f"GRPO step {step:.2f} s; L2T adds {penalty / step:.1%} without probes and {(penalty + probes) / step:.1%} with them"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

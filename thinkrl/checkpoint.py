@@ -1,12 +1,13 @@
 """Weights in and out: Hugging Face folders (config.json + safetensors), and step checkpoints that a run resumes from.
 
-A parameter of ours is one Hugging Face tensor, or several stacked along their rows (`hf_layout` is the whole mapping), so
-reading is a copy into rows and writing is a split of rows. Reading streams: parameters are allocated once, every tensor is
-mapped from its file, checked and copied, and nothing is held twice. Writing gathers one parameter at a time and holds one
-file's worth of them.
+A parameter of ours is one Hugging Face tensor, or several stacked along their rows (`hf_layout` is the whole
+mapping), so reading is a copy into rows and writing is a split of rows. Reading streams: parameters are
+allocated once, every tensor is mapped from its file, checked and copied, and nothing is held twice. Writing
+gathers one parameter at a time and holds one file's worth of them.
 
     runs/NAME/checkpoints/step_N/    dcp/: parameters and optimizer states, each rank its shards (torch.distributed.checkpoint,
-                                     so another number of ranks can read them); extra.pt: everything else, from rank 0
+                                     so another number of ranks can read them); extra.pt: everything else,
+                                     from rank 0
     runs/NAME/latest                 "step_N"
 
 Whatever is written appears by a rename, whole or not at all; `latest` moves last.
@@ -54,16 +55,23 @@ def hf_layout(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]
         projections = [("q", q_rows), ("k", kv_rows), ("v", kv_rows)]
         layout |= {
             f"{ours}.attention_norm.weight": [(f"{theirs}.input_layernorm.weight", (D,))],
-            f"{ours}.qkv.weight": [(f"{theirs}.self_attn.{p}_proj.weight", (rows, D)) for p, rows in projections],
+            f"{ours}.qkv.weight": [
+                (f"{theirs}.self_attn.{p}_proj.weight", (rows, D)) for p, rows in projections
+            ],
             f"{ours}.o.weight": [(f"{theirs}.self_attn.o_proj.weight", (D, q_rows))],
             f"{ours}.mlp_norm.weight": [(f"{theirs}.post_attention_layernorm.weight", (D,))],
             f"{ours}.gate_up.weight": [(f"{theirs}.mlp.{p}_proj.weight", (F, D)) for p in ("gate", "up")],
             f"{ours}.down.weight": [(f"{theirs}.mlp.down_proj.weight", (D, F))],
         }
         if config.qkv_bias:
-            layout[f"{ours}.qkv.bias"] = [(f"{theirs}.self_attn.{p}_proj.bias", (rows,)) for p, rows in projections]
+            layout[f"{ours}.qkv.bias"] = [
+                (f"{theirs}.self_attn.{p}_proj.bias", (rows,)) for p, rows in projections
+            ]
         if config.qk_norm:
-            layout |= {f"{ours}.{p}_norm.weight": [(f"{theirs}.self_attn.{p}_norm.weight", (Dh,))] for p in ("q", "k")}
+            layout |= {
+                f"{ours}.{p}_norm.weight": [(f"{theirs}.self_attn.{p}_norm.weight", (Dh,))]
+                for p in ("q", "k")
+            }
     layout["norm.weight"] = [("model.norm.weight", (D,))]
     if not config.tied:
         layout["head.weight"] = [("lm_head.weight", (config.vocab_size, D))]
@@ -74,14 +82,19 @@ def read_config(path: str | Path) -> ModelConfig:
     """The config.json of a Hugging Face folder."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; a model is a local Hugging Face folder (config.json + safetensors)")
+        raise UserError(
+            f"{path}: no such folder; a model is a local Hugging Face folder (config.json + safetensors)"
+        )
     return ModelConfig.from_hf(read_json(path / "config.json"), where=str(path / "config.json"))
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Transformer:
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Transformer:
     """Read a Hugging Face folder: config.json and model.safetensors, or its shards and their index.
 
-    Raises UserError, naming file, tensor and shapes, for whatever is missing, damaged, quantised or of another shape.
+    Raises UserError, naming file, tensor and shapes, for whatever is missing, damaged, quantised or of
+    another shape.
     """
     path = Path(path)
     config = read_config(path)
@@ -90,8 +103,12 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     layout = hf_layout(config)
     wanted = {name for parts in layout.values() for name, _ in parts}
     for name in files.keys() - wanted:
-        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):  # a tied head and tables: derived
-            raise UserError(f"{files[name]}: tensor {name} is unknown to {config.architecture} as config.json describes it")
+        if name != "lm_head.weight" and not name.endswith(
+            "rotary_emb.inv_freq"
+        ):  # a tied head and tables: derived
+            raise UserError(
+                f"{files[name]}: tensor {name} is unknown to {config.architecture} as config.json describes it"
+            )
 
     assert dict(model.named_parameters()).keys() == layout.keys()
     fill(model, path, files, layout)
@@ -99,15 +116,22 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
 
 
 @torch.no_grad()
-def fill(model: nn.Module, path: Path, files: dict[str, Path], layout: dict[str, list[tuple[str, tuple[int, ...]]]]) -> None:
-    """Copy the tensors that `layout` names into the model's parameters, one at a time. Raises UserError as `load_model` does."""
+def fill(
+    model: nn.Module, path: Path, files: dict[str, Path], layout: dict[str, list[tuple[str, tuple[int, ...]]]]
+) -> None:
+    """Copy the tensors that `layout` names into the model's parameters, one at a time. Raises UserError as
+    `load_model` does.
+    """
     parameters = dict(model.named_parameters())
     for ours, parts in layout.items():
         row = 0
         for name, shape in parts:
             if name not in files:
-                raise UserError(f"{path}: tensor {name} of shape {list(shape)} is missing from the safetensors files")
-            # Opened anew for each tensor: while a file stays mapped, all that was read of it stays in memory too.
+                raise UserError(
+                    f"{path}: tensor {name} of shape {list(shape)} is missing from the safetensors files"
+                )
+            # Opened anew for each tensor: while a file stays mapped, all that was read of it stays in memory
+            # too.
             with _open(files[name]) as shard:
                 parameters[ours][row : row + shape[0]].copy_(_read(shard, files[name], name, shape))
             row += shape[0]
@@ -186,7 +210,9 @@ def save_step(
 
 
 def point_latest(run_dir: str | Path, step: int, keep: int = 2) -> None:
-    """Name checkpoints/step_N the one to resume from, and remove all but the newest `keep`. Every rank must call it."""
+    """Name checkpoints/step_N the one to resume from, and remove all but the newest `keep`. Every rank
+    must call it.
+    """
     run_dir = Path(run_dir)
     checkpoints = run_dir / "checkpoints"
     if _rank() == 0:
@@ -219,7 +245,9 @@ def load_step(path: str | Path, modules: dict[str, nn.Module], optimizers: dict[
         dcp.load(state, checkpoint_id=path / "dcp")
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
-        raise UserError(f"{path}: does not fit this model and optimizer, or is damaged (rank {rank}: {cause})") from None
+        raise UserError(
+            f"{path}: does not fit this model and optimizer, or is damaged (rank {rank}: {cause})"
+        ) from None
     for name, module in modules.items():
         set_model_state_dict(module, state["modules"][name])
     for name, optimizer in optimizers.items():
@@ -234,21 +262,29 @@ def latest_step(run_dir: str | Path) -> int | None:
         return None
     name = latest.read_text().strip()
     if not name.removeprefix("step_").isdigit() or not (Path(run_dir) / "checkpoints" / name).is_dir():
-        raise UserError(f"{latest}: it says {name!r}, but there is no such folder in {Path(run_dir) / 'checkpoints'}")
+        raise UserError(
+            f"{latest}: it says {name!r}, but there is no such folder in {Path(run_dir) / 'checkpoints'}"
+        )
     return int(name.removeprefix("step_"))
 
 
 def _state(modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> dict:
-    """Sharded, under parameter names that do not depend on how a module was wrapped. An optimizer has its module's name."""
+    """Sharded, under parameter names that do not depend on how a module was wrapped. An optimizer has its
+    module's name.
+    """
     return {
         "modules": {name: get_model_state_dict(module) for name, module in modules.items()},
-        "optimizers": {name: get_optimizer_state_dict(modules[name], optimizer) for name, optimizer in optimizers.items()},
+        "optimizers": {
+            name: get_optimizer_state_dict(modules[name], optimizer) for name, optimizer in optimizers.items()
+        },
     }
 
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path | None]:
-    """A folder to fill under a temporary name, renamed to `path` once all ranks are done; None on ranks other than 0."""
+    """A folder to fill under a temporary name, renamed to `path` once all ranks are done; None on ranks
+    other than 0.
+    """
     folder = _temporary(path)
     if _rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -307,7 +343,9 @@ def tensor_files(path: Path) -> dict[str, Path]:
             raise UserError(f"{index}: the object weight_map (tensor name -> file) is missing")
         return {name: path / file for name, file in weight_map.items()}
     if any(path.glob("*.bin")):
-        raise UserError(f"{path}: only .bin weights; convert them to safetensors (transformers: save_pretrained)")
+        raise UserError(
+            f"{path}: only .bin weights; convert them to safetensors (transformers: save_pretrained)"
+        )
     raise UserError(f"{path}: neither model.safetensors nor model.safetensors.index.json is here")
 
 
@@ -326,7 +364,9 @@ def _read(shard, file: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     except SafetensorError:
         raise UserError(f"{file}: tensor {name} of shape {list(shape)} is missing") from None
     if tuple(header.get_shape()) != shape:
-        raise UserError(f"{file}: tensor {name} has shape {header.get_shape()}, config.json asks for {list(shape)}")
+        raise UserError(
+            f"{file}: tensor {name} has shape {header.get_shape()}, config.json asks for {list(shape)}"
+        )
     if header.get_dtype() not in FLOAT_DTYPES:
         raise UserError(f"{file}: tensor {name} is {header.get_dtype()}; quantised weights are not supported")
     return shard.get_tensor(name)

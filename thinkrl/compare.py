@@ -1,9 +1,10 @@
 """The comparison: recipes × seeds from the same start and for as many steps, side by side.   `make compare`
 
-    python -m thinkrl.compare [--seeds 1,2,3] [--steps 100] [--only grpo,l2t] [--runs_dir runs/compare] [--jobs 2]
+    python -m thinkrl.compare [--seeds 1,2,3] [--steps 100] [--only grpo,l2t] [--runs_dir runs/compare]
+    [--jobs 2]
 
-Each run is `torchrun --nproc_per_node=1 train.py …` on a core of its own. A finished run is not repeated, so a comparison
-can be cut short and continued, or given more seeds. Ends with a table, runs/compare/summary.json
+Each run is `torchrun --nproc_per_node=1 train.py …` on a core of its own. A finished run is not repeated, so
+a comparison can be cut short and continued, or given more seeds. Ends with a table, runs/compare/summary.json
 (recipe -> lists with one entry per seed) and runs/compare/accuracy_tokens.svg.
 """
 
@@ -24,7 +25,8 @@ from thinkrl.runs import ROOT, finished, torchrun, write_json
 RECIPES = {
     "grpo": "grpo",
     "l2t": "l2t",
-    # a plain price per token, tuned to l2t's tokens; divided by a group's std it would weigh the same whatever it is
+    # a plain price per token, tuned to l2t's tokens; divided by a group's std it would weigh the same
+    # whatever it is
     "grpo_length_penalty": "grpo --advantage_std none --length_penalty 0.004",
     "grpo_episode_price": "grpo --episode_price 0.02",  # a flat price per episode
     "l2t_beta0": "l2t --beta 0",  # fitting gain alone
@@ -49,13 +51,24 @@ class Options:
 
 def parse(argv: list[str]) -> Options:
     if asks_for_help(argv):
-        show_help("\n".join(["usage: python -m thinkrl.compare [--key value …]", *options_help(Options), "", "recipes:",
-                             *(f"  {name:<24}{arguments}" for name, arguments in RECIPES.items())]))
+        show_help(
+            "\n".join(
+                [
+                    "usage: python -m thinkrl.compare [--key value …]",
+                    *options_help(Options),
+                    "",
+                    "recipes:",
+                    *(f"  {name:<24}{arguments}" for name, arguments in RECIPES.items()),
+                ]
+            )
+        )
     return Options(**read_options(argv, Options))
 
 
 def run_all(jobs: list[tuple[str, list[str]]], folder: Path, at_once: int) -> None:
-    """Start (name, arguments) runs, each pinned to one core, as cores fall free. Output goes to <name>.log."""
+    """Start (name, arguments) runs, each pinned to one core, as cores fall free. Output goes to
+    <name>.log.
+    """
     cores = sorted(os.sched_getaffinity(0))[:at_once]
     busy: dict[int, tuple[str, subprocess.Popen]] = {}
     queue = [job for job in jobs if not finished(folder / job[0])]
@@ -64,14 +77,34 @@ def run_all(jobs: list[tuple[str, list[str]]], folder: Path, at_once: int) -> No
         for core in cores:
             if core in busy and busy[core][1].poll() is not None:
                 name, process = busy.pop(core)
-                print(f"{name}: {'done' if process.returncode == 0 else f'FAILED, see {folder / name}.log'}", flush=True)
+                print(
+                    f"{name}: {'done' if process.returncode == 0 else f'FAILED, see {folder / name}.log'}",
+                    flush=True,
+                )
             if core not in busy and queue:
                 name, arguments = queue.pop(0)
                 log = (folder / f"{name}.log").open("w")
-                command = torchrun(1, "train.py", *arguments, "--runs_dir", str(folder.resolve()), "--name", name,
-                                   "--resume", "auto")
-                busy[core] = name, subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log,
-                                                    preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}))
+                command = torchrun(
+                    1,
+                    "train.py",
+                    *arguments,
+                    "--runs_dir",
+                    str(folder.resolve()),
+                    "--name",
+                    name,
+                    "--resume",
+                    "auto",
+                )
+                busy[core] = (
+                    name,
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        stdout=log,
+                        stderr=log,
+                        preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}),
+                    ),
+                )
         time.sleep(0.5)
 
 
@@ -79,7 +112,9 @@ def start_policy(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]
     """The policy that all recipes start from, as each seed sampled it."""
     out: dict[str, list] = {}
     for run in (folder / f"{recipe}-{seed}" for seed in seeds):
-        measures = _measures(json.loads((run / "summary.json").read_text())["before"]) if finished(run) else {}
+        measures = (
+            _measures(json.loads((run / "summary.json").read_text())["before"]) if finished(run) else {}
+        )
         for key, value in measures.items():
             out.setdefault(key, []).append(value)
     return out
@@ -94,9 +129,15 @@ def collect(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]:
             continue
         summary = json.loads((run / "summary.json").read_text())
         last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-10:]
-        row = {"seed": int(seed), "steps": last[-1]["step"], "seconds_per_step": _mean([r["seconds"] for r in last])}
+        row = {
+            "seed": int(seed),
+            "steps": last[-1]["step"],
+            "seconds_per_step": _mean([r["seconds"] for r in last]),
+        }
         row |= _measures(summary["after"])
-        row["curve"] = sorted([result["step"], result["accuracy"], result["tokens"]] for result in summary.values())
+        row["curve"] = sorted(
+            [result["step"], result["accuracy"], result["tokens"]] for result in summary.values()
+        )
         if "episodes" in last[-1]:
             row |= {key: _mean([r[key] for r in last]) for key in ("episodes", "malformed")}
             row["tokens_per_episode"] = _mean([r["tokens"] / r["episodes"] for r in last])
@@ -106,8 +147,13 @@ def collect(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]:
 
 
 def _measures(result: dict) -> dict:
-    row = {"accuracy": result["accuracy"], "tokens": result["tokens"], "truncated": result["truncated"],
-           "greedy_accuracy": result["greedy"]["accuracy"], "greedy_tokens": result["greedy"]["tokens"]}
+    row = {
+        "accuracy": result["accuracy"],
+        "tokens": result["tokens"],
+        "truncated": result["truncated"],
+        "greedy_accuracy": result["greedy"]["accuracy"],
+        "greedy_tokens": result["greedy"]["tokens"],
+    }
     for prefix, by_level in ("", result["by_level"]), ("greedy_", result["greedy"]["by_level"]):
         for level, part in by_level.items():
             row |= {f"{prefix}accuracy {level}": part["accuracy"], f"{prefix}tokens {level}": part["tokens"]}
@@ -120,7 +166,9 @@ def _mean(values: list[float]) -> float:
 
 def table(results: dict[str, dict]) -> str:
     """mean ± standard deviation over seeds."""
-    levels = sorted(key.removeprefix("accuracy ") for key in next(iter(results.values())) if key.startswith("accuracy "))
+    levels = sorted(
+        key.removeprefix("accuracy ") for key in next(iter(results.values())) if key.startswith("accuracy ")
+    )
     columns = ["accuracy", "tokens", "greedy_accuracy", "greedy_tokens"]
     columns += [f"{quantity} {level}" for level in levels for quantity in ("accuracy", "tokens")]
     head = ["T=1 acc", "tokens", "greedy acc", "tokens", *(h for x in levels for h in (x, "tokens"))]
@@ -138,33 +186,60 @@ def _cell(values: list[float], percent: bool) -> str:
 
 
 def figure(results: dict[str, dict], path: Path) -> None:
-    """Accuracy over mean tokens at T = 1 as training goes on, averaged over seeds: up and to the left is better."""
+    """Accuracy over mean tokens at T = 1 as training goes on, averaged over seeds: up and to the left is
+    better.
+    """
     width, height, left, bottom = 720, 440, 60, 50
-    curves = {name: [tuple(map(_mean, zip(*points))) for points in zip(*result["curve"])] for name, result in results.items()}
+    curves = {
+        name: [tuple(map(_mean, zip(*points))) for points in zip(*result["curve"])]
+        for name, result in results.items()
+    }
     tokens = [p[2] for curve in curves.values() for p in curve]
     accuracy = [p[1] for curve in curves.values() for p in curve]
-    (t0, t1), (a0, a1) = (min(tokens) * 0.95, max(tokens) * 1.02), (min(accuracy) - 0.02, min(1.0, max(accuracy) + 0.02))
+    (t0, t1), (a0, a1) = (
+        (min(tokens) * 0.95, max(tokens) * 1.02),
+        (min(accuracy) - 0.02, min(1.0, max(accuracy) + 0.02)),
+    )
 
     def place(step: float, acc: float, tok: float) -> str:
         x = left + (tok - t0) / (t1 - t0) * (width - left - 190)
         y = height - bottom - (acc - a0) / (a1 - a0) * (height - bottom - 20)
         return f"{x:.1f},{y:.1f}"
 
-    colours = ["#1b6ca8", "#c8452f", "#3c8d40", "#8d5ba6", "#b8860b", "#4d4d4d", "#d97a9b", "#2f9e9e", "#7a5230", "#9aa72f",
-               "#e0a100"]
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-             f'<rect width="{width}" height="{height}" fill="white"/>']
+    colours = [
+        "#1b6ca8",
+        "#c8452f",
+        "#3c8d40",
+        "#8d5ba6",
+        "#b8860b",
+        "#4d4d4d",
+        "#d97a9b",
+        "#2f9e9e",
+        "#7a5230",
+        "#9aa72f",
+        "#e0a100",
+    ]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
     for i in range(6):
         tok, acc = t0 + (t1 - t0) * i / 5, a0 + (a1 - a0) * i / 5
         (x, _), (_, y) = (place(0, a0, tok).split(","), place(0, acc, t0).split(","))
-        parts += [f'<text x="{x}" y="{height - bottom + 18}" text-anchor="middle">{tok:.0f}</text>',
-                  f'<text x="{left - 8}" y="{float(y) + 4}" text-anchor="end">{acc:.0%}</text>',
-                  f'<line x1="{left}" x2="{width - 190}" y1="{y}" y2="{y}" stroke="#ddd"/>']
+        parts += [
+            f'<text x="{x}" y="{height - bottom + 18}" text-anchor="middle">{tok:.0f}</text>',
+            f'<text x="{left - 8}" y="{float(y) + 4}" text-anchor="end">{acc:.0%}</text>',
+            f'<line x1="{left}" x2="{width - 190}" y1="{y}" y2="{y}" stroke="#ddd"/>',
+        ]
     middle = (left + width - 190) / 2
-    parts.append(f'<text x="{middle}" y="{height - 10}" text-anchor="middle">mean completion tokens, T = 1</text>')
+    parts.append(
+        f'<text x="{middle}" y="{height - 10}" text-anchor="middle">mean completion tokens, T = 1</text>'
+    )
     for i, (name, curve) in enumerate(curves.items()):
         colour, dots = colours[i % len(colours)], [place(*p).split(",") for p in curve]
-        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(",".join(d) for d in dots)}"/>')
+        parts.append(
+            f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(",".join(d) for d in dots)}"/>'
+        )
         parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in dots[:-1]]
         parts.append(f'<circle cx="{dots[-1][0]}" cy="{dots[-1][1]}" r="6" fill="{colour}"/>')
         parts.append(f'<text x="{width - 180}" y="{30 + 18 * i}" fill="{colour}">{name}</text>')
@@ -175,12 +250,25 @@ def main(options: Options) -> None:
     folder, seeds = Path(options.runs_dir), options.seeds.split(",")
     folder.mkdir(parents=True, exist_ok=True)
     names = options.only.split(",") if options.only else list(RECIPES)
-    common = ["--steps", str(options.steps), "--eval_every", str(options.eval_every), "--keep_checkpoints", "1"]
-    jobs = [(f"{name}-{seed}", [*RECIPES[name].split(), "--seed", seed, *common]) for seed in seeds for name in names]
+    common = [
+        "--steps",
+        str(options.steps),
+        "--eval_every",
+        str(options.eval_every),
+        "--keep_checkpoints",
+        "1",
+    ]
+    jobs = [
+        (f"{name}-{seed}", [*RECIPES[name].split(), "--seed", seed, *common])
+        for seed in seeds
+        for name in names
+    ]
     run_all(jobs, folder, options.jobs)
     results = {name: collect(name, seeds, folder) for name in RECIPES}
     results = {name: result for name, result in results.items() if result}
-    write_json(folder / "summary.json", {"start": start_policy(next(iter(results)), seeds, folder), **results})
+    write_json(
+        folder / "summary.json", {"start": start_policy(next(iter(results)), seeds, folder), **results}
+    )
     figure(results, folder / "accuracy_tokens.svg")
     print(table(results), f"\nsummary: {folder}/summary.json   figure: {folder}/accuracy_tokens.svg")
 

@@ -2,15 +2,18 @@
 
     C_k = KL(N(theta + D_k, P^-1) || N(theta, P^-1)) = ½ Σ_j (N F_jj + λ) D_kj²,     D_k = eta grad log p(z_k | s_k)        diag
 
-The gradient of a matrix over an episode is a sum over its tokens of g_t x_tᵀ, output gradient times input; every price here is a
-statistic of such sums, and kernels/fisher.py takes them for all episodes in one pass without ever forming a gradient. A proxy
-says whose matrix: the SVD core of the LM head by default, which needs only the states the sampler kept and one LM-head pass.
+The gradient of a matrix over an episode is a sum over its tokens of g_t x_tᵀ, output gradient times input;
+every price here is a statistic of such sums, and kernels/fisher.py takes them for all episodes in one pass
+without ever forming a gradient. A proxy says whose matrix: the SVD core of the LM head by default, which
+needs only the states the sampler kept and one LM-head pass.
 
-Departures: Eq. 4 is (g_k · D_k)² with D_k the parameters' move, which no rollout makes. `diag` is the PAC-Bayes form with D_k a
-virtual gradient step; the printed form is `rank1`; two more readings of D_k are `natural` and `drift`.
+Departures: Eq. 4 is (g_k · D_k)² with D_k the parameters' move, which no rollout makes. `diag` is the
+PAC-Bayes form with D_k a virtual gradient step; the printed form is `rank1`; two more readings of D_k are
+`natural` and `drift`.
 
-The gradient is the *sum* over an episode's tokens: scores of sampled tokens are martingale differences, so the expected total of
-a completion does not depend on how it is cut. With means instead, long episodes would be cheap and dropping tags would pay.
+The gradient is the *sum* over an episode's tokens: scores of sampled tokens are martingale differences, so
+the expected total of a completion does not depend on how it is cut. With means instead, long episodes would
+be cheap and dropping tags would pay.
 
 Letters: T tokens and K episodes of a row of completions, S completions, D width, V vocabulary, r rank.
 """
@@ -47,17 +50,25 @@ class Row:
     def of(turns: Sequence[Turn], episodes: Sequence[Episodes], device: torch.device | str = "cpu") -> Row:
         tokens, own, lengths, cu = [], [], [0], [0]
         for turn, cut in zip(turns, episodes):
-            own += range(len(tokens) + len(turn.prompt), len(tokens) + len(turn.prompt) + len(turn.completion))
+            own += range(
+                len(tokens) + len(turn.prompt), len(tokens) + len(turn.prompt) + len(turn.completion)
+            )
             tokens += turn.prompt + turn.completion
             lengths.append(len(tokens))
             cu += (cut.ends + 1 + cu[-1]).tolist()
         kept = all(turn.hidden is not None for turn in turns)
-        return Row(torch.tensor(tokens, device=device), torch.tensor(lengths, dtype=torch.int32, device=device),
-                   torch.tensor(own, device=device), torch.tensor(cu, device=device),
-                   torch.cat([turn.hidden for turn in turns]).to(device) if kept else None)
+        return Row(
+            torch.tensor(tokens, device=device),
+            torch.tensor(lengths, dtype=torch.int32, device=device),
+            torch.tensor(own, device=device),
+            torch.tensor(cu, device=device),
+            torch.cat([turn.hidden for turn in turns]).to(device) if kept else None,
+        )
 
 
-Factors = list[tuple[Tensor, Tensor]]  # per matrix [D2, D1]: x [T, D1], g [T, D2]; an episode's gradient is its sum of g_t x_tᵀ
+Factors = list[
+    tuple[Tensor, Tensor]
+]  # per matrix [D2, D1]: x [T, D1], g [T, D2]; an episode's gradient is its sum of g_t x_tᵀ
 
 
 def svd_basis(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -76,15 +87,17 @@ def svd_basis(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def svd_factors(hidden: Tensor, weight: Tensor, targets: Tensor, V: Tensor, S: Tensor) -> Factors:
     """The LM head's gradient in the core of its SVD, U_rᵀ G V_r [r, r], without anything of vocabulary size.
 
-    The logits' gradient δ_t enters only as Wᵀδ_t, which is the score: U_rᵀ δ_t = S_r⁻¹ V_rᵀ Wᵀ δ_t. Exact for the W that was
-    decomposed, 0.5 % off once W has moved by 1e-3 of its norm.
+    The logits' gradient δ_t enters only as Wᵀδ_t, which is the score: U_rᵀ δ_t = S_r⁻¹ V_rᵀ Wᵀ δ_t. Exact for
+    the W that was decomposed, 0.5 % off once W has moved by 1e-3 of its norm.
     """
     _, score = linear_score(hidden, weight, targets)
     return [((hidden.to(V.dtype) @ V).to(hidden.dtype), (score @ V / S).to(hidden.dtype))]
 
 
 def head_factors(hidden: Tensor, weight: Tensor, targets: Tensor) -> Factors:
-    """The whole LM head: x_t = h_t, g_t = onehot - softmax, [T, V]. A tied head counts as a head, not as an embedding."""
+    """The whole LM head: x_t = h_t, g_t = onehot - softmax, [T, V]. A tied head counts as a head, not as
+    an embedding.
+    """
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     g = logits.softmax(-1).neg_()
     g[torch.arange(len(targets), device=g.device), targets] += 1
@@ -94,12 +107,15 @@ def head_factors(hidden: Tensor, weight: Tensor, targets: Tensor) -> Factors:
 def block_factors(model: Transformer, row: Row, layer: int = -1) -> Factors:
     """Inputs of q, o, gate and up (one matrix), and down of a block, and the gradient at their outputs, from one backward.
 
-    An episode's gradient is a sum over its own tokens only where a token's output reaches no other token's log-prob: in the
-    last block, and there not for k and v. At any earlier layer these factors give wrong gradients (55-150 % off).
+    An episode's gradient is a sum over its own tokens only where a token's output reaches no other token's
+    log-prob: in the last block, and there not for k and v. At any earlier layer these factors give wrong
+    gradients (55-150 % off).
     """
     layer %= len(model.blocks)
     block, captured = model.blocks[layer], []
-    rotate = make_rotate(sequence_positions(row.cu_seqlens, len(row.tokens)), block.head_dim, model.config.rope)
+    rotate = make_rotate(
+        sequence_positions(row.cu_seqlens, len(row.tokens)), block.head_dim, model.config.rope
+    )
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(q, k, v, row.cu_seqlens)
@@ -111,7 +127,9 @@ def block_factors(model: Transformer, row: Row, layer: int = -1) -> Factors:
         x = model.embed(row.tokens)
         for earlier in model.blocks[:layer]:
             x = earlier(x, rotate, attend)
-    hooks = [linear.register_forward_hook(capture) for linear in (block.qkv, block.o, block.gate_up, block.down)]
+    hooks = [
+        linear.register_forward_hook(capture) for linear in (block.qkv, block.o, block.gate_up, block.down)
+    ]
     try:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
@@ -129,7 +147,9 @@ def block_factors(model: Transformer, row: Row, layer: int = -1) -> Factors:
 
 
 def parameter_factors(model: Transformer, row: Row, parameters: Sequence[Tensor]) -> Factors:
-    """Slow: one backward per episode, exact for any parameters. Each gradient is laid out as a single token of width 1 × P."""
+    """Slow: one backward per episode, exact for any parameters. Each gradient is laid out as a single
+    token of width 1 × P.
+    """
     with torch.enable_grad():
         hidden = model(row.tokens, row.cu_seqlens)[row.own - 1]
         logprob, _ = linear_logprob(hidden, model.head_weight, row.tokens[row.own])
@@ -143,8 +163,14 @@ def parameter_factors(model: Transformer, row: Row, parameters: Sequence[Tensor]
 DAMPING = 1e-5  # paper App. F; the precision of a parameter about which no token says anything
 
 
-def compression(kind: str, factors: Factors, cu_episodes: Tensor, fisher: Sequence[Tensor], count: float,
-                move: Sequence[Tensor] | None = None) -> Tensor:
+def compression(
+    kind: str,
+    factors: Factors,
+    cu_episodes: Tensor,
+    fisher: Sequence[Tensor],
+    count: float,
+    move: Sequence[Tensor] | None = None,
+) -> Tensor:
     """C_k of every episode, [K] fp64, for gradients g_k given as factors: what the virtual step D_k = g_k costs.
 
     fisher   per matrix [D2, D1], the sum over `count` tokens of squared token gradients: count · F
@@ -156,7 +182,9 @@ def compression(kind: str, factors: Factors, cu_episodes: Tensor, fisher: Sequen
     The size of the virtual step is left out: it is a common factor, which `normalise_compression` removes.
     """
     if kind == "diag":
-        return sum(0.5 * episode_quadratic(x, g, cu_episodes, nF + DAMPING) for (x, g), nF in zip(factors, fisher))
+        return sum(
+            0.5 * episode_quadratic(x, g, cu_episodes, nF + DAMPING) for (x, g), nF in zip(factors, fisher)
+        )
     if kind == "rank1":
         return sum(ghost_norm(x, g, cu_episodes) for x, g in factors) ** 2  # L2T Eq. 4
     if kind == "natural":
@@ -172,12 +200,16 @@ def _alone(value: Tensor) -> Tensor:
     return value
 
 
-def normalise_compression(C: Sequence[Tensor], kappa: float, reduce: Callable[[Tensor], Tensor] = _alone) -> list[Tensor]:
+def normalise_compression(
+    C: Sequence[Tensor], kappa: float, reduce: Callable[[Tensor], Tensor] = _alone
+) -> list[Tensor]:
     """kappa C / (mean over all ranks' completions of a completion's total C), so that the mean completion pays kappa.
 
     C: list of [K_i]. reduce sums a tensor over ranks. Zeros where that mean is 0.
     """
-    total, count = reduce(torch.tensor([sum(float(c.sum()) for c in C), len(C)], dtype=torch.float64)).tolist()
+    total, count = reduce(
+        torch.tensor([sum(float(c.sum()) for c in C), len(C)], dtype=torch.float64)
+    ).tolist()
     return [kappa * count / total * c if total > 0 else torch.zeros_like(c) for c in C]
 
 
@@ -189,17 +221,26 @@ class Proxy:
     last_block  q, o, gate, up and down of the last block
     layers      30 % of the blocks, drawn once: slow, a backward per episode, and memory for every episode's gradient
 
-    F is the mean over completion tokens of squared temperature-1 score gradients, unweighted by any advantage, of steps before
-    this one, each step fading by `decay`; N is the faded number of those tokens. The first step, and the first after a
-    refresh, which starts F anew in the new basis, use their own tokens instead. `layers` has gradients of episodes only: there
-    N F is the sum of *their* squares, equal in expectation, since the scores of an episode's tokens are uncorrelated.
+    F is the mean over completion tokens of squared temperature-1 score gradients, unweighted by any
+    advantage, of steps before this one, each step fading by `decay`; N is the faded number of those tokens.
+    The first step, and the first after a refresh, which starts F anew in the new basis, use their own tokens
+    instead. `layers` has gradients of episodes only: there N F is the sum of *their* squares, equal in
+    expectation, since the scores of an episode's tokens are uncorrelated.
 
     model       whole on this rank, in the weights that sampled (the sampler's own copy)
     drift       keep the starting weights, for compression="drift"; in a bf16 copy, drift below its rounding is lost
     """
 
-    def __init__(self, model: Transformer, kind: str = "svd", rank_share: float = 0.1, decay: float = 0.95,
-                 refresh_every: int = 50, drift: bool = False, seed: int = 0):
+    def __init__(
+        self,
+        model: Transformer,
+        kind: str = "svd",
+        rank_share: float = 0.1,
+        decay: float = 0.95,
+        refresh_every: int = 50,
+        drift: bool = False,
+        seed: int = 0,
+    ):
         if kind not in ("svd", "lm_head", "last_block", "layers"):
             raise ValueError(f"proxy must be svd, lm_head, last_block or layers, not {kind!r}")
         if not 0 < rank_share <= 1:
@@ -207,8 +248,12 @@ class Proxy:
         self.model, self.kind, self.decay, self.refresh_every = model, kind, decay, refresh_every
         self.rank = max(1, round(rank_share * model.config.width))
         layers = len(model.blocks)
-        drawn = torch.randperm(layers, generator=torch.Generator().manual_seed(seed))[: max(1, round(0.3 * layers))].tolist()
-        self.parameters = [p for layer in sorted(drawn) for p in model.blocks[layer].parameters() if p.ndim == 2]
+        drawn = torch.randperm(layers, generator=torch.Generator().manual_seed(seed))[
+            : max(1, round(0.3 * layers))
+        ].tolist()
+        self.parameters = [
+            p for layer in sorted(drawn) for p in model.blocks[layer].parameters() if p.ndim == 2
+        ]
         self.V = self.S = self.U = None  # svd: basis of the LM head; U only where drift needs it
         self.start = [matrix.clone() for matrix in self._matrices()] if drift else None
         self.fisher: list[Tensor] = []  # per matrix [D2, D1]: N F
@@ -229,12 +274,18 @@ class Proxy:
             self.U = (weight.to(self.V.dtype) @ self.V / self.S) if self.start else None
             self.fisher, self.count = [], 0.0
 
-    def penalties(self, kind: str, turns: Sequence[Turn], episodes: Sequence[Episodes], budget: int = 8192,
-                  reduce: Callable[[Tensor], Tensor] = _alone) -> list[Tensor]:
+    def penalties(
+        self,
+        kind: str,
+        turns: Sequence[Turn],
+        episodes: Sequence[Episodes],
+        budget: int = 8192,
+        reduce: Callable[[Tensor], Tensor] = _alone,
+    ) -> list[Tensor]:
         """Raw C_k of each completion, list of [K_i] fp64 on the CPU; afterwards the Fisher learns from these tokens.
 
-        kind as in `compression`; a forward takes completions of at most `budget` tokens, prompts included; reduce sums a
-        tensor over ranks and is called equally often on each.
+        kind as in `compression`; a forward takes completions of at most `budget` tokens, prompts included;
+        reduce sums a tensor over ranks and is called equally often on each.
         """
         assert self.kind != "svd" or self.V is not None, "begin(step) comes first"
         first = not self.fisher
@@ -306,19 +357,28 @@ class Proxy:
     def _move(self) -> list[Tensor]:
         """How far the proxy's parameters are from the start of training."""
         assert self.start is not None, 'compression "drift" needs Proxy(drift=True)'
-        way = [(now - start).to(torch.promote_types(now.dtype, torch.float32)) for now, start in zip(self._matrices(), self.start)]
+        way = [
+            (now - start).to(torch.promote_types(now.dtype, torch.float32))
+            for now, start in zip(self._matrices(), self.start)
+        ]
         return [self.U.T @ d @ self.V for d in way] if self.kind == "svd" else way
 
     def _zeros(self) -> list[Tensor]:
         if self.kind == "svd":
             return [self.V.new_zeros(len(self.S), len(self.S))]
-        return [torch.zeros_like(m, dtype=torch.promote_types(m.dtype, torch.float32)) for m in self._matrices()]
+        return [
+            torch.zeros_like(m, dtype=torch.promote_types(m.dtype, torch.float32)) for m in self._matrices()
+        ]
 
-    def _learn(self, squares: list[Tensor], turns: Sequence[Turn], reduce: Callable[[Tensor], Tensor]) -> None:
+    def _learn(
+        self, squares: list[Tensor], turns: Sequence[Turn], reduce: Callable[[Tensor], Tensor]
+    ) -> None:
         """Fade what is known, add a step's squared gradients and tokens, summed over ranks."""
         squares = [reduce(s).to(s) for s in squares]
         count = float(reduce(torch.tensor(float(sum(len(turn.completion) for turn in turns)))))
-        self.fisher = [self.decay * old + new for old, new in zip(self.fisher, squares)] if self.fisher else squares
+        self.fisher = (
+            [self.decay * old + new for old, new in zip(self.fisher, squares)] if self.fisher else squares
+        )
         self.count = self.decay * self.count + count
 
 

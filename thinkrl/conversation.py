@@ -8,13 +8,15 @@ A turn's prompt is one user message through the checkpoint's chat template:
 
     Γ_role \n question · segment · segment · …            "·" is the joiner, an empty line unless prompts.json says otherwise
 
-Token ids in, token ids out. The template is rendered once with a marker where the history goes; what stands before it, each
-segment, each joiner and what stands after it are encoded apart and concatenated. So a segment has the same ids wherever it
-is met: encoded once from text in SFT, the sampled ids themselves in RL and evaluation.
+Token ids in, token ids out. The template is rendered once with a marker where the history goes; what stands
+before it, each segment, each joiner and what stands after it are encoded apart and concatenated. So a segment
+has the same ids wherever it is met: encoded once from text in SFT, the sampled ids themselves in RL and
+evaluation.
 
-Departures from the released code: Γ stands in the user message everywhere (there: in the system message for RL, in the user's for
-SFT and for the partner); a turn may contain "<", only the five tags are forbidden inside it (the official pattern, which
-rejects "x < 3", is `strict`). There is no `<rethink>`: the tag only closes.
+Departures from the released code: Γ stands in the user message everywhere (there: in the system message for
+RL, in the user's for SFT and for the partner); a turn may contain "<", only the five tags are forbidden
+inside it (the official pattern, which rejects "x < 3", is `strict`). There is no `<rethink>`: the tag only
+closes.
 """
 
 from __future__ import annotations
@@ -80,18 +82,25 @@ Write these parts, in this order, and no others: {missing}. Each of them is one 
 Answer with this JSON and nothing else:
 {"completed": [{"part": "{first}", "content": "..."}, ...]}"""
 
-PLACEHOLDERS = {"chunk": ("{problem}", "{steps}"), "complete": ("{problem}", "{solution}", "{missing}")}  # none can be spared
+PLACEHOLDERS = {
+    "chunk": ("{problem}", "{steps}"),
+    "complete": ("{problem}", "{solution}", "{missing}"),
+}  # none can be spared
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Γ of both roles, what stands between the parts of a conversation, and what chunk.py asks its instruct model."""
+    """Γ of both roles, what stands between the parts of a conversation, and what chunk.py asks its
+    instruct model.
+    """
 
     long: str
     short: str
     joiner: str = JOINER
     chunk: str = _CHUNK_REQUEST  # with {problem}, {steps} and {count}, the number of steps
-    complete: str = _COMPLETE_REQUEST  # with {problem}, {solution}, {missing} and {first}, the first missing part
+    complete: str = (
+        _COMPLETE_REQUEST  # with {problem}, {solution}, {missing} and {first}, the first missing part
+    )
 
     def __getitem__(self, role: str) -> str:
         return {"long": self.long, "short": self.short}[role]
@@ -109,9 +118,11 @@ _SCENE = (
     "<think> more reasoning </think> <answer> remaining steps and the final answer </answer>\n"
 )
 BUILT_IN = Prompts(
-    long=_SCENE + "You are the thinker. Write the next piece of reasoning and nothing else: begin with <think>, and end with "
+    long=_SCENE
+    + "You are the thinker. Write the next piece of reasoning and nothing else: begin with <think>, and end with "
     "</think>.\n",
-    short=_SCENE + "You are the finisher. Write your part and nothing else: begin with <answer>, and end with </answer> if you "
+    short=_SCENE
+    + "You are the finisher. Write your part and nothing else: begin with <answer>, and end with </answer> if you "
     "gave the final answer, or with </rethink> if another thought is needed.\n",
 )
 
@@ -119,8 +130,8 @@ BUILT_IN = Prompts(
 def load_prompts(path: str | Path = "", folder: str | Path = "") -> Prompts:
     """The prompts of the file `path`; if that is empty, of prompts.json in the model's `folder`; without one, the built-in ones.
 
-    The file is a JSON object: {"long": Γ_long, "short": Γ_short} and, optionally, "joiner", "chunk" and "complete", the latter two
-    with their `PLACEHOLDERS`. Raises UserError for any other.
+    The file is a JSON object: {"long": Γ_long, "short": Γ_short} and, optionally, "joiner", "chunk" and
+    "complete", the latter two with their `PLACEHOLDERS`. Raises UserError for any other.
     """
     file = Path(path) if path else Path(folder) / "prompts.json"
     if not file.is_file():
@@ -133,21 +144,31 @@ def load_prompts(path: str | Path = "", folder: str | Path = "") -> Prompts:
         raise UserError(f"{file}: not valid JSON ({error})") from None
     known = [f.name for f in fields(Prompts)]
     if not isinstance(content, dict) or not set(ROLES) <= content.keys() <= set(known):
-        raise UserError(f"{file}: an object with the texts 'long', 'short' and, if wanted, 'joiner', 'chunk' and 'complete' "
-                        "is expected")
+        raise UserError(
+            f"{file}: an object with the texts 'long', 'short' and, if wanted, 'joiner', 'chunk' and 'complete' "
+            "is expected"
+        )
     for name, text in content.items():
         if not isinstance(text, str) or (name in ROLES and not text.strip()):
-            raise UserError(f"{file}: field {name!r} must be a text{'' if name == 'joiner' else ' that is not empty'}")
+            raise UserError(
+                f"{file}: field {name!r} must be a text{'' if name == 'joiner' else ' that is not empty'}"
+            )
         if lacking := [place for place in PLACEHOLDERS.get(name, ()) if place not in text]:
-            raise UserError(f"{file}: field {name!r} must say {' and '.join(lacking)} where that is to be filled in")
+            raise UserError(
+                f"{file}: field {name!r} must say {' and '.join(lacking)} where that is to be filled in"
+            )
     return Prompts(**content)
 
 
 def shared_prompts(path: str | Path, long: str | Path, short: str | Path) -> Prompts:
-    """The prompts of two policies that are to talk: those of `path`, else of the long one's folder, where the short one's agree."""
+    """The prompts of two policies that are to talk: those of `path`, else of the long one's folder, where
+    the short one's agree.
+    """
     prompts = load_prompts(path, long)
     if not path and _roles(load_prompts("", short)) != _roles(prompts):
-        raise UserError(f"{long} and {short} have been trained with different prompts.json: give the right ones by --prompts FILE")
+        raise UserError(
+            f"{long} and {short} have been trained with different prompts.json: give the right ones by --prompts FILE"
+        )
     return prompts
 
 
@@ -185,17 +206,23 @@ def user_text(role: str, question: str, history: Sequence[str], prompts: Prompts
 
 
 def build(
-    role: str, question: str, history: Sequence[str | Sequence[int]], tokenizer: Codec, prompts: Prompts = BUILT_IN
+    role: str,
+    question: str,
+    history: Sequence[str | Sequence[int]],
+    tokenizer: Codec,
+    prompts: Prompts = BUILT_IN,
 ) -> list[int]:
     """Ids of a turn's prompt.
 
-    history: the segments so far, each as its ids (which are taken as they are) or as text (which is encoded once).
-    Raises UserError if the chat template does not hand the user message through as one piece.
+    history: the segments so far, each as its ids (which are taken as they are) or as text (which is encoded
+    once). Raises UserError if the chat template does not hand the user message through as one piece.
     """
     message = user_text(role, question, [], prompts) + _HISTORY
     rendered = tokenizer.render_chat([{"role": "user", "content": message}]).split(_HISTORY)
     if len(rendered) != 2:
-        raise UserError(f"the chat template writes the user message {len(rendered) - 1} times; a conversation needs it once")
+        raise UserError(
+            f"the chat template writes the user message {len(rendered) - 1} times; a conversation needs it once"
+        )
     before, after = (tokenizer.encode(text) for text in rendered)
     joiner = tokenizer.encode(prompts.joiner)
     ids = before
@@ -204,21 +231,31 @@ def build(
     return [*ids, *after]
 
 
-def example(role: str, question: str, history: Sequence[str], segment: str, prompts: Prompts = BUILT_IN) -> dict:
+def example(
+    role: str, question: str, history: Sequence[str], segment: str, prompts: Prompts = BUILT_IN
+) -> dict:
     """One row of a cold-start file: alpaca's three fields, and the parts from which `build` makes the ids.
 
-    A program that knows alpaca only joins instruction and input by a line break, and so gets `user_text` to the letter.
+    A program that knows alpaca only joins instruction and input by a line break, and so gets `user_text` to
+    the letter.
     """
     return {
         "instruction": prompts[role],
         "input": assemble([question, *history], prompts.joiner),
         "output": segment,
-        "conversation": {"role": role, "question": question, "history": list(history), "joiner": prompts.joiner},
+        "conversation": {
+            "role": role,
+            "question": question,
+            "history": list(history),
+            "joiner": prompts.joiner,
+        },
     }
 
 
 def example_prompt(row: dict, where: str, tokenizer: Codec) -> list[int]:
-    """Prompt ids of a cold-start row that has the field "conversation". Raises UserError, naming `where`, if it is not one."""
+    """Prompt ids of a cold-start row that has the field "conversation". Raises UserError, naming `where`,
+    if it is not one.
+    """
     parts = row["conversation"]
     try:
         texts = [row["instruction"], parts["question"], parts["joiner"], *parts["history"]]
@@ -226,17 +263,23 @@ def example_prompt(row: dict, where: str, tokenizer: Codec) -> list[int]:
     except (KeyError, TypeError):
         complete = False
     if not complete:
-        raise UserError(f"{where}: field 'conversation' needs role, question, history and joiner, and the row an instruction")
+        raise UserError(
+            f"{where}: field 'conversation' needs role, question, history and joiner, and the row an instruction"
+        )
     prompts = Prompts(row["instruction"], row["instruction"], parts["joiner"])
     return build(parts["role"], parts["question"], parts["history"], tokenizer, prompts)
 
 
 def require_prompts(row: dict, where: str, prompts: Prompts) -> None:
-    """Raise UserError if a cold-start row, which `example_prompt` can read, was written with other role prompts than these."""
+    """Raise UserError if a cold-start row, which `example_prompt` can read, was written with other role
+    prompts than these.
+    """
     parts = row["conversation"]
     if (row["instruction"], parts["joiner"]) != (prompts[parts["role"]], prompts.joiner):
-        raise UserError(f"{where}: written with other role prompts than those that would be saved with the policy: give the file "
-                        "that chunk.py had by --prompts")
+        raise UserError(
+            f"{where}: written with other role prompts than those that would be saved with the policy: give the file "
+            "that chunk.py had by --prompts"
+        )
 
 
 def well_formed(text: str, role: str, strict: bool = False) -> bool:

@@ -1,8 +1,8 @@
 """The process group, sharding from outside the model, and sums over ranks.
 
-torchrun is the only launcher and the group always exists, so nothing in this repository asks whether it does. Started as
-plain `python train.py`, the program is a group of one. Threads per rank = cores / ranks: oversubscription costs more than
-any other setting on a CPU.
+torchrun is the only launcher and the group always exists, so nothing in this repository asks whether it does.
+Started as plain `python train.py`, the program is a group of one. Threads per rank = cores / ranks:
+oversubscription costs more than any other setting on a CPU.
 """
 
 from __future__ import annotations
@@ -52,11 +52,15 @@ def start(device: str = "auto") -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
+        raise UserError(
+            "--device cuda, but torch sees no CUDA device: use --device cpu, or install a CUDA build of torch"
+        )
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if cuda and local_size > torch.cuda.device_count():
-        raise UserError(f"{local_size} ranks on this machine but {torch.cuda.device_count()} CUDA devices: "
-                        "lower --nproc_per_node, or use --device cpu")
+        raise UserError(
+            f"{local_size} ranks on this machine but {torch.cuda.device_count()} CUDA devices: "
+            "lower --nproc_per_node, or use --device cpu"
+        )
     chosen = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(chosen)
@@ -78,9 +82,9 @@ def stop() -> None:
 def run_and_exit(main: Callable[..., None], *arguments: Any) -> NoReturn:
     """Call an entry point and end the process with its exit status, without finalizing the interpreter.
 
-    FSDP's caches keep the process group, and so gloo's threads, beyond `stop`. A thread that has yet to let go of the last
-    collective's tensor needs the interpreter for it, and aborts the process if that is being taken apart: a finished run
-    would exit with SIGABRT (one in seven on two busy cores).
+    FSDP's caches keep the process group, and so gloo's threads, beyond `stop`. A thread that has yet to let
+    go of the last collective's tensor needs the interpreter for it, and aborts the process if that is being
+    taken apart: a finished run would exit with SIGABRT (one in seven on two busy cores).
     """
     status = 0
     try:
@@ -93,8 +97,13 @@ def run_and_exit(main: Callable[..., None], *arguments: Any) -> NoReturn:
     os._exit(status)
 
 
-def shard(model: nn.Module, world: World, dtype: torch.dtype, replicate: int = 1,
-          activation_checkpointing: bool = False) -> nn.Module:
+def shard(
+    model: nn.Module,
+    world: World,
+    dtype: torch.dtype,
+    replicate: int = 1,
+    activation_checkpointing: bool = False,
+) -> nn.Module:
     """FSDP2 applied from outside: each block is a unit; embedding, final norm and head are the root unit.
 
     The root is not resharded after its forward, so `model.head_weight` is whole when the loss needs it.
@@ -102,12 +111,23 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype, replicate: int = 1
     """
     if world.size % replicate:
         raise UserError(f"--replicate {replicate} does not divide the {world.size} ranks")
-    mesh = (init_device_mesh(world.device.type, (world.size,)) if replicate == 1 else
-            init_device_mesh(world.device.type, (replicate, world.size // replicate), mesh_dim_names=("replicate", "shard")))
+    mesh = (
+        init_device_mesh(world.device.type, (world.size,))
+        if replicate == 1
+        else init_device_mesh(
+            world.device.type, (replicate, world.size // replicate), mesh_dim_names=("replicate", "shard")
+        )
+    )
     fp32 = dtype == torch.float32
-    policy = MixedPrecisionPolicy() if fp32 else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = (
+        MixedPrecisionPolicy()
+        if fp32
+        else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    )
     if activation_checkpointing:
-        for block in model.blocks:  # inside the sharded unit, and without a wrapper module that would rename parameters
+        for block in (
+            model.blocks
+        ):  # inside the sharded unit, and without a wrapper module that would rename parameters
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)

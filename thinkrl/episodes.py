@@ -18,18 +18,20 @@ Three ways to find the episodes of the thinking part, which ends where `</think>
     paragraphs  blank lines
     fixed:N     every N tokens
 
-A tag is no fixed sequence of tokens: a real vocabulary may write "</episode_1></think>" with a token "></". So tags are
-looked for in the decoded text, each character is traced back to the token that completes it, and a token that straddles a
-boundary belongs to the earlier episode.
+A tag is no fixed sequence of tokens: a real vocabulary may write "</episode_1></think>" with a token "></".
+So tags are looked for in the decoded text, each character is traced back to the token that completes it, and
+a token that straddles a boundary belongs to the earlier episode.
 
-Without `</think>` thinking ends where the answer is announced in any form that a grader reads: `<answer>`, a box, a number
-behind `####`. Of the lines with `####` those announce it that give the number of the last one, which is the one graded; the
-others are headlines. An answer that nothing announces cannot be told from thinking.
+Without `</think>` thinking ends where the answer is announced in any form that a grader reads: `<answer>`, a
+box, a number behind `####`. Of the lines with `####` those announce it that give the number of the last one,
+which is the one graded; the others are headlines. An answer that nothing announces cannot be told from
+thinking.
 
-Readings: an episode is closed by the tag of its own number with no other tag between. Text before an episode belongs to
-it; what follows the last closed episode joins it, unless a tag was opened there and never closed: then that is an episode
-of its own. Without a closed or open episode the completion is one episode. Where the tags are not exactly 1, 2, …, K, each
-closed, the completion is `malformed`, and what can be parsed still counts: only the credit, not the outcome, depends on it.
+Readings: an episode is closed by the tag of its own number with no other tag between. Text before an episode
+belongs to it; what follows the last closed episode joins it, unless a tag was opened there and never closed:
+then that is an episode of its own. Without a closed or open episode the completion is one episode. Where the
+tags are not exactly 1, 2, …, K, each closed, the completion is `malformed`, and what can be parsed still
+counts: only the credit, not the outcome, depends on it.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ BLANK_LINE = re.compile(r"\n(?:[ \t]*\n)+")
 
 
 class Codec(Protocol):
-    """What is asked of a tokenizer. Ids in its `stop_ids`, if it has any, end the thinking wherever they appear."""
+    """What is asked of a tokenizer. Ids in its `stop_ids`, if it has any, end the thinking wherever they
+    appear.
+    """
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -69,7 +73,9 @@ class Episodes:
     ids: Tensor  # [T] int64, the episode of each token: 0, …, K-1, never decreasing
     ends: Tensor  # [K] int64, position of each episode's last token; the last one is T-1
     cuts: Tensor  # [K] int64, position of the last token of each probed prefix, ends or earlier; -1: the prompt alone
-    start: int = -1  # position of the last token of an opening `<think>`, where the first prefix ends; -1: the prompt alone
+    start: int = (
+        -1
+    )  # position of the last token of an opening `<think>`, where the first prefix ends; -1: the prompt alone
     malformed: bool = False  # by tags: not exactly episodes 1, …, K, each closed
 
     def __len__(self) -> int:
@@ -82,15 +88,17 @@ class Episodes:
 
     @property
     def prefixes(self) -> list[int]:
-        """Completion tokens before each of the K+1 probes: J_0 sees at most `<think>`, J_k the episodes up to k."""
+        """Completion tokens before each of the K+1 probes: J_0 sees at most `<think>`, J_k the episodes up
+        to k.
+        """
         return [self.start + 1, *(cut + 1 for cut in self.cuts.tolist())]
 
 
 def segment(tokens: list[int], tokenizer: Codec, how: str = "tags") -> Episodes:
     """The episodes of a completion, `how` = "tags", "paragraphs" or "fixed:N".
 
-    tokens are the completion's ids, stop token included. No tokens, no episodes. Raises UserError for another `how`, and
-    under "tags" for a tokenizer that cannot encode a tag at all.
+    tokens are the completion's ids, stop token included. No tokens, no episodes. Raises UserError for another
+    `how`, and under "tags" for a tokenizer that cannot encode a tag at all.
     """
     chunk = _chunk_size(how)
     if how == "tags":
@@ -132,9 +140,13 @@ def _chunk_size(how: str) -> int:
 
 @functools.lru_cache
 def require_tags(tokenizer: Codec) -> None:
-    """UserError if the vocabulary has no way to write an episode tag. That a tag takes several tokens is no obstacle."""
+    """UserError if the vocabulary has no way to write an episode tag. That a tag takes several tokens is
+    no obstacle.
+    """
     if "<episode_1>" not in tokenizer.decode(tokenizer.encode("<episode_1>")):
-        raise UserError("--episodes tags: this tokenizer cannot encode <episode_1>; use --episodes paragraphs or fixed:N")
+        raise UserError(
+            "--episodes tags: this tokenizer cannot encode <episode_1>; use --episodes paragraphs or fixed:N"
+        )
 
 
 def _thinking(tokens: list[int], tokenizer: Codec, text: str, reached: list[int]) -> tuple[int, int]:
@@ -162,12 +174,16 @@ def _announcement(text: str) -> int:
 
 
 def _tags(text: str) -> tuple[list[int], bool]:
-    """Ends of the episodes in a thinking text, in characters, and whether the tags are other than 1, …, K, each closed."""
+    """Ends of the episodes in a thinking text, in characters, and whether the tags are other than 1, …, K,
+    each closed.
+    """
     tags = [(int(m[2]), bool(m[1]), m.end()) for m in TAG.finditer(text)]
     pairs = [(number, end) for (opened, shut, _), (number, closes, end) in pairwise(tags)
              if closes and not shut and opened == number]  # fmt: skip
     boundaries = [end for _, end in pairs]
-    well_formed = len(tags) == 2 * len(pairs) and [number for number, _ in pairs] == list(range(1, len(pairs) + 1))
+    well_formed = len(tags) == 2 * len(pairs) and [number for number, _ in pairs] == list(
+        range(1, len(pairs) + 1)
+    )
     if tags and not tags[-1][1]:
         boundaries.append(len(text))  # left open
     return boundaries, not (pairs and well_formed)
@@ -183,8 +199,9 @@ def _paragraphs(text: str) -> list[int]:
 def trace(tokens: list[int], tokenizer: Codec) -> tuple[str, list[int]]:
     """The text of `tokens`, and how many of its characters are there after each token. Never decreasing.
 
-    Usually the tokens' own texts are the text, which one look-up per token finds out. Where they are not (a character spread
-    over several tokens, a decoder that treats a first space apart), it is decoded step by step.
+    Usually the tokens' own texts are the text, which one look-up per token finds out. Where they are not (a
+    character spread over several tokens, a decoder that treats a first space apart), it is decoded step by
+    step.
     """
     text = tokenizer.decode(tokens)
     pieces = [_piece(tokenizer, token) for token in tokens]

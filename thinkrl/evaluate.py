@@ -5,8 +5,9 @@
     AES      = dL + 3 dA  if dA >= 0,  else  dL - 5 |dA|
                dA = (accuracy - base accuracy) / base accuracy,  dL = (base tokens - tokens) / base tokens
 
-Departures: the Long⊗Short paper prints a coefficient of -5 for a negative dA, which would pay for losing accuracy; its own
-table follows -5 |dA|, as here. pass@k and maj@k are means over all subsets of k of the n samples, not over the first k.
+Departures: the Long⊗Short paper prints a coefficient of -5 for a negative dA, which would pay for losing
+accuracy; its own table follows -5 |dA|, as here. pass@k and maj@k are means over all subsets of k of the n
+samples, not over the first k.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def maj_at_k(answers: Sequence[Hashable | None], gold: Hashable, k: int) -> float:
     """Expected accuracy of the majority vote among k of these answers, over all subsets of k. Exact.
 
-    Answers are compared by ==, so they should be canonical (`grading.canonical`); None is no answer and has no vote.
-    When m answers share the lead, each wins with chance 1/m. Raises ValueError unless 1 <= k <= len(answers).
+    Answers are compared by ==, so they should be canonical (`grading.canonical`); None is no answer and has
+    no vote. When m answers share the lead, each wins with chance 1/m. Raises ValueError unless 1 <= k <=
+    len(answers).
     """
     n = len(answers)
     if not 1 <= k <= n:
@@ -46,14 +48,18 @@ def maj_at_k(answers: Sequence[Hashable | None], gold: Hashable, k: int) -> floa
     right = rivals.pop(gold, 0)
     wins = Fraction(0)
     for lead in range(1, min(right, k) + 1):  # the gold answer has this many votes, and nobody has more
-        subsets = Counter({(k - lead, 1): math.comb(right, lead)})  # (members left to draw, leaders) -> how many subsets
+        subsets = Counter(
+            {(k - lead, 1): math.comb(right, lead)}
+        )  # (members left to draw, leaders) -> how many subsets
         for votes in rivals.values():
             extended: Counter[tuple[int, int]] = Counter()
             for (left, leaders), ways in subsets.items():
                 for drawn in range(min(votes, lead, left) + 1):
                     extended[left - drawn, leaders + (drawn == lead)] += ways * math.comb(votes, drawn)
             subsets = extended
-        wins += sum(Fraction(ways * math.comb(silent, left), leaders) for (left, leaders), ways in subsets.items())
+        wins += sum(
+            Fraction(ways * math.comb(silent, left), leaders) for (left, leaders), ways in subsets.items()
+        )
     return float(wins / math.comb(n, k))
 
 
@@ -90,7 +96,9 @@ def summarise(trajectories: Sequence[Trajectory]) -> dict:
     groups = _grouped(trajectories, lambda t: t.problem.id).values()
     k = 2
     while k <= min(map(len, groups)):
-        out[f"pass@{k}"] = _mean([pass_at_k(len(group), sum(t.correct for t in group), k) for group in groups])
+        out[f"pass@{k}"] = _mean(
+            [pass_at_k(len(group), sum(t.correct for t in group), k) for group in groups]
+        )
         out[f"maj@{k}"] = _mean([maj_at_k([_vote(t) for t in group], RIGHT, k) for group in groups])
         k *= 2
     levels = _grouped(trajectories, lambda t: t.problem.level)
@@ -99,15 +107,22 @@ def summarise(trajectories: Sequence[Trajectory]) -> dict:
 
 
 def summary_table(summary: dict) -> str:
-    """The run's summary.json as text: accuracy and mean tokens, before and after, sampled and greedy, by level."""
+    """The run's summary.json as text: accuracy and mean tokens, before and after, sampled and greedy, by
+    level.
+    """
     columns = [when for when in ("before", "after") if "accuracy" in summary.get(when, {})]
     if not columns:
         return "nothing was evaluated: no held-out problems (--eval_data)"
-    lines = [" " * 24 + "".join(f"{when:^20}" for when in columns), " " * 24 + f"{'accuracy':>11}{'tokens':>9}" * len(columns)]
+    lines = [
+        " " * 24 + "".join(f"{when:^20}" for when in columns),
+        " " * 24 + f"{'accuracy':>11}{'tokens':>9}" * len(columns),
+    ]
     for decoding in ("sampled", "greedy"):
         results = [summary[when] if decoding == "sampled" else summary[when]["greedy"] for when in columns]
         levels = [level for level in results[0]["by_level"] if level]
-        for name, row in [(decoding, results)] + [(f"  {level}", [r["by_level"][level] for r in results]) for level in levels]:
+        for name, row in [(decoding, results)] + [
+            (f"  {level}", [r["by_level"][level] for r in results]) for level in levels
+        ]:
             lines.append(f"{name:<24}" + "".join(f"{r['accuracy']:>11.1%}{r['tokens']:>9.1f}" for r in row))
     return "\n".join(lines)
 
@@ -124,7 +139,9 @@ def _accuracy_and_tokens(trajectories: Sequence[Trajectory]) -> dict:
     return {"completions": len(trajectories), "accuracy": accuracy, "tokens": tokens}
 
 
-def _grouped(trajectories: Sequence[Trajectory], key: Callable[[Trajectory], Hashable]) -> dict[Hashable, list[Trajectory]]:
+def _grouped(
+    trajectories: Sequence[Trajectory], key: Callable[[Trajectory], Hashable]
+) -> dict[Hashable, list[Trajectory]]:
     groups: dict[Hashable, list[Trajectory]] = {}
     for t in trajectories:
         groups.setdefault(key(t), []).append(t)

@@ -2,9 +2,10 @@
 
     J_k = p(answer, terminator | prompt, z_1 … z_k, answer-forcing text)      Delta I_k = J_k - J_{k-1}, sums to J_K - J_0
 
-When the sampler finishes a completion its pages are still there. A probe is a page table forked at the end of an episode and a
-short suffix, so all of J costs the suffixes, not K+1 forwards of the completion. `predicted_correctness_ref` is those forwards.
-`python -m thinkrl.gain [REWARD_MODEL]` prints J along a few completions of the embedded model, by each estimator.
+When the sampler finishes a completion its pages are still there. A probe is a page table forked at the end of
+an episode and a short suffix, so all of J costs the suffixes, not K+1 forwards of the completion.
+`predicted_correctness_ref` is those forwards. `python -m thinkrl.gain [REWARD_MODEL]` prints J along a few
+completions of the embedded model, by each estimator.
 """
 
 from __future__ import annotations
@@ -41,10 +42,14 @@ FORCING = {  # by grading rule: what asks for the answer, and what ends it; "": 
 
 @dataclass(frozen=True)
 class Probe:
-    """What is put behind a prefix to ask for the answer: `forced` closes the thinking, `gold` is what is scored."""
+    """What is put behind a prefix to ask for the answer: `forced` closes the thinking, `gold` is what is
+    scored.
+    """
 
     forced: list[int]
-    gold: list[int]  # the gold answer and its terminator: without the terminator 1 would score on the way to 12
+    gold: list[
+        int
+    ]  # the gold answer and its terminator: without the terminator 1 would score on the way to 12
 
 
 def forcing(problem: Problem, prefix: str = "", suffix: str = "") -> tuple[str, str]:
@@ -56,8 +61,10 @@ def forcing(problem: Problem, prefix: str = "", suffix: str = "") -> tuple[str, 
     prefix, suffix = prefix or FORCING[rule][0], suffix or FORCING[rule][1]
     forced = prefix + problem.answer + suffix
     if not grade(forced, problem.answer, problem.source):
-        raise UserError(f"problem {problem.id} (counted from 0): {rule} grading does not find the gold answer in the forced "
-                        f"{forced!r}; choose --probe_prefix and --probe_suffix that it reads, such as {FORCING[rule]}")
+        raise UserError(
+            f"problem {problem.id} (counted from 0): {rule} grading does not find the gold answer in the forced "
+            f"{forced!r}; choose --probe_prefix and --probe_suffix that it reads, such as {FORCING[rule]}"
+        )
     return prefix, suffix
 
 
@@ -70,7 +77,9 @@ def make_probe(tokenizer: Tokenizer, answer: str, prefix: str, suffix: str) -> P
     """
     gold = tokenizer.encode(answer)
     if not gold:
-        raise UserError(f"the gold answer {answer!r} tokenizes to nothing: a fitting gain needs an answer to score")
+        raise UserError(
+            f"the gold answer {answer!r} tokenizes to nothing: a fitting gain needs an answer to score"
+        )
     return Probe(tokenizer.encode(prefix), gold + (tokenizer.encode(suffix) or [tokenizer.eos_id]))
 
 
@@ -88,7 +97,9 @@ def _answer_limit(probes: Sequence[Probe]) -> int:
 
 
 def answer_probability(logprob: Tensor, probe: Probe) -> Tensor:
-    """J: probability of the gold answer and its terminator, from log-probs of the whole suffix. Scalar fp64 in [0, 1]."""
+    """J: probability of the gold answer and its terminator, from log-probs of the whole suffix. Scalar
+    fp64 in [0, 1].
+    """
     return logprob[len(probe.forced) :].double().sum().exp()  # L2T Prop. D.1
 
 
@@ -96,7 +107,9 @@ def answer_probability(logprob: Tensor, probe: Probe) -> Tensor:
 def predicted_correctness_ref(
     model: Transformer, prompt: list[int], completion: list[int], episodes: Episodes, probe: Probe
 ) -> Tensor:
-    """J_0, …, J_K, [K+1] fp64: a full forward of each of the K+1 prefixes with its probe. The specification of `Gain`."""
+    """J_0, …, J_K, [K+1] fp64: a full forward of each of the K+1 prefixes with its probe. The
+    specification of `Gain`.
+    """
     suffix = probe.forced + probe.gold
     J = []
     for n in episodes.prefixes:
@@ -136,15 +149,33 @@ class Gain:
     `seconds` and `forwards`, tokens that went through the model, say what it has cost so far.
     """
 
-    def __init__(self, sampler: Sampler, probes: Sequence[Probe], segment: Callable[[list[int]], Episodes], kind: str = "forced",
-                 *, samples: int = 4, max_tokens: int = 256, grade: Callable[[int, str], bool] | None = None, seed: int = 0,
-                 keys: Sequence[tuple[int, ...]] = ()):
+    def __init__(
+        self,
+        sampler: Sampler,
+        probes: Sequence[Probe],
+        segment: Callable[[list[int]], Episodes],
+        kind: str = "forced",
+        *,
+        samples: int = 4,
+        max_tokens: int = 256,
+        grade: Callable[[int, str], bool] | None = None,
+        seed: int = 0,
+        keys: Sequence[tuple[int, ...]] = (),
+    ):
         if kind not in ("forced", "mc", "continue"):
             raise ValueError(f"kind must be forced, mc or continue, not {kind!r}")
         self.sampler, self.probes, self.segment, self.kind = sampler, probes, segment, kind
-        self.samples, self.max_tokens, self.grade, self.seed, self.keys = samples, max_tokens, grade, seed, keys
+        self.samples, self.max_tokens, self.grade, self.seed, self.keys = (
+            samples,
+            max_tokens,
+            grade,
+            seed,
+            keys,
+        )
         self.seconds, self.forwards = 0.0, 0
-        self._seen: dict[tuple[int, int], tuple[Episodes, list]] = {}  # (prompt, sample) -> episodes, keys of J_0, …, J_K
+        self._seen: dict[
+            tuple[int, int], tuple[Episodes, list]
+        ] = {}  # (prompt, sample) -> episodes, keys of J_0, …, J_K
         self._J: dict[tuple[int, ...], float] = {}
         self._waiting: dict[tuple[int, ...], _Prefix] = {}
 
@@ -162,7 +193,10 @@ class Gain:
                 self.sampler.idle.add(fork)
                 self._waiting[keys[-1]] = _Prefix(prompt, sample, k, tokens[:n], fork)
         self._seen[prompt, sample] = episodes, keys
-        pool, suffixes = self.sampler.pool, 0  # tokens of forced answers; what is to be sampled gains by waiting for more
+        pool, suffixes = (
+            self.sampler.pool,
+            0,
+        )  # tokens of forced answers; what is to be sampled gains by waiting for more
         if self.kind == "forced":
             suffixes = len(self._waiting) * len(self.probes[prompt].forced + self.probes[prompt].gold)
         if suffixes >= self.sampler.max_tokens_per_forward or 4 * pool.free_pages < pool.num_pages:
@@ -173,7 +207,10 @@ class Gain:
         if self._waiting:
             with self._metered():
                 self._flush()
-        J = {place: torch.tensor([self._J[key] for key in keys], dtype=torch.float64) for place, (_, keys) in self._seen.items()}
+        J = {
+            place: torch.tensor([self._J[key] for key in keys], dtype=torch.float64)
+            for place, (_, keys) in self._seen.items()
+        }
         return [(self._seen[place][0], J[place]) for place in sorted(J)]
 
     @contextmanager
@@ -190,7 +227,9 @@ class Gain:
     def _score(self) -> None:
         waiting, self._waiting = self._waiting, {}
         probes = [self.probes[prefix.prompt] for prefix in waiting.values()]
-        logprobs = self.sampler.score([prefix.fork for prefix in waiting.values()], [p.forced + p.gold for p in probes])
+        logprobs = self.sampler.score(
+            [prefix.fork for prefix in waiting.values()], [p.forced + p.gold for p in probes]
+        )
         for key, probe, logprob in zip(waiting, probes, logprobs):
             self._J[key] = float(answer_probability(logprob, probe))
 
@@ -204,28 +243,46 @@ class Gain:
             forced, longest = [[] for _ in prefixes], self.max_tokens
         keys = [(*self.keys[p.prompt], p.sample, p.k, m) for p in prefixes for m in range(self.samples)]
         try:
-            answers = self.sampler.generate(forced, self.samples, max_tokens=longest, seed=self.seed, keys=keys,
-                                            prefix=[p.fork for p in prefixes])
+            answers = self.sampler.generate(
+                forced,
+                self.samples,
+                max_tokens=longest,
+                seed=self.seed,
+                keys=keys,
+                prefix=[p.fork for p in prefixes],
+            )
         finally:
             for p in prefixes:
                 p.fork.release()
         for key, p, ids, group in zip(waiting, prefixes, forced, answers):
-            # a forced answer is graded with the text that forced it, a continuation with the completion it continues
+            # a forced answer is graded with the text that forced it, a continuation with the completion it
+            # continues
             start = ids if self.kind == "mc" else p.tokens
-            correct = [self.grade(p.prompt, self.sampler.tokenizer.decode(start + answer.tokens)) for answer in group]
+            correct = [
+                self.grade(p.prompt, self.sampler.tokenizer.decode(start + answer.tokens)) for answer in group
+            ]
             self._J[key] = sum(correct) / len(correct)  # L2T Prop. D.1
 
 
 def show(model_folder: str, problems: Sequence[Problem], samples: int = 8, prm_folder: str = "") -> None:
-    """Print J_0 … J_K along one completion of each problem, by every estimator; by a reward model if one is given."""
+    """Print J_0 … J_K along one completion of each problem, by every estimator; by a reward model if one
+    is given.
+    """
     tokenizer = Tokenizer(model_folder)
     sampler = Sampler(load_model(model_folder), tokenizer)
     probes = [make_probe(tokenizer, p.answer, *forcing(p)) for p in problems]
     keys = [(p.id,) for p in problems]
     prompts, rows = [tokenizer.encode_chat(messages(p)) for p in problems], {}
     for kind in ("forced", "mc", "continue"):
-        gain = Gain(sampler, probes, lambda tokens: segment(tokens, tokenizer), kind, samples=samples, keys=keys,
-                    grade=lambda i, text: grade(text, problems[i].answer, problems[i].source))
+        gain = Gain(
+            sampler,
+            probes,
+            lambda tokens: segment(tokens, tokenizer),
+            kind,
+            samples=samples,
+            keys=keys,
+            grade=lambda i, text: grade(text, problems[i].answer, problems[i].source),
+        )
         groups = sampler.generate(prompts, max_tokens=200, seed=1, keys=keys, on_finish=gain.on_finish)
         rows[kind] = [J for _, J in gain.results()]
     if prm_folder:
@@ -241,4 +298,8 @@ def show(model_folder: str, problems: Sequence[Problem], samples: int = 8, prm_f
 if __name__ == "__main__":
     from thinkrl.arith import heldout
 
-    show(str(Path(__file__).parent / "assets" / "tiny"), heldout()[150:500:90], prm_folder="".join(sys.argv[1:]))
+    show(
+        str(Path(__file__).parent / "assets" / "tiny"),
+        heldout()[150:500:90],
+        prm_folder="".join(sys.argv[1:]),
+    )

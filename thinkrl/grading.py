@@ -6,13 +6,15 @@ r"""Is the answer right? One rule set per kind of data, exact where it can be, a
     math       the last `\boxed{…}` that is closed                 the same canonical form, else symbolic equality
 
 A rule set has one marker, the one that its prompt asks for; no marker, no answer. Numbers are compared as
-`fractions.Fraction`, so 1/3 is not 0.333333. `math` compares, in this order: normalised strings (`normalise`), rational
-numbers, then tuples, intervals, sets, unions and inequalities part by part (`canonical`). What these leave open goes to
-math-verify, if the `[math]` extra is installed: in a worker process that is killed after `TIMEOUT` seconds, since sympy on a
-model's text may run for ever and signals fire in the main thread only. Without the extra it is wrong.
-Numbers, and tuples and sets of them, are never sent there (exact arithmetic has the last word), nor are words and times.
+`fractions.Fraction`, so 1/3 is not 0.333333. `math` compares, in this order: normalised strings
+(`normalise`), rational numbers, then tuples, intervals, sets, unions and inequalities part by part
+(`canonical`). What these leave open goes to math-verify, if the `[math]` extra is installed: in a worker
+process that is killed after `TIMEOUT` seconds, since sympy on a model's text may run for ever and signals
+fire in the main thread only. Without the extra it is wrong. Numbers, and tuples and sets of them, are never
+sent there (exact arithmetic has the last word), nor are words and times.
 
-Ten cases on which public scorers disagree, and what happens here, under `math` if the completion has a box, else `gsm8k`:
+Ten cases on which public scorers disagree, and what happens here, under `math` if the completion has a box,
+else `gsm8k`:
 
     completion                      gold            verdict   because
     \boxed{42}                      42              right     under math; wrong under gsm8k, whose marker is ####
@@ -26,9 +28,10 @@ Ten cases on which public scorers disagree, and what happens here, under `math` 
     the answer is 42                42              wrong     no marker
     \boxed{7} and 400 characters    7               right     the whole text is searched
 
-Other readings: `1,000` outside brackets is a thousand, `(1,000)` a pair; `1\frac12` and `1 1/2` are three halves; a list of
-solutions has no order, a tuple has; `x = 5` is 5; words ignore case; an answer longer than `MAX_ANSWER` characters is wrong.
-Every step is linear in the text, or works on at most `MAX_ANSWER` characters.
+Other readings: `1,000` outside brackets is a thousand, `(1,000)` a pair; `1\frac12` and `1 1/2` are three
+halves; a list of solutions has no order, a tuple has; `x = 5` is 5; words ignore case; an answer longer than
+`MAX_ANSWER` characters is wrong. Every step is linear in the text, or works on at most `MAX_ANSWER`
+characters.
 """
 
 from __future__ import annotations
@@ -79,7 +82,9 @@ DATA_SOURCES = {  # verl's `data_source` values and hub names, in lower case
 
 
 def rule_set(source: str) -> str:
-    """The rule set that grades this data source, one of `RULES`. UserError, with the nearest name, if none does."""
+    """The rule set that grades this data source, one of `RULES`. UserError, with the nearest name, if none
+    does.
+    """
     name = source.lower()
     if name in RULES:
         return name
@@ -117,7 +122,9 @@ def equal(answer: str, gold: str, source: str) -> bool:
 
 
 def canonical(answer: str, source: str) -> Hashable | None:
-    """A value that is == for answers that are equal without algebra, to compare or to count votes. None: not an answer."""
+    """A value that is == for answers that are equal without algebra, to compare or to count votes. None:
+    not an answer.
+    """
     if len(answer) > MAX_ANSWER:
         return None
     if rule_set(source) != "math":
@@ -127,12 +134,16 @@ def canonical(answer: str, source: str) -> Hashable | None:
 
 
 def check_gold(gold: str, source: str) -> None:
-    """Raise ValueError if no completion could ever equal this gold answer: a mistake in the data, never a reward."""
+    """Raise ValueError if no completion could ever equal this gold answer: a mistake in the data, never a
+    reward.
+    """
     rule = rule_set(source)
     if len(gold) > MAX_ANSWER:
         raise ValueError(f"has {len(gold)} characters, at most {MAX_ANSWER} can be graded")
     if canonical(gold, source) is None:
-        raise ValueError(f"{gold!r} is not {'an answer' if rule == 'math' else 'a number'} that {rule} grading can read")
+        raise ValueError(
+            f"{gold!r} is not {'an answer' if rule == 'math' else 'a number'} that {rule} grading can read"
+        )
     if rule == "math" and (unpaired := _unpaired_brace(gold)):
         raise ValueError(f"{gold!r} has an unpaired {unpaired!r}")
 
@@ -143,7 +154,9 @@ def _last_tag(text: str) -> str | None:
     return None if start < 0 else text[start + len("<answer>") : end].strip().replace("−", "-")
 
 
-_NUMBER_AFTER_HASHES = re.compile(r"([-+]?) ?[$€£]? ?([-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?(?: ?/ ?\d+)?)")
+_NUMBER_AFTER_HASHES = re.compile(
+    r"([-+]?) ?[$€£]? ?([-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?(?: ?/ ?\d+)?)"
+)
 
 
 def _after_hashes(text: str) -> str | None:
@@ -194,8 +207,9 @@ _FORMS = [  # after thousands separators are gone
 def rational(text: str) -> Fraction | None:
     r"""The exact number that the text is: integer, decimal, a/b, \frac{a}{b}, mixed number, 1.5e3, 3*10^{5}; or None.
 
-    Thousands separators are read where they stand in threes. The text is at most `MAX_ANSWER` characters long, far below
-    the length at which Python refuses to read an integer, and exponents have at most three digits.
+    Thousands separators are read where they stand in threes. The text is at most `MAX_ANSWER` characters
+    long, far below the length at which Python refuses to read an integer, and exponents have at most three
+    digits.
     """
     text = _THOUSANDS.sub(_without_commas, text)
     for form in _FORMS:
@@ -208,7 +222,6 @@ def rational(text: str) -> Fraction | None:
             value *= Fraction(10) ** int(part.get("exponent") or 0)
             return -value if part["sign"] == "-" else value
     return None
-
 
 
 def _command(names: str) -> str:
@@ -236,7 +249,10 @@ _REWRITES = [
         # what shows but does not mean
         (r"\\!", ""),
         (r"\{,\}", ","),
-        (_command("left|right|[bB]igg?[lrm]?|displaystyle|textstyle|quad|qquad|limits") + r"|\\[,;:> ]|~", " "),
+        (
+            _command("left|right|[bB]igg?[lrm]?|displaystyle|textstyle|quad|qquad|limits") + r"|\\[,;:> ]|~",
+            " ",
+        ),
         (r"\\[()\[\]]|\\?[$%]", ""),
         (rf"\^\s*(?:\{{\s*{_command('circ')}\s*\}}|{_command('circ')})|{_command('degree')}", ""),
         # words and units
@@ -258,7 +274,15 @@ _REWRITES = [
 ]
 _UNICODE = str.maketrans(
     {"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "°": "", "％": "", "，": ", ", "\xa0": " "}
-    | {"≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ", "∪": r"\cup "}
+    | {
+        "≤": r"\leq ",
+        "≥": r"\geq ",
+        "≠": r"\neq ",
+        "π": r"\pi ",
+        "√": r"\sqrt ",
+        "∞": r"\infty ",
+        "∪": r"\cup ",
+    }
 )
 _BRACKET = re.compile(r"(\\[{}]|[()\[\]])")
 _SPACE = re.compile(r"(\\[A-Za-z]+)?\s+([A-Za-z])?")
@@ -267,7 +291,8 @@ _SPACE = re.compile(r"(\\[A-Za-z]+)?\s+([A-Za-z])?")
 def normalise(answer: str) -> str:
     """One spelling for answers that differ in notation only: `_REWRITES`, to their fixed point. Idempotent.
 
-    Spaces are dropped where LaTeX drops them; a comma that separates is followed by one, thousands separators are gone.
+    Spaces are dropped where LaTeX drops them; a comma that separates is followed by one, thousands separators
+    are gone.
     """
     text = answer.translate(_UNICODE)
     for _ in range(MAX_ANSWER):  # each pass shortens, or ends; this bounds what a hostile text can ask for
@@ -394,7 +419,9 @@ def has_algebra() -> bool:
 
 
 def _serve_algebra() -> None:
-    """The worker's whole program: reads one JSON pair per line, writes "1" or "0" for each, after a first "." when ready."""
+    """The worker's whole program: reads one JSON pair per line, writes "1" or "0" for each, after a first
+    "." when ready.
+    """
     import json
     import os
     import resource
@@ -455,10 +482,17 @@ class _Algebra:
         pipe = subprocess.PIPE
         # from the root folder: the current one comes first on the worker's path, and may hold a types.py
         self.process = subprocess.Popen(
-            [sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0, cwd="/"
+            [sys.executable, "-c", program],
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            cwd="/",
         )
         if self._read(60.0) != b".":
-            raise UserError("math-verify is installed but does not start: pip install --force-reinstall 'thinkrl[math]'")
+            raise UserError(
+                "math-verify is installed but does not start: pip install --force-reinstall 'thinkrl[math]'"
+            )
 
     def _read(self, seconds: float) -> bytes:
         """One byte, or none if it does not come in time or the worker is dead."""

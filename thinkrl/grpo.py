@@ -7,13 +7,14 @@
               sum_s 1/n_s sum_{t in s} l_t       / sequences of the step      aggregate="sequence"   DSMath Eq. 3
               sum_t l_t                          / a constant                 aggregate="constant"   Dr.GRPO
 
-Choices, first:
-1. A loss is a sum over a denominator. The caller counts the denominator once per optimizer step, over all packs and all
+Choices, first: 1. A loss is a sum over a denominator. The caller counts the denominator once per optimizer
+step, over all packs and all
    ranks (`loss_count`), so that gradients depend neither on the micro-batch size nor on the number of ranks.
-2. The advantage is one number per token. GRPO fills a sequence with one value, L2T does not; nothing here knows which.
-3. k3 is computed by expm1: exp(d) - d - 1 in fp32 is negative for some per cent of all small d.
-4. Log-ratios are clamped at +-20, ratio and KL alike: beyond it (a factor of 5e8) the gradient is zero, not infinite.
-5. Columns with mask 0 never enter, whatever they hold: they are replaced by zeros before the first operation, since
+2. The advantage is one number per token. GRPO fills a sequence with one value, L2T does not; nothing here
+knows which. 3. k3 is computed by expm1: exp(d) - d - 1 in fp32 is negative for some per cent of all small d.
+4. Log-ratios are clamped at +-20, ratio and KL alike: beyond it (a factor of 5e8) the gradient is zero, not
+infinite. 5. Columns with mask 0 never enter, whatever they hold: they are replaced by zeros before the first
+operation, since
    NaN * 0 is NaN.
 
 Letters: T tokens of S sequences in one row, P problems, G attempts at each.
@@ -30,17 +31,19 @@ LOG_RATIO_LIMIT = 20.0
 def group_advantages(reward: Tensor, std: str = "sample", eps: float = 1e-6) -> Tensor:
     """Advantage of each attempt over its group's mean, reward [P, G] -> [P, G] in the reward's dtype. DSMath §4.1.2.
 
-    std: what the difference is divided by, plus eps: "sample" (over G - 1, as in verl and TRL), "population" (over G),
-    or "none" (Dr.GRPO: not divided).
-    Statistics are taken in fp64, and a group whose max - min is within 1e-6 of its largest |reward| gets exactly 0:
-    a difference that small is rounding, and dividing by its std would turn it into a full-sized reward.
-    Raises ValueError for a group of one with a std, which would be 0 (or undefined) whatever the reward.
+    std: what the difference is divided by, plus eps: "sample" (over G - 1, as in verl and TRL), "population"
+    (over G), or "none" (Dr.GRPO: not divided). Statistics are taken in fp64, and a group whose max - min is
+    within 1e-6 of its largest |reward| gets exactly 0: a difference that small is rounding, and dividing by
+    its std would turn it into a full-sized reward. Raises ValueError for a group of one with a std, which
+    would be 0 (or undefined) whatever the reward.
     """
     if std not in ("sample", "population", "none"):
         raise ValueError(f'std must be "sample", "population" or "none", not {std!r}')
     group_size = reward.shape[1]
     if group_size == 1 and std != "none":
-        raise ValueError('a group of 1 has no standard deviation: use group_size of at least 2, or std="none"')
+        raise ValueError(
+            'a group of 1 has no standard deviation: use group_size of at least 2, or std="none"'
+        )
     r = reward.double()
     spread = r.amax(1, keepdim=True) - r.amin(1, keepdim=True)
     advantage = r - r.mean(1, keepdim=True)
@@ -62,7 +65,8 @@ def kl_k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
 def importance_weight(logprob_trainer: Tensor, logprob_sampler: Tensor, cap: float) -> Tensor:
     """Truncated importance weights min(trainer / sampler, cap) [T], without gradient.
 
-    They correct the loss for a sampler whose numerics differ from the trainer's. Both at the sampling temperature.
+    They correct the loss for a sampler whose numerics differ from the trainer's. Both at the sampling
+    temperature.
     """
     return (logprob_trainer - logprob_sampler).detach().exp().clamp(max=cap)
 

@@ -7,10 +7,11 @@
 
 J_k, predicted correctness, is in gain.py; C_k, compression, in compression.py. Here is what is made of them.
 
-Departures (the README measures them):
-1. The group statistic is by default the return r_out + alpha sum r_prg, which the paper's objective (Eq. 2, 5) maximises.
+Departures (the README measures them): 1. The group statistic is by default the return r_out + alpha sum
+r_prg, which the paper's objective (Eq. 2, 5) maximises.
    Line 13's truncated mean is a reward per token, an implicit length penalty: `statistic="token_trunc_mean"`.
-2. Line 15 reverses its meaning where A and r~ differ in sign, and explodes where r~ is near 0: `mode="guarded"` then
+2. Line 15 reverses its meaning where A and r~ differ in sign, and explodes where r~ is near 0:
+`mode="guarded"` then
    spreads A evenly, and clips the ratio elsewhere. `mode="paper"` is the line as printed.
 3. A group without differences, or with differences of rounding size, gets zero advantage.
 
@@ -33,15 +34,18 @@ ROUNDING = 1e-6  # relative; what is smaller is not a reward
 
 
 def process_reward(J: Tensor, C: Tensor, beta: float) -> Tensor:
-    """Reward of each episode, [K]: fitting gain J_k - J_{k-1} of predicted correctness J [K+1] minus beta C [K]."""
+    """Reward of each episode, [K]: fitting gain J_k - J_{k-1} of predicted correctness J [K+1] minus beta
+    C [K].
+    """
     return J.diff() - beta * C  # L2T Eq. 3
 
 
 def released_reward(J: Tensor, prefixes: Sequence[int], malformed: bool) -> Tensor:
     """What the released code sums per episode [K]: the gain J_k - J_{k-1} once for each token from closing tag to closing tag.
 
-    prefixes are `Episodes.prefixes`, so what follows the last tag weighs nothing. Nothing for the first episode, nothing at
-    all where the tags are malformed. A longer episode earns more: this is not Eq. 3, it is `--profile code`.
+    prefixes are `Episodes.prefixes`, so what follows the last tag weighs nothing. Nothing for the first
+    episode, nothing at all where the tags are malformed. A longer episode earns more: this is not Eq. 3, it
+    is `--profile code`.
     """
     gain = J.diff() * torch.tensor(prefixes).diff()
     return torch.zeros_like(gain) if malformed else torch.where(torch.arange(len(gain)) > 0, gain, 0.0)
@@ -68,7 +72,9 @@ def token_rewards(R: Tensor, episode_ids: Tensor, old_logprob: Tensor) -> Tensor
 
 
 def truncated_mean(values: Tensor, keep: float = 0.95) -> Tensor:
-    """Mean of the central share `keep` of values [T]: floor((1 - keep) / 2 · T) are dropped at each end. Scalar."""
+    """Mean of the central share `keep` of values [T]: floor((1 - keep) / 2 · T) are dropped at each end.
+    Scalar.
+    """
     drop = math.floor((1 - keep) / 2 * len(values) + 1e-9)  # the sum rounds: 0.05 · 20 may come out below 1
     return values.sort().values[drop : len(values) - drop].mean()  # L2T Alg. 1 l. 13
 
@@ -80,7 +86,9 @@ def group_normalise(values: Tensor, eps: float = 1e-6, std: str = "sample") -> T
     return group_advantages(values[None], std, eps)[0]  # L2T Alg. 1 l. 14
 
 
-def credit(A: Tensor, r: Tensor, center: Tensor, mode: str, scale: Tensor | float = 0.0, max_ratio: float = 10.0) -> Tensor:
+def credit(
+    A: Tensor, r: Tensor, center: Tensor, mode: str, scale: Tensor | float = 0.0, max_ratio: float = 10.0
+) -> Tensor:
     """Spread a completion's advantage A (scalar) over its tokens by their rewards r [T], relative to `center`: [T].
 
     uniform   A for every token
@@ -117,12 +125,14 @@ def token_advantages(
     mode        how a completion's advantage is spread over its tokens: uniform, paper, guarded (see `credit`), or to_go (see
                 `to_go_advantages`, which needs the last three arguments and neither statistic nor keep)
     statistic   what is compared in the group: "return_sum", the return, divided by std + 1e-6 exactly as GRPO does; or
-                "token_trunc_mean", the mean of the central `keep` of the token rewards, whose std is divided with `eps`
+                "token_trunc_mean", the mean of the central `keep` of the token rewards, whose std is divided
+                with `eps`
     returns     [G] exact returns in fp64 for return_sum; None: the sums of the token rewards, which carry their rounding
     std         "sample", "population" or "none", as in `group_advantages`
 
-    The ratio of paper and guarded credit is taken against the completion's statistic per token: its truncated mean, or the
-    mean token reward. Groups without differences get zeros. Raises ValueError for an unknown mode or statistic.
+    The ratio of paper and guarded credit is taken against the completion's statistic per token: its truncated
+    mean, or the mean token reward. Groups without differences get zeros. Raises ValueError for an unknown
+    mode or statistic.
     """
     if mode == "to_go":
         if to_go is None or J is None or episode_ids is None:
@@ -138,32 +148,39 @@ def token_advantages(
         A = group_normalise(centers, eps, std)
     else:
         centers = torch.stack([r.mean() for r in rewards])
-        A = group_normalise(torch.stack([r.sum() for r in rewards]) if returns is None else returns.double(), std=std)
+        A = group_normalise(
+            torch.stack([r.sum() for r in rewards]) if returns is None else returns.double(), std=std
+        )
     scale = centers.abs().mean()
     return [credit(a, r, center, mode, scale, max_ratio) for a, r, center in zip(A, rewards, centers)]
 
 
 def returns_to_go(r_out: float, r_prg: Tensor, alpha: float) -> Tensor:
-    """What episode k and all after it earn, [K] fp64: r_out + alpha sum_{j >= k} r_prg_j. The first is the return."""
+    """What episode k and all after it earn, [K] fp64: r_out + alpha sum_{j >= k} r_prg_j. The first is the
+    return.
+    """
     return r_out + alpha * r_prg.double().flip(0).cumsum(0).flip(0)
 
 
-def to_go_advantages(to_go: Sequence[Tensor], J: Sequence[Tensor], episode_ids: Sequence[Tensor]) -> list[Tensor]:
+def to_go_advantages(
+    to_go: Sequence[Tensor], J: Sequence[Tensor], episode_ids: Sequence[Tensor]
+) -> list[Tensor]:
     """Credit by what came after: an episode's return-to-go minus what its state let expect. List of [T_i] fp64.
 
         D_ik = G_ik - b_i(J_{i,k-1}, n_{i,k-1})          A_t = D_ik / rms(D over the group's tokens),   k the episode of t
 
-    to_go [K_i] are returns-to-go G_ik; J [K_i + 1] predicted correctness, of which J_{k-1} is that of the state in which
-    episode k is written; n_{k-1} the tokens written before it; episode_ids [T_i]. b_i is the least-squares plane of G over J
-    and n through the tokens of the *other* completions of the group, held between the smallest and largest G among them.
+    to_go [K_i] are returns-to-go G_ik; J [K_i + 1] predicted correctness, of which J_{k-1} is that of the
+    state in which episode k is written; n_{k-1} the tokens written before it; episode_ids [T_i]. b_i is the
+    least-squares plane of G over J and n through the tokens of the *other* completions of the group, held
+    between the smallest and largest G among them.
 
-    Unbiased: the baseline of an episode knows nothing of what it and its successors do, since J_{k-1} and n_{k-1} are known
-    before it is written and b_i comes from other completions. Subtracting from a return what does not depend on the action
-    leaves the expected policy gradient as it is; so does leaving out what was earned before the action; dividing a group
-    by one positive number rescales it.
-    A fit, and not J itself, because J enters G too (-alpha J_{k-1}, by telescoping) and may be uncalibrated: where it tells
-    nothing its coefficient is 0. So the fitting gain can only help, by telling good states from bad; the token count does the
-    same for the penalty still to come.
+    Unbiased: the baseline of an episode knows nothing of what it and its successors do, since J_{k-1} and
+    n_{k-1} are known before it is written and b_i comes from other completions. Subtracting from a return
+    what does not depend on the action leaves the expected policy gradient as it is; so does leaving out what
+    was earned before the action; dividing a group by one positive number rescales it. A fit, and not J
+    itself, because J enters G too (-alpha J_{k-1}, by telescoping) and may be uncalibrated: where it tells
+    nothing its coefficient is 0. So the fitting gain can only help, by telling good states from bad; the
+    token count does the same for the penalty still to come.
 
     Zeros for a group of one, for a group of equal returns, and where only rounding is left.
     """

@@ -27,7 +27,9 @@ class Learner:
     policy: Transformer  # sharded; fp32 master weights
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
-    sampler: Sampler | None  # this rank's whole copy of the weights, in the compute dtype; None where nothing is sampled
+    sampler: (
+        Sampler | None
+    )  # this rank's whole copy of the weights, in the compute dtype; None where nothing is sampled
     reference: Transformer | None = None  # frozen start policy, sharded; None without a KL term
     prompts: Prompts | None = None  # of the roles, where it learns one: saved beside its weights
 
@@ -54,18 +56,31 @@ def compute_dtype(config: Config, world: World) -> torch.dtype:
     return getattr(torch, config.dtype)
 
 
-def new_learner(path: Path, config: Config, world: World, tokenizer: Tokenizer, samplers: int = 1,
-                prompts: Prompts | None = None) -> Learner:
+def new_learner(
+    path: Path,
+    config: Config,
+    world: World,
+    tokenizer: Tokenizer,
+    samplers: int = 1,
+    prompts: Prompts | None = None,
+) -> Learner:
     """samplers: how many take KV pages beside each other on a device; 0: nothing is sampled."""
     dtype = compute_dtype(config, world)
 
     def sharded() -> Transformer:
-        """From host memory: sharding moves one block at a time, so the fp32 weights are never whole on a device."""
+        """From host memory: sharding moves one block at a time, so the fp32 weights are never whole on a
+        device.
+        """
         return shard(load_model(path), world, dtype, config.replicate, config.activation_checkpointing)
 
     policy, sampler = sharded(), None
     if samplers:
-        sampler = Sampler(load_model(path, dtype, world.device), tokenizer, config.kv_pages or None, memory_share=0.8 / samplers)
+        sampler = Sampler(
+            load_model(path, dtype, world.device),
+            tokenizer,
+            config.kv_pages or None,
+            memory_share=0.8 / samplers,
+        )
     reference = sharded().requires_grad_(False) if config.kl_coef else None
     return Learner(policy, tokenizer, new_optimizer(policy, config), sampler, reference, prompts)
 
@@ -73,14 +88,19 @@ def new_learner(path: Path, config: Config, world: World, tokenizer: Tokenizer, 
 def new_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW; only matrices decay."""
     return torch.optim.AdamW(
-        [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
-         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}],
-        lr=config.lr, betas=(config.beta1, config.beta2),
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
     )
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
-    """Linear warm-up over a share of `steps`, then constant or a cosine to 0. Steps count from 0; the first one moves."""
+    """Linear warm-up over a share of `steps`, then constant or a cosine to 0. Steps count from 0; the
+    first one moves.
+    """
     warmup = max(1, round(config.warmup * steps))
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -89,7 +109,14 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def save(folder: Path, step: int, learners: dict[str, Learner], state: dict, config: Config, export: Callable = save_hf) -> None:
+def save(
+    folder: Path,
+    step: int,
+    learners: dict[str, Learner],
+    state: dict,
+    config: Config,
+    export: Callable = save_hf,
+) -> None:
     """checkpoints/step_N with everything a resume needs, and by `export` a folder that others load per learner. Collective.
 
     `latest` moves last: a run that is killed before is resumed from the checkpoint before.
@@ -104,7 +131,9 @@ def save(folder: Path, step: int, learners: dict[str, Learner], state: dict, con
 
 
 def restore(folder: Path, learners: dict[str, Learner]) -> tuple[int, dict]:
-    """Load the latest checkpoint into the learners, samplers included; (0, {}) if there is none. Collective."""
+    """Load the latest checkpoint into the learners, samplers included; (0, {}) if there is none.
+    Collective.
+    """
     step = latest_step(folder)
     if step is None:
         return 0, {}

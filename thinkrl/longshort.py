@@ -15,11 +15,11 @@ The protocol, for many conversations at once; h is the history, Γ the role's pr
 A round trains one role by GRPO against the other one, frozen; its reference is the policy as the round began.     LS Eq. 7, 8
 Every own turn is a sample of its own, whose prompt holds the partner's words: they never enter the loss.
 
-Readings. The paper bounds no conversation; here it ends, with EM = 0, after `max_turns` exchanges, when the next prompt leaves no
-room in the context, and at a malformed turn (by the tag-aware check, whatever the reward's check is). An attempt in which the
-trained role never spoke has FM = LM = 0. Released code measures length in characters, over whatever shares a process, and
-never counts a long turn as correct; `symmetric` is its correction of that. What it trains is `single_exchange`: one long turn, one
-reply, graded as it stands.
+Readings. The paper bounds no conversation; here it ends, with EM = 0, after `max_turns` exchanges, when the
+next prompt leaves no room in the context, and at a malformed turn (by the tag-aware check, whatever the
+reward's check is). An attempt in which the trained role never spoke has FM = LM = 0. Released code measures
+length in characters, over whatever shares a process, and never counts a long turn as correct; `symmetric` is
+its correction of that. What it trains is `single_exchange`: one long turn, one reply, graded as it stands.
 """
 
 from __future__ import annotations
@@ -63,18 +63,32 @@ def converse(
 ) -> list[Trajectory]:
     """`group_size` conversations about each problem, groups contiguous, each graded: `outcome_reward` and `reward` are 0 or 1.
 
-    All advance together, turn by turn; those that have ended wait. A turn's randomness has the address
-    (seed, *address, problem, sample, turn, role). `extra` holds the turns' texts ("texts") and how the conversation "ended":
-    answered | malformed | turns | context. The row's own system message is not used: the roles' prompts take its place.
+    All advance together, turn by turn; those that have ended wait. A turn's randomness has the address (seed,
+    *address, problem, sample, turn, role). `extra` holds the turns' texts ("texts") and how the conversation
+    "ended": answered | malformed | turns | context. The row's own system message is not used: the roles'
+    prompts take its place.
     """
     single = rollout == "single_exchange"
-    talks = [Trajectory(problem, sample, [], extra={"texts": [], "ended": ""})
-             for problem in problems for sample in range(group_size)]
+    talks = [
+        Trajectory(problem, sample, [], extra={"texts": [], "ended": ""})
+        for problem in problems
+        for sample in range(group_size)
+    ]
     for turn in range(1 if single else max_turns):
         for role in ROLES:
             speaking = [talk for talk in talks if not talk.extra["ended"]]
             opening = turn == 0 and role == "long"  # a group's first prompt is one, and is prefilled once
-            for talk in _speak(role, voices[role], speaking, group_size if opening else 1, turn, prompts, seed, address, suffix):
+            for talk in _speak(
+                role,
+                voices[role],
+                speaking,
+                group_size if opening else 1,
+                turn,
+                prompts,
+                seed,
+                address,
+                suffix,
+            ):
                 text = talk.extra["texts"][-1]
                 if single:
                     talk.extra["ended"] = "answered" if role == "short" else ""
@@ -88,13 +102,26 @@ def converse(
         if talk.extra["ended"] == "answered":
             closing, source = gradable(talk.text, talk.problem.source), talk.problem.source
             talk.answer = extract(closing, source)
-            talk.outcome_reward = talk.reward = float(grade(closing, talk.problem.answer, source))  # EM of LS Eq. 9
+            talk.outcome_reward = talk.reward = float(
+                grade(closing, talk.problem.answer, source)
+            )  # EM of LS Eq. 9
     return talks
 
 
-def _speak(role: str, voice: Voice, talks: list[Trajectory], n: int, turn: int, prompts: Prompts, seed: int,
-           address: tuple[int, ...], suffix: str) -> list[Trajectory]:
-    """Append one turn of `role` to each conversation; n neighbours have the same prompt. Returns those it was appended to."""
+def _speak(
+    role: str,
+    voice: Voice,
+    talks: list[Trajectory],
+    n: int,
+    turn: int,
+    prompts: Prompts,
+    seed: int,
+    address: tuple[int, ...],
+    suffix: str,
+) -> list[Trajectory]:
+    """Append one turn of `role` to each conversation; n neighbours have the same prompt. Returns those it
+    was appended to.
+    """
     context = voice.sampler.model.config.max_positions
     asked = []
     for talk in talks[::n]:
@@ -110,34 +137,59 @@ def _speak(role: str, voice: Voice, talks: list[Trajectory], n: int, turn: int, 
     if not talks:
         return []
     keys = [(*address, talk.problem.id, talk.sample, turn, ROLES.index(role)) for talk in talks]
-    groups = voice.sampler.generate(asked, n=n, max_tokens=voice.max_tokens, temperature=voice.temperature, stop=STOPS[role],
-                                    seed=seed, keys=keys)
+    groups = voice.sampler.generate(
+        asked,
+        n=n,
+        max_tokens=voice.max_tokens,
+        temperature=voice.temperature,
+        stop=STOPS[role],
+        seed=seed,
+        keys=keys,
+    )
     written = [(prompt, completion) for prompt, group in zip(asked, groups) for completion in group]
     for talk, (prompt, completion) in zip(talks, written):
-        talk.turns.append(Turn(role, prompt, completion.tokens, completion.logprobs, completion.finish_reason))
+        talk.turns.append(
+            Turn(role, prompt, completion.tokens, completion.logprobs, completion.finish_reason)
+        )
         talk.extra["texts"].append(voice.sampler.tokenizer.decode(completion.tokens))
     return talks
 
 
-def require_room(problems: Sequence[Problem], tokenizer: Tokenizer, context: int, max_tokens: int, prompts: Prompts = BUILT_IN,
-                 suffix: str = "") -> None:
-    """Raise UserError before the first step if a question leaves no room for the opening turn in the model's context."""
+def require_room(
+    problems: Sequence[Problem],
+    tokenizer: Tokenizer,
+    context: int,
+    max_tokens: int,
+    prompts: Prompts = BUILT_IN,
+    suffix: str = "",
+) -> None:
+    """Raise UserError before the first step if a question leaves no room for the opening turn in the
+    model's context.
+    """
     for problem in problems:
         length = len(build("long", messages(problem, suffix=suffix)[-1]["content"], [], tokenizer, prompts))
         if length + max_tokens > context:
-            raise UserError(f"problem {problem.id} (counted from 0): an opening prompt of {length} tokens and a turn of "
-                            f"{max_tokens} exceed the model's context of {context}; lower --max_tokens, or leave it out")
+            raise UserError(
+                f"problem {problem.id} (counted from 0): an opening prompt of {length} tokens and a turn of "
+                f"{max_tokens} exceed the model's context of {context}; lower --max_tokens, or leave it out"
+            )
 
 
 def require_same_tokenizer(long: Tokenizer, short: Tokenizer) -> None:
-    """Raise UserError unless both roles read the same ids the same way: one's ids stand in the other's prompts."""
+    """Raise UserError unless both roles read the same ids the same way: one's ids stand in the other's
+    prompts.
+    """
     if where := difference(long, short, BUILT_IN.long + BUILT_IN.short):
-        raise UserError(f"the two roles have different tokenizers, {long.path} and {short.path}: {where}; train both from models "
-                        "of one family")
+        raise UserError(
+            f"the two roles have different tokenizers, {long.path} and {short.path}: {where}; train both from models "
+            "of one family"
+        )
 
 
 def format_reward(text: str, role: str, strict: bool = False) -> float:
-    """FM of one turn: 1 if it is exactly one non-empty segment of its role, else 0. strict: by the official pattern."""
+    """FM of one turn: 1 if it is exactly one non-empty segment of its role, else 0. strict: by the
+    official pattern.
+    """
     return float(well_formed(text, role, strict))  # FM of LS Eq. 9
 
 
@@ -163,15 +215,33 @@ class RoleReward:
     total: float
 
 
-def role_rewards(talks: Sequence[Trajectory], role: str, group_size: int, *, outcome_coef: float = 1.0, format_coef: float = 1.0,
-                 length_coef: float, strict: bool = False, symmetric: bool = False) -> list[RoleReward]:
-    """Rewards of the trained role, one per conversation; groups are contiguous. length_coef is µ at this step."""
+def role_rewards(
+    talks: Sequence[Trajectory],
+    role: str,
+    group_size: int,
+    *,
+    outcome_coef: float = 1.0,
+    format_coef: float = 1.0,
+    length_coef: float,
+    strict: bool = False,
+    symmetric: bool = False,
+) -> list[RoleReward]:
+    """Rewards of the trained role, one per conversation; groups are contiguous. length_coef is µ at this
+    step.
+    """
     rewards = []
     for start in range(0, len(talks), group_size):
         group = talks[start : start + group_size]
-        own = [[text for turn, text in zip(talk.turns, talk.extra["texts"]) if turn.role == role] for talk in group]
+        own = [
+            [text for turn, text in zip(talk.turns, talk.extra["texts"]) if turn.role == role]
+            for talk in group
+        ]
         spoke = [talk for talk, texts in zip(group, own) if texts]
-        paid = iter(length_reward([own_tokens(talk, role) for talk in spoke], [talk.correct for talk in spoke], symmetric))
+        paid = iter(
+            length_reward(
+                [own_tokens(talk, role) for talk in spoke], [talk.correct for talk in spoke], symmetric
+            )
+        )
         for talk, texts in zip(group, own):
             outcome, length = talk.outcome_reward, next(paid) if texts else 0.0
             form = min((format_reward(text, role, strict) for text in texts), default=0.0)
@@ -193,8 +263,16 @@ def own_samples(talks: Sequence[Trajectory], role: str, advantages: Sequence[Ten
     for talk, advantage in zip(talks, advantages, strict=True):
         own = [(i, turn) for i, turn in enumerate(talk.turns) if turn.role == role]
         parts = advantage.split([len(turn.completion) for _, turn in own]) if own else []
-        samples += [Sample(turn.prompt, turn.completion, part, torch.tensor(turn.logprobs), f"{talk.problem.id}/{talk.sample}/{i}")
-                    for (i, turn), part in zip(own, parts)]
+        samples += [
+            Sample(
+                turn.prompt,
+                turn.completion,
+                part,
+                torch.tensor(turn.logprobs),
+                f"{talk.problem.id}/{talk.sample}/{i}",
+            )
+            for (i, turn), part in zip(own, parts)
+        ]
     return samples
 
 
@@ -209,16 +287,22 @@ class Round:
 
 
 def round_at(step: int, rounds: str, steps_per_round: int, length_coef: float = 1.0) -> Round:
-    """The round that global step `step`, from 0, belongs to. µ rises linearly over a round, from 0 to length_coef. LS §4.2"""
+    """The round that global step `step`, from 0, belongs to. µ rises linearly over a round, from 0 to
+    length_coef. LS §4.2
+    """
     roles = schedule(rounds)
     index, inside = divmod(step, steps_per_round)
-    assert 0 <= index < len(roles), f"step {step} is behind the last of {len(roles)} rounds of {steps_per_round}"
+    assert 0 <= index < len(roles), (
+        f"step {step} is behind the last of {len(roles)} rounds of {steps_per_round}"
+    )
     mu = length_coef * inside / max(1, steps_per_round - 1)
     return Round(index, roles[index], inside, mu)
 
 
 def pair_name(rounds: str, finished: int) -> str:
-    """The two policies after `finished` rounds, as the paper's tables name them: "LLSLSL" after 3 is L2⊗S1."""
+    """The two policies after `finished` rounds, as the paper's tables name them: "LLSLSL" after 3 is
+    L2⊗S1.
+    """
     done = schedule(rounds)[:finished]
     return f"L{done.count('long')}⊗S{done.count('short')}"
 
@@ -229,7 +313,9 @@ def exchanges(talks: Sequence[Trajectory]) -> list[int]:
 
 
 def summary(talks: Sequence[Trajectory]) -> dict:
-    """What a conversation adds to `evaluate.summarise`: exchanges (min, mean, max), tokens by role, how they ended."""
+    """What a conversation adds to `evaluate.summarise`: exchanges (min, mean, max), tokens by role, how
+    they ended.
+    """
     count, turns = len(talks), exchanges(talks)
     ends = [talk.extra["ended"] for talk in talks]
     return {

@@ -1,4 +1,6 @@
-"""Every logged number, defined once, and where it goes: metrics.jsonl, the tqdm bar, optional wandb / TensorBoard."""
+"""Every logged number, defined once, and where it goes: metrics.jsonl, the tqdm bar, optional wandb /
+TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ DEFINITIONS = {
 
 
 class Tally:
-    """(sum, count) pairs of one step, reduced over ranks once, as one vector. Keys must agree between ranks."""
+    """(sum, count) pairs of one step, reduced over ranks once, as one vector. Keys must agree between
+    ranks.
+    """
 
     def __init__(self) -> None:
         self.pairs: dict[str, list[float]] = {}
@@ -69,7 +73,9 @@ class Tally:
     def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
         """(sums, means) over all ranks; collective. The mean of what nobody counted is 0."""
         names = sorted(self.pairs)
-        totals = global_sum(torch.tensor([self.pairs[n] for n in names], dtype=torch.float64).reshape(-1, 2)).tolist()
+        totals = global_sum(
+            torch.tensor([self.pairs[n] for n in names], dtype=torch.float64).reshape(-1, 2)
+        ).tolist()
         sums = {name: total for name, (total, _) in zip(names, totals)}
         return sums, {name: total / count if count else 0.0 for name, (total, count) in zip(names, totals)}
 
@@ -77,8 +83,18 @@ class Tally:
 def correlation(x: Tensor, y: Tensor) -> float:
     """Pearson's, over all ranks' pairs [N]; 0 where one of them does not vary. Collective."""
     x, y = x.double().cpu(), y.double().cpu()
-    n, sx, sy, sxx, syy, sxy = global_sum(torch.stack([torch.tensor(float(len(x)), dtype=torch.float64), x.sum(), y.sum(),
-                                                       (x * x).sum(), (y * y).sum(), (x * y).sum()])).tolist()
+    n, sx, sy, sxx, syy, sxy = global_sum(
+        torch.stack(
+            [
+                torch.tensor(float(len(x)), dtype=torch.float64),
+                x.sum(),
+                y.sum(),
+                (x * x).sum(),
+                (y * y).sum(),
+                (x * y).sum(),
+            ]
+        )
+    ).tolist()
     variance = max(0.0, n * sxx - sx * sx) * max(0.0, n * syy - sy * sy)
     return (n * sxy - sx * sy) / variance**0.5 if variance > 0 else 0.0
 
@@ -86,13 +102,23 @@ def correlation(x: Tensor, y: Tensor) -> float:
 class Log:
     """Rank 0 writes; the other ranks hold a Log that does nothing."""
 
-    def __init__(self, folder: Path, main: bool, first_step: int, steps: int, wandb: bool = False, tensorboard: bool = False,
-                 settings: dict | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        main: bool,
+        first_step: int,
+        steps: int,
+        wandb: bool = False,
+        tensorboard: bool = False,
+        settings: dict | None = None,
+    ):
         self.main, self.folder = main, folder
         if not main:
             return
         self._forget_after(first_step)
-        self.bar = tqdm(total=steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True, smoothing=0.05)
+        self.bar = tqdm(
+            total=steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True, smoothing=0.05
+        )
         self.sinks = []
         if wandb:
             self.sinks.append(_wandb(folder, settings))
@@ -100,7 +126,9 @@ class Log:
             self.sinks.append(_tensorboard(folder))
 
     def _forget_after(self, step: int) -> None:
-        """A resumed run repeats the steps after its checkpoint: their old lines go, so that each step stands once."""
+        """A resumed run repeats the steps after its checkpoint: their old lines go, so that each step
+        stands once.
+        """
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
             if path.exists():
@@ -116,7 +144,9 @@ class Log:
         assert not undefined, f"logged without a definition: {undefined}"
         _append(self.folder / "metrics.jsonl", {k: _short(v) for k, v in row.items()})
         shown = {k: row[k] for k in ("reward", "accuracy", "tokens", "tokens_per_second", "loss") if k in row}
-        self.bar.set_postfix({"tok/s" if k == "tokens_per_second" else k: f"{v:.3g}" for k, v in shown.items()})
+        self.bar.set_postfix(
+            {"tok/s" if k == "tokens_per_second" else k: f"{v:.3g}" for k, v in shown.items()}
+        )
         self.bar.update()
         for sink in self.sinks:
             sink(row)
@@ -126,7 +156,9 @@ class Log:
             _append(self.folder / "samples.jsonl", {"step": step, **row})
 
     def last(self, key: str) -> float:
-        """A number of the newest step, this run's or, where nothing was left to do, the resumed one's. Rank 0 only."""
+        """A number of the newest step, this run's or, where nothing was left to do, the resumed one's.
+        Rank 0 only.
+        """
         return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])[key]
 
     def close(self) -> None:

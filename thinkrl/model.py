@@ -5,16 +5,17 @@
     x = x + down(silu(gate) * up)                     gate, up = split(gate_up(norm(x)))
     hidden = norm(x)        logits = hidden @ head.T
 
-The three differ in little: Qwen2 has a bias on q, k, v; Qwen3 normalises every head of q and k instead, and its
-head_dim is free of width / heads; Llama 3.x stretches the low RoPE frequencies.
+The three differ in little: Qwen2 has a bias on q, k, v; Qwen3 normalises every head of q and k instead, and
+its head_dim is free of width / heads; Llama 3.x stretches the low RoPE frequencies.
 
-Departures from the implementation in transformers, none of which changes a function value beyond rounding:
-- tokens are packed: T tokens of S sequences in one row, no padding and no batch dimension;
-- attention is passed in, so training, prefill, decoding and probes are one model; a block knows no cache and no mask;
-- q, k, v are one matrix, and gate, up another (checkpoint.py splits and merges them);
-- rotation and norms compute in fp32 also in a bf16 model, and round once.
+Departures from the implementation in transformers, none of which changes a function value beyond rounding: -
+tokens are packed: T tokens of S sequences in one row, no padding and no batch dimension; - attention is
+passed in, so training, prefill, decoding and probes are one model; a block knows no cache and no mask; - q,
+k, v are one matrix, and gate, up another (checkpoint.py splits and merges them); - rotation and norms compute
+in fp32 also in a bf16 model, and round once.
 
-Nothing here knows about ranks: sharding, activation checkpointing and mixed precision come to `blocks` from outside.
+Nothing here knows about ranks: sharding, activation checkpointing and mixed precision come to `blocks` from
+outside.
 """
 
 from __future__ import annotations
@@ -39,19 +40,25 @@ Rotate = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary frequencies: theta^(-2i/head_dim), stretched by `kind` for contexts longer than those of pre-training."""
+    """Rotary frequencies: theta^(-2i/head_dim), stretched by `kind` for contexts longer than those of
+    pre-training.
+    """
 
     theta: float = 10000.0
     kind: str = "default"  # default | linear | llama3
     factor: float = 1.0  # linear: every frequency is divided by it; llama3: the low ones are
     low_freq_factor: float = 1.0  # llama3: wavelengths above original / low are divided ...
-    high_freq_factor: float = 4.0  # ... those below original / high are kept, and in between the two are blended
+    high_freq_factor: float = (
+        4.0  # ... those below original / high are kept, and in between the two are blended
+    )
     original_max_positions: int = 8192
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the decoder needs to know, in our words. `source` keeps the Hugging Face config.json it was read from."""
+    """What the decoder needs to know, in our words. `source` keeps the Hugging Face config.json it was
+    read from.
+    """
 
     architecture: str
     vocab_size: int
@@ -83,7 +90,9 @@ class ModelConfig:
         """
         architecture = (raw.get("architectures") or ["none"])[0]
         if architecture not in SUPPORTED:
-            raise UserError(f"{where}: architecture {architecture} is not supported, only {', '.join(SUPPORTED)} are")
+            raise UserError(
+                f"{where}: architecture {architecture} is not supported, only {', '.join(SUPPORTED)} are"
+            )
 
         def need(key: str) -> int:
             if not isinstance(raw.get(key), int):
@@ -101,7 +110,9 @@ class ModelConfig:
         }
         for key, unsupported in refused.items():
             if unsupported:
-                raise UserError(f"{where}: {key} = {raw[key]!r} is a variant of {architecture} that is not supported")
+                raise UserError(
+                    f"{where}: {key} = {raw[key]!r} is a variant of {architecture} that is not supported"
+                )
 
         width, heads = need("hidden_size"), need("num_attention_heads")
         kv_heads = raw.get("num_key_value_heads") or heads
@@ -150,7 +161,8 @@ class ModelConfig:
             "tie_word_embeddings": self.tied,
             "hidden_act": "silu",
             "rope_parameters": rope,
-            # Both spellings, because readers written before rope_parameters would silently fall back to theta = 10,000.
+            # Both spellings, because readers written before rope_parameters would silently fall back to theta
+            # = 10,000.
             "rope_theta": self.rope.theta,
             "rope_scaling": None if self.rope.kind == "default" else rope,
         }
@@ -160,7 +172,9 @@ def _rope_from_hf(raw: dict, where: str) -> Rope:
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"{where}: rope scaling {kind!r} is not supported; supported are default, linear, llama3")
+        raise UserError(
+            f"{where}: rope scaling {kind!r} is not supported; supported are default, linear, llama3"
+        )
     theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0
     if kind == "default":
         return Rope(theta)
@@ -169,7 +183,9 @@ def _rope_from_hf(raw: dict, where: str) -> Rope:
         keys += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     for key in keys:
         if not isinstance(scaling.get(key), (int, float)):
-            raise UserError(f"{where}: rope scaling {kind!r} needs the number {key}, got {scaling.get(key, 'nothing')!r}")
+            raise UserError(
+                f"{where}: rope scaling {kind!r} needs the number {key}, got {scaling.get(key, 'nothing')!r}"
+            )
     return Rope(theta, kind, *(scaling[key] for key in keys))
 
 
@@ -177,9 +193,12 @@ def _rope_from_hf(raw: dict, where: str) -> Rope:
 def inverse_frequencies(head_dim: int, rope: Rope, device: torch.device) -> Tensor:
     """Angle per position of each pair of dimensions, [head_dim / 2] fp32.
 
-    Derived from the config, not a buffer: a model made on the meta device, moved or cast keeps exact frequencies.
+    Derived from the config, not a buffer: a model made on the meta device, moved or cast keeps exact
+    frequencies.
     """
-    frequency = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    frequency = 1.0 / rope.theta ** (
+        torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    )
     if rope.kind == "default":
         return frequency
     if rope.kind == "linear":
@@ -200,7 +219,8 @@ def sequence_positions(cu_seqlens: Tensor, T: int) -> Tensor:
 def make_rotate(positions: Tensor, head_dim: int, rope: Rope) -> Rotate:
     """RoPE as a function of heads [T, *, head_dim]: the pair (x_i, x_{i + head_dim/2}) turns by position * frequency_i.
 
-    The tables reach the blocks inside this closure, in fp32: as arguments, mixed precision would round them to bf16.
+    The tables reach the blocks inside this closure, in fp32: as arguments, mixed precision would round them
+    to bf16.
     """
     angle = positions.float()[:, None, None] * inverse_frequencies(head_dim, rope, positions.device)
     cos, sin = angle.cos(), angle.sin()
@@ -237,14 +257,18 @@ class Block(nn.Module):
         if self.q_norm is not None:
             q, k = qk.split([self.heads, self.kv_heads], dim=1)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
-        q, k = rotate(qk).split([self.heads, self.kv_heads], dim=1)  # one rotation: decoding pays per operation
+        q, k = rotate(qk).split(
+            [self.heads, self.kv_heads], dim=1
+        )  # one rotation: decoding pays per operation
         x = x + self.o(attend(self.layer, q, k, v).flatten(1))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
 class Transformer(nn.Module):
-    """The decoder. Embedding, final norm and head are the root unit under FSDP, so `logits` comes after `forward`."""
+    """The decoder. Embedding, final norm and head are the root unit under FSDP, so `logits` comes after
+    `forward`.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -265,7 +289,9 @@ class Transformer(nn.Module):
 
     @staticmethod
     def random(config: ModelConfig, seed: int = 0) -> Transformer:
-        """fp32 on the CPU: weights from N(0, 0.02²); o and down, which write to the residual, from N(0, 0.02²/2L)."""
+        """fp32 on the CPU: weights from N(0, 0.02²); o and down, which write to the residual, from N(0,
+        0.02²/2L).
+        """
         model = Transformer.empty(config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -275,7 +301,9 @@ class Transformer(nn.Module):
                 elif name.endswith("bias"):
                     parameter.zero_()
                 else:
-                    shrink = math.sqrt(2 * config.layers) if name.endswith((".o.weight", "down.weight")) else 1.0
+                    shrink = (
+                        math.sqrt(2 * config.layers) if name.endswith((".o.weight", "down.weight")) else 1.0
+                    )
                     parameter.normal_(0.0, 0.02 / shrink, generator=generator)
         return model
 
@@ -292,7 +320,8 @@ class Transformer(nn.Module):
         cu_seqlens  int32 [S+1]; may be None when both `positions` and `attend` are given
         positions   [T] int64, each token's place in its sequence; None: counted from cu_seqlens
         attend      (layer, q [T, H, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh]) -> o [T, H, Dh], after rotation and q/k norm;
-                    q, k and v are views into wider rows. None: causal attention within each sequence of cu_seqlens
+                    q, k and v are views into wider rows. None: causal attention within each sequence of
+                    cu_seqlens
         """
         if positions is None:
             positions = sequence_positions(cu_seqlens, len(tokens))

@@ -1,8 +1,8 @@
 """KV pages: allocate, share, copy on write, free.
 
-The cache of every layer is cut into pages of 16 positions. A sequence owns a page table, the list of pages that hold
-its positions in order, so its context needs no contiguous memory, and two sequences with a common beginning list the
-same pages.
+The cache of every layer is cut into pages of 16 positions. A sequence owns a page table, the list of pages
+that hold its positions in order, so its context needs no contiguous memory, and two sequences with a common
+beginning list the same pages.
 
     prompt of 37 tokens, n = 3 samples         pages of 16
         prompt    a b c                        c holds positions 32..35
@@ -10,11 +10,12 @@ same pages.
         sample 1  a b e
         sample 2  a b c                        the last one holding c writes in place
 
-One rule makes prefill, decode, preemption, probes and continuations the same operation. A sequence knows all its
-`tokens`, and K/V is `filled` for some of them, never for the last one: the model must still be fed `tokens[filled:]`,
-and what comes out behind the last of them predicts the next token. A new prompt has filled = 0; a preempted sequence
-falls back to 0; a decoding sequence is one token behind; a fork at `cut` shares the K/V of its first cut - 1 tokens and
-feeds token cut - 1 again, because the hidden state that predicts what follows the cut is not in the cache.
+One rule makes prefill, decode, preemption, probes and continuations the same operation. A sequence knows all
+its `tokens`, and K/V is `filled` for some of them, never for the last one: the model must still be fed
+`tokens[filled:]`, and what comes out behind the last of them predicts the next token. A new prompt has filled
+= 0; a preempted sequence falls back to 0; a decoding sequence is one token behind; a fork at `cut` shares the
+K/V of its first cut - 1 tokens and feeds token cut - 1 again, because the hidden state that predicts what
+follows the cut is not in the cache.
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ class PagePool:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        # Zeros, not empty: a masked position has probability 0, and 0 times a NaN left in memory would be NaN.
+        # Zeros, not empty: a masked position has probability 0, and 0 times a NaN left in memory would be
+        # NaN.
         shape = (2, num_layers, num_pages, page_size, num_kv_heads, head_dim)
-        if torch.device(device).type == "cpu":  # numpy's zeros take no memory until they are written to, torch's do
+        if (
+            torch.device(device).type == "cpu"
+        ):  # numpy's zeros take no memory until they are written to, torch's do
             zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
             self.storage = torch.from_numpy(zeros).view(dtype).view(shape)
         else:
@@ -107,7 +111,9 @@ class PagePool:
 
 
 class Pages:
-    """The page table of one sequence: `tokens`, of which the first `filled` have their K/V in the pages of `table`."""
+    """The page table of one sequence: `tokens`, of which the first `filled` have their K/V in the pages of
+    `table`.
+    """
 
     def __init__(self, pool: PagePool, tokens: list[int], table: list[int], filled: int):
         self.pool, self.tokens, self.table, self.filled = pool, tokens, table, filled
@@ -134,8 +140,8 @@ class Pages:
     def reserve(self, length: int) -> bool:
         """Make positions filled..length-1 writable; True if the table changed. Raises OutOfPages.
 
-        A page that others still list is copied before this sequence writes into it. On OutOfPages the sequence stays
-        valid and keeps what it got.
+        A page that others still list is copied before this sequence writes into it. On OutOfPages the
+        sequence stays valid and keeps what it got.
         """
         pool, changed = self.pool, False
         assert self in pool.handles, "a released sequence cannot grow"

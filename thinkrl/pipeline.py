@@ -7,10 +7,10 @@
     3 rounds       L and S are trained in turns -> L1⊗S0, L2⊗S0, L2⊗S1, …                              train.py longshort
     4 baseline     the base policy under plain GRPO, for as many steps of as many problems and attempts  train.py grpo
 
-Each stage is one torchrun. What is finished is not done again, so a killed pipeline is continued by the same command, and by no
-other: the options stand in config.json. It ends with a table and summary.json in the folder --out: the base policy, the chains it
-started from, one entry per round, GRPO. All are measured on the same held-out problems at T = 1 and greedily; tokens are those of
-both roles and of all turns.
+Each stage is one torchrun. What is finished is not done again, so a killed pipeline is continued by the same
+command, and by no other: the options stand in config.json. It ends with a table and summary.json in the
+folder --out: the base policy, the chains it started from, one entry per round, GRPO. All are measured on the
+same held-out problems at T = 1 and greedily; tokens are those of both roles and of all turns.
 """
 
 from __future__ import annotations
@@ -39,11 +39,15 @@ from thinkrl.runs import ROOT, finished, open_out, torchrun, write_json
 
 @dataclass(frozen=True)
 class Options:
-    out: str = option("runs/longshort", "folder of the stages and of summary.json; an unfinished one is continued")
+    out: str = option(
+        "runs/longshort", "folder of the stages and of summary.json; an unfinished one is continued"
+    )
     ranks: int = option(2, "processes of every torchrun")
     seed: int = option(42, "of every stage")
     chains: int = option(800, "built-in long chains to chunk")
-    rollout_tokens: int = option(40, "limit of a Monte-Carlo rollout: what a prefix is worth to a policy that must be brief")
+    rollout_tokens: int = option(
+        40, "limit of a Monte-Carlo rollout: what a prefix is worth to a policy that must be brief"
+    )
     sft_steps: int = option(200, "optimizer steps of each cold start")
     rounds: str = option("LLSLSL", "which role trains in each round")
     steps_per_round: int = option(20, "optimizer steps per round")
@@ -57,13 +61,17 @@ def parse(argv: list[str]) -> Options:
     if asks_for_help(argv):
         show_help("\n".join(["usage: python -m thinkrl.pipeline [--key value …]", *options_help(Options)]))
     options = Options(**read_options(argv, Options))
-    require_at_least(1, options, "ranks", "chains", "rollout_tokens", "sft_steps", "steps_per_round", "eval_problems")
+    require_at_least(
+        1, options, "ranks", "chains", "rollout_tokens", "sft_steps", "steps_per_round", "eval_problems"
+    )
     schedule(options.rounds)
     return options
 
 
 def open_folder(options: Options) -> Path:
-    """The folder `out`, with the options in its config.json. Raises UserError if its stages were run with others."""
+    """The folder `out`, with the options in its config.json. Raises UserError if its stages were run with
+    others.
+    """
     folder = Path(options.out)
     settings = {key: value for key, value in asdict(options).items() if key not in FREE_TO_CHANGE}
     open_out(folder, settings)
@@ -72,32 +80,77 @@ def open_folder(options: Options) -> Path:
 
 
 def run_stages(options: Options) -> None:
-    """All of it, in the folder `out`: chunk/, L0/, S0/, longshort/, grpo/. Raises UserError where a stage fails."""
+    """All of it, in the folder `out`: chunk/, L0/, S0/, longshort/, grpo/. Raises UserError where a stage
+    fails.
+    """
     folder, seed = Path(options.out).resolve(), ["--seed", str(options.seed)]
 
     def run(title: str, *arguments: str) -> None:
         print(f"\n== {title}", flush=True)
         status = subprocess.run(torchrun(options.ranks, *arguments, *seed), cwd=ROOT).returncode
         if status:
-            raise UserError(f"the stage '{title}' failed with status {status}; the same command continues from here")
+            raise UserError(
+                f"the stage '{title}' failed with status {status}; the same command continues from here"
+            )
 
     def train(title: str, name: str, preset: str, *arguments: str) -> Path:
         if not finished(folder / name):
-            run(title, "train.py", preset, "--runs_dir", str(folder), "--name", name, "--resume", "auto", *arguments)
+            run(
+                title,
+                "train.py",
+                preset,
+                "--runs_dir",
+                str(folder),
+                "--name",
+                name,
+                "--resume",
+                "auto",
+                *arguments,
+            )
         return folder / name / "checkpoints"
 
     chunks = folder / "chunk"
-    run("1 chunk", "chunk.py", "--out", str(chunks), "--limit", str(options.chains), "--max_tokens", str(options.rollout_tokens),
-        "--temperature", "1.0")
+    run(
+        "1 chunk",
+        "chunk.py",
+        "--out",
+        str(chunks),
+        "--limit",
+        str(options.chains),
+        "--max_tokens",
+        str(options.rollout_tokens),
+        "--temperature",
+        "1.0",
+    )
     start = []
     for role, name in (("long", "L0"), ("short", "S0")):
-        saved = train(f"2 cold start of {name}", name, "sft", "--data", str(chunks / f"{role}.json"), "--steps",
-                      str(options.sft_steps))
+        saved = train(
+            f"2 cold start of {name}",
+            name,
+            "sft",
+            "--data",
+            str(chunks / f"{role}.json"),
+            "--steps",
+            str(options.sft_steps),
+        )
         start += [f"--{role}", str(saved / f"step_{options.sft_steps}" / "hf")]
     measured = ["--eval_problems", str(options.eval_problems)]
-    train("3 rounds", "longshort", "longshort", *start, "--rounds", options.rounds, "--steps_per_round",
-          str(options.steps_per_round), "--save_every", str(options.steps_per_round), *measured)
-    train("4 baseline", "grpo", "grpo", "--steps", str(len(options.rounds) * options.steps_per_round), *measured)
+    train(
+        "3 rounds",
+        "longshort",
+        "longshort",
+        *start,
+        "--rounds",
+        options.rounds,
+        "--steps_per_round",
+        str(options.steps_per_round),
+        "--save_every",
+        str(options.steps_per_round),
+        *measured,
+    )
+    train(
+        "4 baseline", "grpo", "grpo", "--steps", str(len(options.rounds) * options.steps_per_round), *measured
+    )
 
 
 def collect(folder: Path, rounds: str) -> dict:
@@ -109,43 +162,67 @@ def collect(folder: Path, rounds: str) -> dict:
     base = grpo["before"]
 
     def entry(result: dict) -> dict:
-        greedy, kept = result["greedy"], ("accuracy", "tokens", "long_tokens", "short_tokens", "turns", "ended", "by_level")
+        greedy, kept = (
+            result["greedy"],
+            ("accuracy", "tokens", "long_tokens", "short_tokens", "turns", "ended", "by_level"),
+        )
         numbers = {key: result[key] for key in kept if key in result}
         numbers["aes"] = aes(result["accuracy"], result["tokens"], base["accuracy"], base["tokens"])
         numbers["greedy"] = {key: greedy[key] for key in kept if key in greedy}
-        numbers["greedy"]["aes"] = aes(greedy["accuracy"], greedy["tokens"], base["greedy"]["accuracy"], base["greedy"]["tokens"])
+        numbers["greedy"]["aes"] = aes(
+            greedy["accuracy"], greedy["tokens"], base["greedy"]["accuracy"], base["greedy"]["tokens"]
+        )
         return numbers
 
     return {
         "base": entry(base),
-        "long_chains": {"chains": len(chains), "tokens": sum(sum(chain["lengths"]) for chain in chains) / len(chains),
-                        "thoughts": sum(len(chain["thoughts"]) for chain in chains) / len(chains),
-                        "exchanges": sum(len(chain["segments"]) / 2 for chain in chains) / len(chains)},
-        "rounds": [{"policies": name, "trained": trained, **entry(result)}
-                   for name, trained, result in zip(names, [None, *schedule(rounds)], results)],
+        "long_chains": {
+            "chains": len(chains),
+            "tokens": sum(sum(chain["lengths"]) for chain in chains) / len(chains),
+            "thoughts": sum(len(chain["thoughts"]) for chain in chains) / len(chains),
+            "exchanges": sum(len(chain["segments"]) / 2 for chain in chains) / len(chains),
+        },
+        "rounds": [
+            {"policies": name, "trained": trained, **entry(result)}
+            for name, trained, result in zip(names, [None, *schedule(rounds)], results)
+        ],
         "grpo": entry(grpo["after"]),
     }
 
 
 def table(summary: dict) -> str:
-    rows = [("base policy", summary["base"]), *((r["policies"], r) for r in summary["rounds"]), ("base + GRPO", summary["grpo"])]
-    lines = ["| policies | T=1 accuracy | tokens | long + short | turns min/mean/max | AES | greedy accuracy | tokens | AES |",
-             "|---" * 9 + "|"]
+    rows = [
+        ("base policy", summary["base"]),
+        *((r["policies"], r) for r in summary["rounds"]),
+        ("base + GRPO", summary["grpo"]),
+    ]
+    lines = [
+        "| policies | T=1 accuracy | tokens | long + short | turns min/mean/max | AES | greedy accuracy | tokens | AES |",
+        "|---" * 9 + "|",
+    ]
     for name, r in rows:
         split = f"{r['long_tokens']:.1f} + {r['short_tokens']:.1f}" if "turns" in r else ""
-        turns = f"{r['turns']['min']} / {r['turns']['mean']:.2f} / {r['turns']['max']}" if "turns" in r else ""
+        turns = (
+            f"{r['turns']['min']} / {r['turns']['mean']:.2f} / {r['turns']['max']}" if "turns" in r else ""
+        )
         greedy = r["greedy"]
-        lines.append(f"| {name} | {r['accuracy']:.1%} | {r['tokens']:.1f} | {split} | {turns} | {r['aes']:+.2f} | "
-                     f"{greedy['accuracy']:.1%} | {greedy['tokens']:.1f} | {greedy['aes']:+.2f} |")
+        lines.append(
+            f"| {name} | {r['accuracy']:.1%} | {r['tokens']:.1f} | {split} | {turns} | {r['aes']:+.2f} | "
+            f"{greedy['accuracy']:.1%} | {greedy['tokens']:.1f} | {greedy['aes']:+.2f} |"
+        )
     return "\n".join(lines)
 
 
 def require_exchanges(summary: dict) -> None:
-    """Raise UserError if some pair of policies never used a second turn: then nothing cooperates, whatever the accuracy."""
+    """Raise UserError if some pair of policies never used a second turn: then nothing cooperates, whatever
+    the accuracy.
+    """
     single = [r["policies"] for r in summary["rounds"] if r["turns"]["max"] == 1]
     if single:
-        raise UserError(f"every conversation of {', '.join(single)} ended at its first turn: the roles did not learn to ask again; "
-                        "see chunk/summary.json for how many chains have more than one exchange")
+        raise UserError(
+            f"every conversation of {', '.join(single)} ended at its first turn: the roles did not learn to ask again; "
+            "see chunk/summary.json for how many chains have more than one exchange"
+        )
 
 
 def main(options: Options) -> None:
@@ -157,7 +234,9 @@ def main(options: Options) -> None:
         run_stages(options)
         summary = collect(folder, options.rounds)
         write_json(folder / "summary.json", summary)
-        print(f"\n{table(summary)}\nsummary: {folder}/summary.json   conversations: {folder}/longshort/report.html")
+        print(
+            f"\n{table(summary)}\nsummary: {folder}/summary.json   conversations: {folder}/longshort/report.html"
+        )
         require_exchanges(summary)
     except UserError as mistake:
         excuse("pipeline", mistake, status=1)

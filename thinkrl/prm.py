@@ -3,9 +3,10 @@
     P(positive)_t = softmax(score(h_t))_1                         h_t: hidden state behind the last token of a prefix
     loss = -sum_n [y_n log P_n + (1 - y_n) log(1 - P_n)] / N      y_n: share of M continuations of prefix n that are right
 
-A prefix is the prompt and the first episodes of a completion, so the K+1 probabilities along a completion are one way to
-fill J_0, …, J_K of the fitting gain (`--gain prm`). The labels are Monte-Carlo estimates of the same expectation, and with
-M > 1 they are soft: the cross-entropy is then least where P is the policy's chance, not where it is a verdict.
+A prefix is the prompt and the first episodes of a completion, so the K+1 probabilities along a completion are
+one way to fill J_0, …, J_K of the fitting gain (`--gain prm`). The labels are Monte-Carlo estimates of the
+same expectation, and with M > 1 they are soft: the cross-entropy is then least where P is the policy's
+chance, not where it is a verdict.
 
 Two kinds of checkpoint differ in four points:
 
@@ -15,9 +16,10 @@ Two kinds of checkpoint differ in four points:
     J_0           at the end of the prompt           at a separator behind the prompt, in a row of its own
     vocabulary    the policy's, whose ids it reads   its own: attempts are told again in its words (`retell`)
 
-Readings: separator models were trained without a J_0. It is asked for in a row of its own because an empty step in front
-would stand in the context of all later ones. How long an attempt is in their words shows when it is told, so a step that
-reaches beyond their context is not read, nor any after it: J stays where it was, and those episodes gain nothing.
+Readings: separator models were trained without a J_0. It is asked for in a row of its own because an empty
+step in front would stand in the context of all later ones. How long an attempt is in their words shows when
+it is told, so a step that reaches beyond their context is not read, nor any after it: J stays where it was,
+and those episodes gain nothing.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ class StepRewardModel(nn.Module):
         self.separator, self.forwards = separator, 0
         self.body = Transformer(replace(config, tied=True))  # tied: no LM head is allocated
         D = config.width
-        self.score = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 2)) if two_layers else nn.Linear(D, 2)
+        self.score = (
+            nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 2)) if two_layers else nn.Linear(D, 2)
+        )
 
     @property
     def config(self) -> ModelConfig:
@@ -104,7 +108,9 @@ def label_positions(p: Pack) -> Tensor:
     return ((p.mask > 0) & (p.advantage >= 0)).nonzero().flatten()
 
 
-def pack_loss(model: StepRewardModel, p: Pack, denominator: Tensor | float) -> tuple[Tensor, dict[str, tuple]]:
+def pack_loss(
+    model: StepRewardModel, p: Pack, denominator: Tensor | float
+) -> tuple[Tensor, dict[str, tuple]]:
     """`prm_loss` of a row made of `samples`, and the (sum, count) of |P(positive) - label|.
 
     A row without labels runs the whole model too and has zero gradients, so ranks stay in step.
@@ -133,9 +139,15 @@ def score_completions(
     return [torch.cat([next(scores) for _ in attempt]) for attempt in rows]
 
 
-def _rows(model: StepRewardModel, prompt: list[int], completion: list[int], prefixes: list[int]) -> Iterator[Row]:
+def _rows(
+    model: StepRewardModel, prompt: list[int], completion: list[int], prefixes: list[int]
+) -> Iterator[Row]:
     """The sequences whose scores, one after the other, are J_0, …, J_K."""
-    assert prompt and prefixes == sorted(prefixes) and prefixes[-1] <= len(completion), (len(prompt), prefixes, len(completion))
+    assert prompt and prefixes == sorted(prefixes) and prefixes[-1] <= len(completion), (
+        len(prompt),
+        prefixes,
+        len(completion),
+    )
     if model.separator is None:
         yield [*prompt, *completion[: prefixes[-1]]], [len(prompt) + n - 1 for n in prefixes]
         return
@@ -160,16 +172,20 @@ def _score_rows(model: StepRewardModel, rows: list[Row], budget: int) -> Iterato
         starts = torch.tensor([0] + [len(tokens) for tokens, _ in batch]).cumsum(0)
         positions = [start + at for start, (_, row) in zip(starts.tolist(), batch) for at in row]
         tokens = torch.tensor([token for row, _ in batch for token in row])
-        scores = model.step_scores(tokens.to(device), starts.int().to(device), torch.tensor(positions, device=device))
+        scores = model.step_scores(
+            tokens.to(device), starts.int().to(device), torch.tensor(positions, device=device)
+        )
         yield from scores.cpu().split([len(positions) for _, positions in batch])
 
 
-def retell(question: str, steps: list[str], tokenizer: Tokenizer, context: int) -> tuple[list[int], list[int], list[int]]:
+def retell(
+    question: str, steps: list[str], tokenizer: Tokenizer, context: int
+) -> tuple[list[int], list[int], list[int]]:
     """(prompt, completion, prefixes) of an attempt in the words and ids of a separator model, for `score_completions`.
 
-    steps are the episodes' texts, of which the tags are left out; each is encoded apart, as the separators between them
-    would have it. `tokenizer` and `context` are the reward model's own; steps that do not fit, separators included, are
-    left out, with their prefixes.
+    steps are the episodes' texts, of which the tags are left out; each is encoded apart, as the separators
+    between them would have it. `tokenizer` and `context` are the reward model's own; steps that do not fit,
+    separators included, are left out, with their prefixes.
     """
     prompt, completion, prefixes = _told_prompt(question, tokenizer), [], [0]
     for step in steps:
@@ -182,18 +198,27 @@ def retell(question: str, steps: list[str], tokenizer: Tokenizer, context: int) 
 
 
 def _told_prompt(question: str, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode_chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}])
+    return tokenizer.encode_chat(
+        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    )
 
 
 def require_same_ids(policy: Tokenizer, prm: Tokenizer) -> None:
     """Raise UserError unless a model without separators reads the policy's ids as the policy writes them."""
     if where := difference(policy, prm, SYSTEM):
-        raise UserError(f"the reward model {prm.path} reads ids otherwise than the policy {policy.path} writes them: {where}; "
-                        "train one from this policy, by train.py prm")
+        raise UserError(
+            f"the reward model {prm.path} reads ids otherwise than the policy {policy.path} writes them: {where}; "
+            "train one from this policy, by train.py prm"
+        )
 
 
-def require_context(model: StepRewardModel, tokenizer: Tokenizer, problems: Sequence[Problem], prompts: Sequence[list[int]],
-                    max_tokens: int) -> None:
+def require_context(
+    model: StepRewardModel,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+) -> None:
     """Raise UserError before the first step if the reward model's context is too short for a prompt and what must follow.
 
     That is a whole completion, or, told to a separator model, the separator at which J_0 is read.
@@ -202,8 +227,10 @@ def require_context(model: StepRewardModel, tokenizer: Tokenizer, problems: Sequ
         if model.separator is not None:
             prompt, max_tokens = _told_prompt(problem.question, tokenizer), 1
         if len(prompt) + max_tokens > model.config.max_positions:
-            raise UserError(f"problem {problem.id} (counted from 0): a prompt of {len(prompt)} tokens and {max_tokens} more exceed "
-                            f"the reward model's context of {model.config.max_positions}; lower --max_tokens, or use another --prm")
+            raise UserError(
+                f"problem {problem.id} (counted from 0): a prompt of {len(prompt)} tokens and {max_tokens} more exceed "
+                f"the reward model's context of {model.config.max_positions}; lower --max_tokens, or use another --prm"
+            )
 
 
 def prefix_labels(
@@ -225,7 +252,9 @@ def prefix_labels(
 
     Equal prefixes are continued once: the K+1 of a group's trajectories share their J_0.
     """
-    places: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # ids up to here -> (trajectory, k) that ask for them
+    places: dict[
+        tuple[int, ...], list[tuple[int, int]]
+    ] = {}  # ids up to here -> (trajectory, k) that ask for them
     for i, (trajectory, counts) in enumerate(zip(trajectories, prefixes, strict=True)):
         turn = trajectory.turns[0]
         for k, count in enumerate(counts):
@@ -233,19 +262,30 @@ def prefix_labels(
             places.setdefault(ids, []).append((i, k))
     firsts = [(trajectories[i], k) for (i, k), *_ in places.values()]
     keys = [(*address, t.problem.id, t.sample, k, m) for t, k in firsts for m in range(continuations)]
-    groups = sampler.generate([list(ids[1:]) for ids in places], n=continuations, max_tokens=max_tokens,
-                              temperature=temperature, stop_ids=tokenizer.stop_ids, seed=seed, keys=keys)
+    groups = sampler.generate(
+        [list(ids[1:]) for ids in places],
+        n=continuations,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        stop_ids=tokenizer.stop_ids,
+        seed=seed,
+        keys=keys,
+    )
     labels = [torch.zeros(len(counts)) for counts in prefixes]
     for asked, group in zip(places.values(), groups):
         i, k = asked[0]
         problem, begin = trajectories[i].problem, trajectories[i].turns[0].completion[: prefixes[i][k]]
-        right = sum(grade(tokenizer.decode([*begin, *c.tokens]), problem.answer, problem.source) for c in group)
+        right = sum(
+            grade(tokenizer.decode([*begin, *c.tokens]), problem.answer, problem.source) for c in group
+        )
         for i, k in asked:
             labels[i][k] = right / continuations
     return labels
 
 
-def samples(trajectories: Sequence[Trajectory], prefixes: Sequence[list[int]], labels: Sequence[Tensor]) -> list[Sample]:
+def samples(
+    trajectories: Sequence[Trajectory], prefixes: Sequence[list[int]], labels: Sequence[Tensor]
+) -> list[Sample]:
     """Rows to pack and train on: each label stands in `advantage` at the last token of its prefix, NO_LABEL elsewhere.
 
     The prompt counts as completion here, because J_0 is read at its last token.
@@ -260,26 +300,40 @@ def samples(trajectories: Sequence[Trajectory], prefixes: Sequence[list[int]], l
     return out
 
 
-def new_prm(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> StepRewardModel:
-    """The decoder of a policy's Hugging Face folder under a head of zeros: every P(positive) starts at 1/2."""
+def new_prm(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> StepRewardModel:
+    """The decoder of a policy's Hugging Face folder under a head of zeros: every P(positive) starts at
+    1/2.
+    """
     path = Path(path)
     model = _empty(_body_config(path), False, None, dtype, device)
-    fill(model, path, tensor_files(path), {ours: parts for ours, parts in _layout(model).items() if ours.startswith("body.")})
+    fill(
+        model,
+        path,
+        tensor_files(path),
+        {ours: parts for ours, parts in _layout(model).items() if ours.startswith("body.")},
+    )
     for parameter in model.score.parameters():
         nn.init.zeros_(parameter)
     return model
 
 
-def load_prm(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> StepRewardModel:
+def load_prm(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> StepRewardModel:
     """Read a folder written by `save_prm`, or one of the Qwen2.5-Math-PRM kind.
 
-    Raises UserError, naming file and tensor, for a checkpoint without a score head and for whatever else is missing.
+    Raises UserError, naming file and tensor, for a checkpoint without a score head and for whatever else is
+    missing.
     """
     path = Path(path)
     config, files = _body_config(path), tensor_files(path)
     if not {"score.weight", "score.0.weight"} & files.keys():
-        raise UserError(f"{path}: tensor score.weight (one layer) or score.0.weight (two) is missing, so this is not a step "
-                        "reward model; train.py prm makes one")
+        raise UserError(
+            f"{path}: tensor score.weight (one layer) or score.0.weight (two) is missing, so this is not a step "
+            "reward model; train.py prm makes one"
+        )
     separator = None if config.source.get("thinkrl_prm") else _separator(path)
     model = _empty(config, "score.0.weight" in files, separator, dtype, device)
     fill(model, path, files, _layout(model))
@@ -301,10 +355,20 @@ def save_prm(model: StepRewardModel, tokenizer: Tokenizer | None, path: str | Pa
         if folder:
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-            write_json(folder / "config.json", model.config.to_hf() | {
-                "architectures": [model.config.architecture.replace("ForCausalLM", "ForProcessRewardModel")],
-                "thinkrl_prm": model.separator is None, "num_labels": 2,
-                "tie_word_embeddings": False, "dtype": dtype, "torch_dtype": dtype})
+            write_json(
+                folder / "config.json",
+                model.config.to_hf()
+                | {
+                    "architectures": [
+                        model.config.architecture.replace("ForCausalLM", "ForProcessRewardModel")
+                    ],
+                    "thinkrl_prm": model.separator is None,
+                    "num_labels": 2,
+                    "tie_word_embeddings": False,
+                    "dtype": dtype,
+                    "torch_dtype": dtype,
+                },
+            )
             if tokenizer is not None:
                 tokenizer.save(folder)
 
@@ -319,12 +383,18 @@ def _body_config(path: Path) -> ModelConfig:
 def _separator(path: Path) -> int:
     tokenizer = Tokenizer(path)
     ids = tokenizer.encode(SEPARATOR)
-    if len(ids) != 1 or tokenizer.decode(ids) != SEPARATOR:  # a tokenizer may also drop characters that it does not know
-        raise UserError(f"{path}: its tokenizer has no token {SEPARATOR}, behind which such a model scores its steps")
+    if (
+        len(ids) != 1 or tokenizer.decode(ids) != SEPARATOR
+    ):  # a tokenizer may also drop characters that it does not know
+        raise UserError(
+            f"{path}: its tokenizer has no token {SEPARATOR}, behind which such a model scores its steps"
+        )
     return ids[0]
 
 
-def _empty(config: ModelConfig, two_layers: bool, separator: int | None, dtype: torch.dtype, device) -> StepRewardModel:
+def _empty(
+    config: ModelConfig, two_layers: bool, separator: int | None, dtype: torch.dtype, device
+) -> StepRewardModel:
     with torch.device("meta"):
         model = StepRewardModel(config, two_layers, separator).to(dtype)
     return model.to_empty(device=device)
@@ -333,4 +403,6 @@ def _empty(config: ModelConfig, two_layers: bool, separator: int | None, dtype: 
 def _layout(model: StepRewardModel) -> Layout:
     """`checkpoint.hf_layout`, with the head: its tensors are named alike here and there."""
     body = {f"body.{ours}": parts for ours, parts in hf_layout(model.config).items()}
-    return body | {name: [(name, tuple(p.shape))] for name, p in model.named_parameters() if name.startswith("score.")}
+    return body | {
+        name: [(name, tuple(p.shape))] for name, p in model.named_parameters() if name.startswith("score.")
+    }

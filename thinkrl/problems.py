@@ -5,12 +5,13 @@
     FILE.parquet               the same, or verl's data_source, prompt, reward_model.ground_truth (`[parquet]` extra)
     hub:owner/name[:split]     such files of a Hugging Face dataset (`[hub]` extra)
 
-An answer may come inside a solution, behind the marker of its grading rule ("… #### 42"). A row names its rule in `source`
-or `data_source`; rows that name none take the caller's, else `gsm8k` if the answer has its marker, else `math`.
-A row with `options` (or GPQA's columns "Correct Answer", "Incorrect Answer 1" …, or a question that ends in "Candidate answer:
-(1) …, or (2) …") is multiple choice: its options are lettered in an order that follows from the question alone, and the gold
-answer is a letter. Published files keep the right one first.
-Everything is read and checked before the first step: what cannot be read stops the run with file, row and field.
+An answer may come inside a solution, behind the marker of its grading rule ("… #### 42"). A row names its
+rule in `source` or `data_source`; rows that name none take the caller's, else `gsm8k` if the answer has its
+marker, else `math`. A row with `options` (or GPQA's columns "Correct Answer", "Incorrect Answer 1" …, or a
+question that ends in "Candidate answer: (1) …, or (2) …") is multiple choice: its options are lettered in an
+order that follows from the question alone, and the gold answer is a letter. Published files keep the right
+one first. Everything is read and checked before the first step: what cannot be read stops the run with file,
+row and field.
 """
 
 from __future__ import annotations
@@ -36,20 +37,26 @@ Generator = Callable[[int, int], Row]  # (seed, index) -> row `index` of an endl
 # What a question is followed by if it does not say itself where the answer goes; by grading rule.
 INSTRUCTIONS = {
     "arith": ("", ""),
-    "gsm8k": ("####", "Think step by step, then give the final answer as a number after ####, on a line of its own."),
+    "gsm8k": (
+        "####",
+        "Think step by step, then give the final answer as a number after ####, on a line of its own.",
+    ),
     "math": (r"\boxed", r"Think step by step, then put the final answer in \boxed{}."),
 }
 
 
-CANDIDATES = re.compile(r"\s*Candidate answers?:\s*(?=\(1\))")  # what stands before the options in Long⊗Short's GPQA file
+CANDIDATES = re.compile(
+    r"\s*Candidate answers?:\s*(?=\(1\))"
+)  # what stands before the options in Long⊗Short's GPQA file
 GPQA_OPTIONS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
 
 class Stream(Generic[Row]):
     """An endless stream of rows for training, cut into steps. It has no state: a step's rows follow from its number.
 
-    A list is shuffled anew in each epoch, by (seed, epoch) alone, and gives len // n steps of n rows; the few left over
-    wait for the next epoch, so that no row comes twice in one step. A generator is simply counted through.
+    A list is shuffled anew in each epoch, by (seed, epoch) alone, and gives len // n steps of n rows; the few
+    left over wait for the next epoch, so that no row comes twice in one step. A generator is simply counted
+    through.
     """
 
     def __init__(self, rows: list[Row] | Generator, seed: int):
@@ -59,20 +66,24 @@ class Stream(Generic[Row]):
     def take(self, step: int, n: int, rank: int = 0, world: int = 1) -> list[Row]:
         """This rank's rows of a step of n: contiguous blocks that make up the same step, in order, for any `world`.
 
-        Earlier ranks take one more where n does not divide. Raises UserError if the list has fewer than n rows.
+        Earlier ranks take one more where n does not divide. Raises UserError if the list has fewer than n
+        rows.
         """
         block = share(n, rank, world)
         if callable(self.rows):
             return [self.rows(self.seed, step * n + i) for i in block]
         if n > len(self.rows):
-            raise UserError(f"the data has {len(self.rows)} rows, fewer than the {n} of one step: lower --problems_per_step")
+            raise UserError(
+                f"the data has {len(self.rows)} rows, fewer than the {n} of one step: lower --problems_per_step"
+            )
         epoch, step = divmod(step, len(self.rows) // n)
         order = _order(self.seed, epoch, len(self.rows))
         return [self.rows[order[step * n + i]] for i in block]
 
-
     def foreseen(self, n: int) -> list[Row]:
-        """What can be looked at before the first step: the whole list, or what a generator gives to a first step of n."""
+        """What can be looked at before the first step: the whole list, or what a generator gives to a
+        first step of n.
+        """
         return self.take(0, n) if callable(self.rows) else self.rows
 
 
@@ -86,7 +97,8 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
 def load_problems(spec: str, source: str = "") -> list[Problem] | Generator:
     """All problems of a file or dataset (see the module), or for "arith" the generator of its training stream.
 
-    source: the grading rule of rows that name none. Raises UserError, naming file, row and field, for anything unreadable.
+    source: the grading rule of rows that name none. Raises UserError, naming file, row and field, for
+    anything unreadable.
     """
     if spec == "arith":
         return arith.training_problem
@@ -112,8 +124,9 @@ def spread(problems: list[Problem], count: int) -> list[Problem]:
 def messages(problem: Problem, system: str = "", suffix: str = "") -> list[dict[str, str]]:
     """The chat that asks the problem.
 
-    system: used where the row brings none. suffix: appended to the question after a line break; empty: the `INSTRUCTIONS` of
-    the problem's grading rule, unless the question mentions the answer's marker itself (verl's rows do).
+    system: used where the row brings none. suffix: appended to the question after a line break; empty: the
+    `INSTRUCTIONS` of the problem's grading rule, unless the question mentions the answer's marker itself
+    (verl's rows do).
     """
     if not suffix:
         marker, instruction = INSTRUCTIONS[rule_set(problem.source)]
@@ -126,7 +139,8 @@ def messages(problem: Problem, system: str = "", suffix: str = "") -> list[dict[
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """(where, row) for each row of a JSONL, JSON-list or parquet file; where is "path:row", counted from 1 as lines are.
 
-    Raises UserError for a file that is missing, empty or not of its kind, and for a row that is not an object.
+    Raises UserError for a file that is missing, empty or not of its kind, and for a row that is not an
+    object.
     """
     path = Path(path)
     if not path.is_file():
@@ -142,7 +156,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def text_field(row: dict, where: str, *names: str) -> str:
-    """The first of these fields that is not empty, as text; "" if all are. UserError for one that is no text and no number."""
+    """The first of these fields that is not empty, as text; "" if all are. UserError for one that is no
+    text and no number.
+    """
     for name in names:
         value = row.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -167,7 +183,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield f"{path}:{number}", json.loads(line)
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number or a nesting beyond what Python reads
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # not JSON, not UTF-8, a number or a nesting beyond what Python reads
             line = getattr(error, "lineno", 1) if is_list else number
             raise UserError(f"{path}:{line}: not valid JSON ({error})") from None
 
@@ -198,7 +217,10 @@ def _problem(index: int, row: dict, where: str, default: str) -> Problem:
         extra, gold_field = row.get("extra_info"), "reward_model.ground_truth"
         solution = text_field(extra, where, "answer") if isinstance(extra, dict) else ""
     else:
-        question, system = text_field(row, where, "problem", "question", "Question"), text_field(row, where, "system")
+        question, system = (
+            text_field(row, where, "problem", "question", "Question"),
+            text_field(row, where, "system"),
+        )
         answer, gold_field = text_field(row, where, "answer", "Correct Answer"), "answer"
         solution = text_field(row, where, "solution")
         question, options = _options(question, row, where)
@@ -224,7 +246,10 @@ def _problem(index: int, row: dict, where: str, default: str) -> Problem:
 def _options(question: str, row: dict, where: str) -> tuple[str, list[str]]:
     """The question without its options, and these; none for a row that is not multiple choice."""
     if "options" in row:
-        options, needed = row["options"], f"field 'options' must be a list of 2 to {len(ascii_uppercase)} different texts"
+        options, needed = (
+            row["options"],
+            f"field 'options' must be a list of 2 to {len(ascii_uppercase)} different texts",
+        )
     elif GPQA_OPTIONS[0] in row:
         options = [text_field(row, where, name) for name in GPQA_OPTIONS]
         needed = f"fields {', '.join(map(repr, GPQA_OPTIONS))} must be different texts, none of them empty"
@@ -234,7 +259,11 @@ def _options(question: str, row: dict, where: str) -> tuple[str, list[str]]:
         question = question[: found.start()]
     else:
         return question, []
-    options = [text.strip() if isinstance(text, str) else "" for text in options] if isinstance(options, list) else []
+    options = (
+        [text.strip() if isinstance(text, str) else "" for text in options]
+        if isinstance(options, list)
+        else []
+    )
     if not all(options) or not 2 <= len(set(options)) == len(options) <= len(ascii_uppercase):
         raise UserError(f"{where}: {needed}")
     return question, options
@@ -248,25 +277,39 @@ def _candidates(text: str) -> list[str]:
 
 
 def _lettered(question: str, options: list[str], answer: str, where: str) -> tuple[str, str]:
-    """The question with its options as (A), (B), … in an order of its own, and the letter of the right one."""
+    """The question with its options as (A), (B), … in an order of its own, and the letter of the right
+    one.
+    """
     answer = answer.strip()
     if answer not in options:
-        raise UserError(f"{where}: field 'answer' must be one of the options, to the letter: {answer!r} is none of them")
+        raise UserError(
+            f"{where}: field 'answer' must be one of the options, to the letter: {answer!r} is none of them"
+        )
     order = random.Random(f"options/{question}").sample(options, len(options))
     lines = [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, order)]
-    return "\n".join([question, *lines, "Answer with the letter of one option."]), ascii_uppercase[order.index(answer)]
+    return "\n".join([question, *lines, "Answer with the letter of one option."]), ascii_uppercase[
+        order.index(answer)
+    ]
 
 
 def _verl(row: dict, where: str) -> tuple[str, str, str]:
     """Question, gold and system message of a row in verl's layout."""
-    gold = text_field(row["reward_model"], where, "ground_truth") if isinstance(row["reward_model"], dict) else ""
+    gold = (
+        text_field(row["reward_model"], where, "ground_truth")
+        if isinstance(row["reward_model"], dict)
+        else ""
+    )
     if not gold:
         raise UserError(f"{where}: field 'reward_model.ground_truth' is missing or empty")
     chat = row.get("prompt")
     chat = chat if isinstance(chat, list) and all(isinstance(m, dict) for m in chat) else []
     roles = [m.get("role") for m in chat]
-    if roles not in (["user"], ["system", "user"]) or not all(isinstance(m.get("content"), str) for m in chat):
-        raise UserError(f"{where}: field 'prompt' must be a list of messages, [system,] user, each with role and content")
+    if roles not in (["user"], ["system", "user"]) or not all(
+        isinstance(m.get("content"), str) for m in chat
+    ):
+        raise UserError(
+            f"{where}: field 'prompt' must be a list of messages, [system,] user, each with role and content"
+        )
     system = chat[0]["content"] if len(chat) == 2 else ""
     return chat[-1]["content"], gold, system
 
@@ -293,7 +336,10 @@ def data_files(spec: str) -> list[Path]:
     _, name, split = f"{spec}:train".split(":")[:3]
     try:
         files = huggingface_hub.list_repo_files(name, repo_type="dataset")
-        return [Path(huggingface_hub.hf_hub_download(name, f, repo_type="dataset")) for f in split_files(files, split, spec)]
+        return [
+            Path(huggingface_hub.hf_hub_download(name, f, repo_type="dataset"))
+            for f in split_files(files, split, spec)
+        ]
     except UserError:
         raise
     except Exception as error:  # of many kinds, by transport and version: not found, no access, no network
@@ -303,7 +349,8 @@ def data_files(spec: str) -> list[Path]:
 def split_files(files: list[str], split: str, spec: str) -> list[str]:
     """Those files of a dataset whose name starts with the split: train -> data/train-00000-of-00002.parquet, train.jsonl.
 
-    A folder in the split's name chooses between configurations: main/train. UserError if none or several folders fit.
+    A folder in the split's name chooses between configurations: main/train. UserError if none or several
+    folders fit.
     """
     data = [f for f in files if f.endswith((".parquet", ".jsonl", ".json"))]
     folder, _, stem = split.rpartition("/")
@@ -315,7 +362,11 @@ def split_files(files: list[str], split: str, spec: str) -> list[str]:
     chosen = sorted(filter(fits, data))
     folders = sorted({f.rpartition("/")[0] for f in chosen})
     if not chosen:
-        raise UserError(f"{spec}: no .parquet or .jsonl file starts with {split!r}; it has {', '.join(data) or 'none'}")
+        raise UserError(
+            f"{spec}: no .parquet or .jsonl file starts with {split!r}; it has {', '.join(data) or 'none'}"
+        )
     if len(folders) > 1:
-        raise UserError(f"{spec}: several folders have this split: name one, {' or '.join(f'{f}/{stem}' for f in folders)}")
+        raise UserError(
+            f"{spec}: several folders have this split: name one, {' or '.join(f'{f}/{stem}' for f in folders)}"
+        )
     return chosen

@@ -2,12 +2,12 @@
 
     python -m thinkrl.report runs/NAME        writes runs/NAME/report.html; also for a run that is still going
 
-Reads config.json, metrics.jsonl, samples.jsonl and summary.json; what is missing leaves its section out. The text of an
-episode follows from token ids, so colours need a tokenizer: that of the newest hf folder under checkpoints/. Without one the
-whole text is shown plain.
+Reads config.json, metrics.jsonl, samples.jsonl and summary.json; what is missing leaves its section out. The
+text of an episode follows from token ids, so colours need a tokenizer: that of the newest hf folder under
+checkpoints/. Without one the whole text is shown plain.
 
-Everything from the run is data, model text above all: it is escaped, control and direction characters are made visible or
-isolated, and the page's own policy forbids scripts and any request.
+Everything from the run is data, model text above all: it is escaped, control and direction characters are
+made visible or isolated, and the page's own policy forbids scripts and any request.
 """
 
 from __future__ import annotations
@@ -32,8 +32,26 @@ from thinkrl.tokenizer import Tokenizer
 CURVES = ("reward", "accuracy", "tokens", "loss", "entropy", "grad_norm", "mismatch")
 SHARES = {"accuracy", "truncated", "zero_groups", "clip_fraction", "malformed", "format"}  # shown in per cent
 HOVERED = 80  # a curve answers the pointer at this many places at most
-SHOWN = {"step", "problem", "sample", "question", "gold", "level", "answer", "text", "outcome_reward", "reward", "turns",
-         "advantage", "ends", "J", "compression", "penalty", "process_reward", "malformed"}
+SHOWN = {
+    "step",
+    "problem",
+    "sample",
+    "question",
+    "gold",
+    "level",
+    "answer",
+    "text",
+    "outcome_reward",
+    "reward",
+    "turns",
+    "advantage",
+    "ends",
+    "J",
+    "compression",
+    "penalty",
+    "process_reward",
+    "malformed",
+}
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 
 
@@ -52,9 +70,13 @@ def write_report(folder: Path) -> Path:
         _completions(_some_samples(folder / "samples.jsonl"), _tokenizer(folder)),
         _options(config),
     ]
-    page = PAGE.format(title=_text(folder.resolve().name), style=STYLE, body="\n".join(filter(None, sections)))
+    page = PAGE.format(
+        title=_text(folder.resolve().name), style=STYLE, body="\n".join(filter(None, sections))
+    )
     path, temporary = folder / "report.html", folder / "report.html.tmp"
-    temporary.write_bytes(page.encode("utf-8", "replace"))  # JSON can spell half a surrogate pair, UTF-8 cannot
+    temporary.write_bytes(
+        page.encode("utf-8", "replace")
+    )  # JSON can spell half a surrogate pair, UTF-8 cannot
     os.replace(temporary, path)
     return path
 
@@ -111,7 +133,9 @@ def _change(before: float | None, after: float | None, key: str) -> str:
     """Accuracy in points, anything else relative to its start."""
     if before is None or after is None or not (key in SHARES or before):
         return ""
-    verdict = "same" if after == before else "good" if (after > before) == (key in SHARES) else "bad"  # more accuracy, fewer tokens
+    verdict = (
+        "same" if after == before else "good" if (after > before) == (key in SHARES) else "bad"
+    )  # more accuracy, fewer tokens
     difference = after - before if key in SHARES else after / before - 1
     text = f"{100 * difference:+.1f}{'' if key in SHARES else ' %'}".replace("-", "−")
     return f'<span class="{verdict}">{text}</span>'
@@ -120,7 +144,9 @@ def _change(before: float | None, after: float | None, key: str) -> str:
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return (
+        f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    )
 
 
 def _header(name: str, config: dict, summary: dict, metrics: list[dict]) -> str:
@@ -128,7 +154,12 @@ def _header(name: str, config: dict, summary: dict, metrics: list[dict]) -> str:
     state = "finished" if "after" in summary else f"step {done:,} of {config['steps']:,}"
     rows = "rows" if config["preset"] == "sft" else f"× {config['group_size']} completions"
     models = " and ".join(config[role] for role in ("long", "short") if config.get(role)) or config["model"]
-    facts = [f"model {models}", f"data {config['data']}", f"{done:,} steps", f"{config['problems_per_step']} {rows} a step"]
+    facts = [
+        f"model {models}",
+        f"data {config['data']}",
+        f"{done:,} steps",
+        f"{config['problems_per_step']} {rows} a step",
+    ]
     if seconds := sum(row.get("seconds", 0) for row in metrics):
         facts.append(_duration(seconds))
     return (
@@ -140,16 +171,31 @@ def _header(name: str, config: dict, summary: dict, metrics: list[dict]) -> str:
 def _tiles(summary: dict, metrics: list[dict]) -> str:
     tiles = []
     before, after = summary.get("before", {}), summary.get("after", {})
-    for decoding, a, b in (("sampled", before, after), ("greedy", before.get("greedy", {}), after.get("greedy", {}))):
+    for decoding, a, b in (
+        ("sampled", before, after),
+        ("greedy", before.get("greedy", {}), after.get("greedy", {})),
+    ):
         for key in ("accuracy", "tokens"):
             if key in b or key in a:
                 start = f"from {_number(a[key], key)} " if key in a and key in b else ""
-                tiles.append((f"{key}, {decoding}", b.get(key, a.get(key)), key, start + _change(a.get(key), b.get(key), key)))
+                tiles.append(
+                    (
+                        f"{key}, {decoding}",
+                        b.get(key, a.get(key)),
+                        key,
+                        start + _change(a.get(key), b.get(key), key),
+                    )
+                )
     if not tiles and metrics:
-        tiles = [(key, metrics[-1][key], key, f"from {_number(metrics[0].get(key), key)}")
-                 for key in ("loss", "reward", "accuracy", "tokens") if key in metrics[-1]]
-    body = "".join(f"<div><dt>{name}</dt><dd>{_number(value, key)}</dd><small>{note}</small></div>"
-                   for name, value, key, note in tiles)
+        tiles = [
+            (key, metrics[-1][key], key, f"from {_number(metrics[0].get(key), key)}")
+            for key in ("loss", "reward", "accuracy", "tokens")
+            if key in metrics[-1]
+        ]
+    body = "".join(
+        f"<div><dt>{name}</dt><dd>{_number(value, key)}</dd><small>{note}</small></div>"
+        for name, value, key, note in tiles
+    )
     return f'<dl class="tiles">{body}</dl>' if tiles else ""
 
 
@@ -162,14 +208,22 @@ def _results(summary: dict) -> str:
     for decoding in ("sampled", "greedy"):
         a, b = (x if decoding == "sampled" else x.get("greedy", {}) for x in (before, after))
         a_levels, b_levels = a.get("by_level", {}), b.get("by_level", {})
-        rows = [("all", a, b)] + [(level, a_levels.get(level, {}), b_levels.get(level, {}))
-                                  for level in sorted(a_levels.keys() | b_levels.keys()) if level]
-        body = "".join(f"<tr><th>{_text(name)}</th>{''.join(_cells(x, y, key) for key in ('accuracy', 'tokens'))}</tr>"
-                       for name, x, y in rows)
+        rows = [("all", a, b)] + [
+            (level, a_levels.get(level, {}), b_levels.get(level, {}))
+            for level in sorted(a_levels.keys() | b_levels.keys())
+            if level
+        ]
+        body = "".join(
+            f"<tr><th>{_text(name)}</th>{''.join(_cells(x, y, key) for key in ('accuracy', 'tokens'))}</tr>"
+            for name, x, y in rows
+        )
         head = "".join(f'<th colspan="3">{key}</th>' for key in ("accuracy, %", "tokens"))
         tables.append(_table(f"<th>{decoding}</th>{head}", body))
-    return _section("Held-out problems", "Before and after training; tokens are the mean per attempt.",
-                    f'<div class="tables">{"".join(tables)}</div>')
+    return _section(
+        "Held-out problems",
+        "Before and after training; tokens are the mean per attempt.",
+        f'<div class="tables">{"".join(tables)}</div>',
+    )
 
 
 def _cells(before: dict, after: dict, key: str) -> str:
@@ -182,15 +236,26 @@ def _curves(metrics: list[dict], summary: dict) -> str:
     if not metrics:
         return ""
     present = {key for row in metrics for key in row} - {"step"}
-    of_preset = [key for key, words in DEFINITIONS.items() if words.startswith(("l2t:", "longshort:", "prm:"))]
+    of_preset = [
+        key for key, words in DEFINITIONS.items() if words.startswith(("l2t:", "longshort:", "prm:"))
+    ]
     first = [key for key in (*CURVES, *of_preset) if key in present]
     rest = sorted(present - set(first), key=[*DEFINITIONS, *sorted(present)].index)
     held_out = {values["step"]: values for values in summary.values() if "step" in values}
 
     def charts(keys: list[str]) -> str:
-        figures = (_chart(key, [(row["step"], row[key]) for row in metrics if _finite(row.get(key))],
-                          [(step, values[key]) for step, values in sorted(held_out.items()) if key in ("accuracy", "tokens")
-                           and _finite(values.get(key))]) for key in keys)
+        figures = (
+            _chart(
+                key,
+                [(row["step"], row[key]) for row in metrics if _finite(row.get(key))],
+                [
+                    (step, values[key])
+                    for step, values in sorted(held_out.items())
+                    if key in ("accuracy", "tokens") and _finite(values.get(key))
+                ],
+            )
+            for key in keys
+        )
         return f'<div class="charts">{"".join(figures)}</div>'
 
     more = f"<details><summary>{len(rest)} more</summary>{charts(rest)}</details>" if rest else ""
@@ -227,17 +292,28 @@ def _chart(key: str, points: list[tuple[float, float]], dots: list[tuple[float, 
         return '<circle cx="{}" cy="{}" r="{}"/>'.format(*at(x, y), radius)
 
     floor = height - 3
-    scale = label(left, floor, "start", _number(min(xs))) + label(width - right, floor, "end", _number(max(xs)))
+    scale = label(left, floor, "start", _number(min(xs))) + label(
+        width - right, floor, "end", _number(max(xs))
+    )
     for y in _ticks(low, high):
         level = at(0, y)[1]
         scale += f'<line x1="0" x2="{width - right}" y1="{level}" y2="{level}"/>'
         scale += label(width, f"{float(level) + 3:.1f}", "end", _tick(y, key))
     probed = points[:: -(-len(points) // HOVERED)]
-    edges = [0.0, *((float(at(*a)[0]) + float(at(*b)[0])) / 2 for a, b in pairwise(probed)), width - right + 4.0]
+    edges = [
+        0.0,
+        *((float(at(*a)[0]) + float(at(*b)[0])) / 2 for a, b in pairwise(probed)),
+        width - right + 4.0,
+    ]
     bands = "".join(
         f'<g><rect x="{begin:.1f}" y="0" width="{end - begin:.1f}" height="{height - bottom}"/>{disc(x, y, 3)}'
-        f"<title>step {_number(x)}: {_number(y, key)}</title></g>" for (x, y), (begin, end) in zip(probed, pairwise(edges)))
-    marks = "".join(f"<g>{disc(x, y, 3.5)}<title>held-out, step {_number(x)}: {_number(y, key)}</title></g>" for x, y in dots)
+        f"<title>step {_number(x)}: {_number(y, key)}</title></g>"
+        for (x, y), (begin, end) in zip(probed, pairwise(edges))
+    )
+    marks = "".join(
+        f"<g>{disc(x, y, 3.5)}<title>held-out, step {_number(x)}: {_number(y, key)}</title></g>"
+        for x, y in dots
+    )
     mean = _smooth(points)
     return (
         f'<figure><h3>{name} <b>{_number(mean[-1][1], key)}</b></h3><svg viewBox="0 0 {width} {height}" role="img" '
@@ -281,15 +357,24 @@ def _completions(rows: list[dict], tokenizer: Tokenizer | None) -> str:
         first = group[0]
         level = f'<span class="chip">{_text(first["level"])}</span>' if first.get("level") else ""
         right = sum(row.get("outcome_reward", 0) > 0.5 for row in group)
-        out.append(f'<div class="question"><bdi>{_text(first["question"])}</bdi><p><span class="chip">gold <b>'
-                   f'{_text(first["gold"])}</b></span>{level}<span class="chip">{right} of {len(group)} right</span></p></div>'
-                   f'<div class="cards">{"".join(_card(row, tokenizer, scale) for row in group)}</div>')
+        out.append(
+            f'<div class="question"><bdi>{_text(first["question"])}</bdi><p><span class="chip">gold <b>'
+            f'{_text(first["gold"])}</b></span>{level}<span class="chip">{right} of {len(group)} right</span></p></div>'
+            f'<div class="cards">{"".join(_card(row, tokenizer, scale) for row in group)}</div>'
+        )
     legend = ""
     if scale and tokenizer is not None:
-        stops = "".join(f'<i class="{_side(w)}" style="--w:{abs(w) ** 0.5:.2f}"></i>' for w in (i / 8 for i in range(-8, 9)))
-        legend = (f'<p class="legend"><span>−{_number(scale)}</span>{stops}<span>+{_number(scale)}</span> process reward of an '
-                  "episode, on a square-root scale. Point at an episode, or tap it, for its numbers.</p>")
-    return _section("Completions", "Groups of the first, a middle and the last logged step.", legend + "".join(out))
+        stops = "".join(
+            f'<i class="{_side(w)}" style="--w:{abs(w) ** 0.5:.2f}"></i>'
+            for w in (i / 8 for i in range(-8, 9))
+        )
+        legend = (
+            f'<p class="legend"><span>−{_number(scale)}</span>{stops}<span>+{_number(scale)}</span> process reward of an '
+            "episode, on a square-root scale. Point at an episode, or tap it, for its numbers.</p>"
+        )
+    return _section(
+        "Completions", "Groups of the first, a middle and the last logged step.", legend + "".join(out)
+    )
 
 
 def _card(row: dict, tokenizer: Tokenizer | None, scale: float) -> str:
@@ -297,11 +382,17 @@ def _card(row: dict, tokenizer: Tokenizer | None, scale: float) -> str:
     correct = row.get("outcome_reward", 0) > 0.5
     turns, advantage = row.get("turns", []), row.get("advantage", [])
     answer = "no answer" if row.get("answer") is None else row["answer"]
-    chips = [f"{_number(sum(len(turn['completion']) for turn in turns))} tokens", f"reward {_number(row.get('reward'))}"]
+    chips = [
+        f"{_number(sum(len(turn['completion']) for turn in turns))} tokens",
+        f"reward {_number(row.get('reward'))}",
+    ]
     if advantage:
         chips.append(f"advantage {_number(_mean(advantage), sign=True)}")
-    chips += [f"{key.replace('_', ' ')} {_number(value) if _finite(value) else value}" for key, value in row.items()
-              if key not in SHOWN and isinstance(value, (int, float, str))]
+    chips += [
+        f"{key.replace('_', ' ')} {_number(value) if _finite(value) else value}"
+        for key, value in row.items()
+        if key not in SHOWN and isinstance(value, (int, float, str))
+    ]
     warnings = ["malformed tags"] * bool(row.get("malformed"))
     warnings += ["cut at the limit"] * any(turn.get("finish_reason") == "length" for turn in turns)
     head = "".join(f'<span class="chip">{_text(chip)}</span>' for chip in chips)
@@ -319,13 +410,16 @@ def _body(row: dict, turns: list[dict], tokenizer: Tokenizer | None, scale: floa
         return f"<pre><bdi>{_episodes(row, turns[0]['completion'], tokenizer, scale)}</bdi></pre>"
     return "".join(
         f'<div class="turn {"short" if turn["role"] == "short" else "long"}"><b>{_text(turn["role"])}</b>'
-        f'<small>{len(turn["completion"]):,} tokens</small><pre><bdi>{_text(tokenizer.decode(turn["completion"]))}</bdi></pre>'
+        f"<small>{len(turn['completion']):,} tokens</small><pre><bdi>{_text(tokenizer.decode(turn['completion']))}</bdi></pre>"
         "</div>"
-        for turn in turns)
+        for turn in turns
+    )
 
 
 def _episodes(row: dict, completion: list[int], tokenizer: Tokenizer, scale: float) -> str:
-    """The completion's text, each episode on the colour of its process reward, with its numbers beside the pointer."""
+    """The completion's text, each episode on the colour of its process reward, with its numbers beside the
+    pointer.
+    """
     text, reached = trace(completion, tokenizer)
     ends, advantage = row.get("ends", []), row.get("advantage", [])
     out, shown, begin = [], 0, 0
@@ -333,9 +427,13 @@ def _episodes(row: dict, completion: list[int], tokenizer: Tokenizer, scale: flo
         stop = reached[end - 1] if end else 0
         reward = row.get("process_reward", [])[k : k + 1]
         w = (reward or [0.0])[0] / scale if scale else 0.0
-        words = _numbers_of_episode(row, k, end - begin, advantage[begin:end] if len(advantage) == len(completion) else [])
-        out.append(f'<span class="ep {_side(w)}" style="--w:{min(1.0, abs(w)) ** 0.5:.2f}" tabindex="0" '
-                   f'data-tip="{_text(words)}">{_text(text[shown:stop])}</span>')
+        words = _numbers_of_episode(
+            row, k, end - begin, advantage[begin:end] if len(advantage) == len(completion) else []
+        )
+        out.append(
+            f'<span class="ep {_side(w)}" style="--w:{min(1.0, abs(w)) ** 0.5:.2f}" tabindex="0" '
+            f'data-tip="{_text(words)}">{_text(text[shown:stop])}</span>'
+        )
         shown, begin = stop, end
     return "".join(out) + _text(text[shown:])
 
@@ -348,10 +446,16 @@ def _numbers_of_episode(row: dict, k: int, tokens: int, advantage: list[float]) 
     lines = [f"episode {k + 1} of {len(row['ends'])} · {tokens:,} token{'' if tokens == 1 else 's'}"]
     before, after = of("J"), of("J", k + 1)
     if after is not None:
-        lines.append(f"J {_number(before)} → {_number(after)} · fitting gain {_number(after - before, sign=True)}")
+        lines.append(
+            f"J {_number(before)} → {_number(after)} · fitting gain {_number(after - before, sign=True)}"
+        )
     if of("compression") is not None or of("penalty") is not None:
         lines.append(f"compression {_number(of('compression'))} raw · {_number(of('penalty'))} normalised")
-    paid = [f"process reward {_number(of('process_reward'), sign=True)}"] if of("process_reward") is not None else []
+    paid = (
+        [f"process reward {_number(of('process_reward'), sign=True)}"]
+        if of("process_reward") is not None
+        else []
+    )
     paid += [f"advantage {_number(_mean(advantage), sign=True)}"] if advantage else []
     return "\n".join([*lines, " · ".join(paid)] if paid else lines)
 
@@ -363,18 +467,29 @@ def _spark(J: list[float]) -> str:
     points = [(2 + 76 * k / (len(J) - 1), 18 - 16 * min(1.0, max(0.0, value))) for k, value in enumerate(J)]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     x, y = points[-1]
-    return (f'<svg class="spark" viewBox="0 0 80 20" role="img" aria-label="J from {_number(J[0])} to {_number(J[-1])}"><title>J, '
-            f'predicted correctness after each episode: {" → ".join(map(_number, J))}</title><polyline points="{line}"/>'
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/></svg>')
+    return (
+        f'<svg class="spark" viewBox="0 0 80 20" role="img" aria-label="J from {_number(J[0])} to {_number(J[-1])}"><title>J, '
+        f'predicted correctness after each episode: {" → ".join(map(_number, J))}</title><polyline points="{line}"/>'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/></svg>'
+    )
 
 
 def _options(config: dict) -> str:
-    changed = [(f.name, config[f.name], f.default, f.metadata["help"]) for f in fields(Config)
-               if f.name in config and config[f.name] != f.default]
-    rows = "".join(f'<tr title="{_text(words)}"><th>{_text(name)}</th><td class="to">{_value(value)}</td>'
-                   f'<td class="from">{_value(default)}</td></tr>' for name, value, default, words in changed)
-    return _section("Options", "Those that differ from their defaults, as resolved from preset, model, profile and command line.",
-                    _table("<th>option</th><th>here</th><th>default</th>", rows, "options") if changed else "<p>none</p>")
+    changed = [
+        (f.name, config[f.name], f.default, f.metadata["help"])
+        for f in fields(Config)
+        if f.name in config and config[f.name] != f.default
+    ]
+    rows = "".join(
+        f'<tr title="{_text(words)}"><th>{_text(name)}</th><td class="to">{_value(value)}</td>'
+        f'<td class="from">{_value(default)}</td></tr>'
+        for name, value, default, words in changed
+    )
+    return _section(
+        "Options",
+        "Those that differ from their defaults, as resolved from preset, model, profile and command line.",
+        _table("<th>option</th><th>here</th><th>default</th>", rows, "options") if changed else "<p>none</p>",
+    )
 
 
 def _value(value) -> str:

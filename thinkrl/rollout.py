@@ -1,6 +1,7 @@
 """The act of a rollout: problems in, graded trajectories out. Training, evaluation and sample.py all come through here.
 
-Each attempt's randomness has an address: (seed, *address, problem, sample). The same attempt comes out at any world size.
+Each attempt's randomness has an address: (seed, *address, problem, sample). The same attempt comes out at any
+world size.
 """
 
 from __future__ import annotations
@@ -14,20 +15,28 @@ from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory, Turn
 
-TRAINING, EVALUATION, PROBE, LABELS = range(4)  # first part of an address: no two purposes draw the same numbers
+TRAINING, EVALUATION, PROBE, LABELS = range(
+    4
+)  # first part of an address: no two purposes draw the same numbers
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, system: str = "", suffix: str = "") -> list[int]:
     return tokenizer.encode_chat(messages(problem, system, suffix))
 
 
-def require_room(problems: list[Problem], tokenizer: Tokenizer, context: int, max_tokens: int, system: str, suffix: str) -> None:
-    """Raise UserError before the first step if a prompt leaves no room for a completion in the model's context."""
+def require_room(
+    problems: list[Problem], tokenizer: Tokenizer, context: int, max_tokens: int, system: str, suffix: str
+) -> None:
+    """Raise UserError before the first step if a prompt leaves no room for a completion in the model's
+    context.
+    """
     for problem in problems:
         length = len(prompt_ids(problem, tokenizer, system, suffix))
         if length + max_tokens > context:
-            raise UserError(f"problem {problem.id} (counted from 0): a prompt of {length} tokens and {max_tokens} more "
-                            f"(--max_tokens, probe) exceed the model's context of {context}; lower --max_tokens, or leave it out")
+            raise UserError(
+                f"problem {problem.id} (counted from 0): a prompt of {length} tokens and {max_tokens} more "
+                f"(--max_tokens, probe) exceed the model's context of {context}; lower --max_tokens, or leave it out"
+            )
 
 
 def rollout(
@@ -45,17 +54,31 @@ def rollout(
     on_finish: Callable | None = None,
     return_hidden: bool = False,
 ) -> list[Trajectory]:
-    """`group_size` attempts at each problem, groups contiguous, each graded: `outcome_reward` and `reward` are 0 or 1."""
+    """`group_size` attempts at each problem, groups contiguous, each graded: `outcome_reward` and `reward`
+    are 0 or 1.
+    """
     prompts = [prompt_ids(problem, tokenizer, system, suffix) for problem in problems]
     keys = [(*address, problem.id, sample) for problem in problems for sample in range(group_size)]
-    groups = sampler.generate(prompts, n=group_size, max_tokens=max_tokens, temperature=temperature,
-                              stop_ids=tokenizer.stop_ids, seed=seed, keys=keys, on_finish=on_finish,
-                              return_hidden=return_hidden)
+    groups = sampler.generate(
+        prompts,
+        n=group_size,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        stop_ids=tokenizer.stop_ids,
+        seed=seed,
+        keys=keys,
+        on_finish=on_finish,
+        return_hidden=return_hidden,
+    )
     trajectories = []
     for problem, prompt, group in zip(problems, prompts, groups):
         for sample, written in enumerate(group):
-            turn = Turn("policy", prompt, written.tokens, written.logprobs, written.finish_reason, written.hidden)
+            turn = Turn(
+                "policy", prompt, written.tokens, written.logprobs, written.finish_reason, written.hidden
+            )
             text = tokenizer.decode(written.tokens)
             outcome = float(grade(text, problem.answer, problem.source))
-            trajectories.append(Trajectory(problem, sample, [turn], text, extract(text, problem.source), outcome, outcome))
+            trajectories.append(
+                Trajectory(problem, sample, [turn], text, extract(text, problem.source), outcome, outcome)
+            )
     return trajectories

@@ -1,7 +1,8 @@
 """The run folder: runs/<name>/ with config.json, metrics.jsonl, samples.jsonl, summary.json, report.html, checkpoints/, latest.
 
-A name is used once. `--resume auto` continues the unfinished run of the same configuration, from its `latest` checkpoint,
-and refuses anything else; `--resume PATH` names the folder. Files are written under a temporary name, then renamed.
+A name is used once. `--resume auto` continues the unfinished run of the same configuration, from its `latest`
+checkpoint, and refuses anything else; `--resume PATH` names the folder. Files are written under a temporary
+name, then renamed.
 """
 
 from __future__ import annotations
@@ -54,7 +55,14 @@ def open_run(config: Config, world: World) -> Run:
 
 def torchrun(ranks: int, *arguments: str) -> list[str]:
     """The command that launches a program on so many processes of this machine; to be run in ROOT."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        *arguments,
+    ]
 
 
 def open_out(folder: Path, settings: dict) -> None:
@@ -69,12 +77,16 @@ def open_out(folder: Path, settings: dict) -> None:
     path = folder / "config.json"
     saved = json.loads(path.read_text()) if path.exists() else settings
     if others := differing(saved, settings):
-        raise UserError(f"--out {folder} was begun with {'; '.join(others)}: give the same, or choose another --out")
+        raise UserError(
+            f"--out {folder} was begun with {'; '.join(others)}: give the same, or choose another --out"
+        )
 
 
 def differing(saved: dict, now: dict) -> list[str]:
     """'lr 0.1, now 0.2' for each of these values that is not as saved."""
-    return [f"{key} {saved.get(key)!r}, now {value!r}" for key, value in now.items() if saved.get(key) != value]
+    return [
+        f"{key} {saved.get(key)!r}, now {value!r}" for key, value in now.items() if saved.get(key) != value
+    ]
 
 
 def write_json(path: Path, value) -> None:
@@ -92,11 +104,16 @@ def _choose(config: Config) -> tuple[Path, bool]:
         if not folder.exists():
             return folder, False
         if config.resume == "never":
-            raise UserError(f"the run {folder} exists: continue it with --resume auto, or choose another --name")
+            raise UserError(
+                f"the run {folder} exists: continue it with --resume auto, or choose another --name"
+            )
         return _unfinished(folder, config), True
     if config.resume == "auto":
-        saved = [path for path in root.glob("*/config.json")
-                 if not _differing(path.parent, config) and not finished(path.parent)]
+        saved = [
+            path
+            for path in root.glob("*/config.json")
+            if not _differing(path.parent, config) and not finished(path.parent)
+        ]
         if saved:
             return max(saved, key=lambda path: path.stat().st_mtime).parent, True
     stem = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -109,8 +126,10 @@ def _unfinished(folder: Path, config: Config) -> Path:
         raise UserError(f"--resume: {folder} is not a run folder, it has no config.json")
     differing = _differing(folder, config)
     if differing:
-        raise UserError(f"--resume: {folder} was started with other options: {'; '.join(differing)}; give the same options, "
-                        "or start a new run with another --name")
+        raise UserError(
+            f"--resume: {folder} was started with other options: {'; '.join(differing)}; give the same options, "
+            "or start a new run with another --name"
+        )
     if finished(folder):
         raise UserError(f"--resume: {folder} is finished; choose another --name for a new run")
     return folder
@@ -133,4 +152,6 @@ def _create(folder: Path, config: Config) -> None:
         folder.mkdir(parents=True)
         write_json(folder / "config.json", as_dict(config))
     except OSError as error:
-        raise UserError(f"cannot write the run folder {folder} ({error.strerror}): choose another --runs_dir") from None
+        raise UserError(
+            f"cannot write the run folder {folder} ({error.strerror}): choose another --runs_dir"
+        ) from None

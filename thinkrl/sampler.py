@@ -8,16 +8,17 @@ The protocol of one call, `generate(prompts, n)`:
     step      one token for every row: one forward, one draw, all bookkeeping in tensors
     retire    rows that met a stop id, a stop string or their limit leave; the last rows move into the holes
 
-A decode step contains no Python loop over sequences and reads nothing back from the device. On CUDA the host looks at
-the rows only every LOOK_EVERY steps; a row that ended in between stands still, repeating its last and harmless write.
+A decode step contains no Python loop over sequences and reads nothing back from the device. On CUDA the host
+looks at the rows only every LOOK_EVERY steps; a row that ended in between stands still, repeating its last
+and harmless write.
 
-Randomness has an address. The key of a completion (seed, step, problem, sample, …) and the position of a token in the
-completion hash to the number that draws the token, so a trajectory does not depend on its neighbours in the batch, on
-preemption or on the world size, up to floating-point ties.
+Randomness has an address. The key of a completion (seed, step, problem, sample, …) and the position of a
+token in the completion hash to the number that draws the token, so a trajectory does not depend on its
+neighbours in the batch, on preemption or on the world size, up to floating-point ties.
 
-Log-probs are those of the distribution sampled from, log softmax(logits / temperature); greedy decoding (temperature 0)
-reports them at temperature 1. There is no top-p or top-k: a policy trained on truncated samples would be scored by a
-distribution it was not sampled from.
+Log-probs are those of the distribution sampled from, log softmax(logits / temperature); greedy decoding
+(temperature 0) reports them at temperature 1. There is no top-p or top-k: a policy trained on truncated
+samples would be scored by a distribution it was not sampled from.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class Completion:
 
 @dataclass
 class TokenForwards:
-    """Tokens that went through the model, by purpose: the proof that prefixes are shared and that probes are cheap."""
+    """Tokens that went through the model, by purpose: the proof that prefixes are shared and that probes
+    are cheap.
+    """
 
     prefill: int = 0
     decode: int = 0
@@ -78,8 +81,8 @@ class Sampler:
     max_rows    completions that decode at the same time
     max_tokens_per_forward   prefill and probes are cut into forwards of this size
 
-    `idle` are the forks that their owner keeps for later and adds here: where nobody else can give way, they give their pages
-    back and are recomputed from their tokens when they are used.
+    `idle` are the forks that their owner keeps for later and adds here: where nobody else can give way, they
+    give their pages back and are recomputed from their tokens when they are used.
     """
 
     def __init__(
@@ -100,7 +103,9 @@ class Sampler:
         self.forwards = TokenForwards()
         self._pool: PagePool | None = None
         self.idle: weakref.WeakSet[Pages] = weakref.WeakSet()
-        self._calls: list[_Call] = []  # in progress, one inside a callback of the other: these can give pages back
+        self._calls: list[
+            _Call
+        ] = []  # in progress, one inside a callback of the other: these can give pages back
         self._matchers: dict[tuple[str, ...], StopStrings] = {}
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -117,7 +122,9 @@ class Sampler:
             config, dtype = self.model.config, self.model.embed.weight.dtype
             count = self.num_pages
             if count is None:
-                page_bytes = 2 * config.layers * self.page_size * config.kv_heads * config.head_dim * dtype.itemsize
+                page_bytes = (
+                    2 * config.layers * self.page_size * config.kv_heads * config.head_dim * dtype.itemsize
+                )
                 if self.device.type == "cuda":
                     room = int(self.memory_share * torch.cuda.mem_get_info(self.device)[0])
                 else:
@@ -129,7 +136,9 @@ class Sampler:
         return self._pool
 
     def release_pool(self) -> None:
-        """Give the memory of the KV pages back, before a backward that needs it. The next call creates them anew."""
+        """Give the memory of the KV pages back, before a backward that needs it. The next call creates
+        them anew.
+        """
         if self._pool is not None:
             held = len(self._pool.handles)
             assert held == 0, f"{held} sequences still hold pages: release the forks first"
@@ -141,8 +150,8 @@ class Sampler:
     def load_weights(self, policy: nn.Module) -> None:
         """Copy the policy's parameters into the sampler's own, in place. Collective when they are sharded.
 
-        One parameter is gathered at a time, so the copy never needs a second model. K/V of the old weights is worthless
-        from here on, so nothing may hold pages.
+        One parameter is gathered at a time, so the copy never needs a second model. K/V of the old weights is
+        worthless from here on, so nothing may hold pages.
         """
         assert self._pool is None or not self._pool.handles, "sequences of the old weights still hold pages"
         own = dict(self.model.named_parameters())
@@ -178,7 +187,8 @@ class Sampler:
         keys           one tuple of ints per completion, prompt by prompt: the address of its randomness; None gives
                        (prompt, sample)
         on_finish      called with each completion before its pages are freed. It may fork them, score forks, sample
-                       from forks, and keep forks beyond the call (a kept fork holds its pages until released, or idle)
+                       from forks, and keep forks beyond the call (a kept fork holds its pages until released,
+                       or idle)
         prefix         one sequence per prompt, from `prefill` or a fork: prompts[i], which may then be empty, continues
                        prefix[i] on its pages. The prefix stays the caller's, to be released by the caller
         return_hidden  keep the hidden state behind every log-prob, len(tokens) × D numbers per completion
@@ -200,7 +210,9 @@ class Sampler:
             hidden = torch.zeros(shape, dtype=self.model.embed.weight.dtype, device=self.device)
         before = set(self.pool.handles)
         self._check(groups, n, max_tokens, temperature, stop_ids, keys)
-        addresses = torch.tensor(keys if keys is not None else [(g.index, s) for g in groups for s in range(n)])
+        addresses = torch.tensor(
+            keys if keys is not None else [(g.index, s) for g in groups for s in range(n)]
+        )
         row_keys = hash_key(seed, *addresses.unbind(-1)).tolist() if prompts else []
         waiting = deque(_Row(group, s, row_keys[group.index * n + s]) for group in groups for s in range(n))
         call = _Call(self, waiting, max_tokens, temperature, stop, stop_ids, on_finish, hidden)
@@ -218,7 +230,9 @@ class Sampler:
 
     @torch.inference_mode()
     def prefill(self, tokens: list[int], prefix: Pages | None = None) -> Pages:
-        """The K/V of `tokens`, behind `prefix` if one is given, as a sequence that the caller forks and releases."""
+        """The K/V of `tokens`, behind `prefix` if one is given, as a sequence that the caller forks and
+        releases.
+        """
         pages = prefix.fork() if prefix else self.pool.new([])
         pages.tokens = pages.tokens + list(tokens)
         try:
@@ -234,8 +248,8 @@ class Sampler:
     def score(self, forks: Sequence[Pages], suffixes: Sequence[list[int]]) -> list[Tensor]:
         """Log-probs (temperature 1) of each suffix behind its fork, teacher-forced: a list of [len(suffix)] fp32.
 
-        All suffixes go through the model in one packed forward, as far as max_tokens_per_forward and the free pages
-        allow. The forks are released.
+        All suffixes go through the model in one packed forward, as far as max_tokens_per_forward and the free
+        pages allow. The forks are released.
         """
         results: list[Tensor] = []
         try:
@@ -245,7 +259,9 @@ class Sampler:
                 batch, size = [], 0
                 for fork, suffix in zip(forks[len(results) :], suffixes[len(results) :]):
                     self.idle.discard(fork)
-                    fed = fork.unfed + suffix[:-1]  # what the last suffix token would predict is not asked for
+                    fed = (
+                        fork.unfed + suffix[:-1]
+                    )  # what the last suffix token would predict is not asked for
                     if batch and size + len(fed) > self.max_tokens_per_forward:
                         break
                     try:
@@ -299,7 +315,9 @@ class Sampler:
             )
         for group in groups:
             if not group.tokens:
-                raise UserError(f"prompt {group.index} is empty: there is nothing to predict the first token from")
+                raise UserError(
+                    f"prompt {group.index} is empty: there is nothing to predict the first token from"
+                )
             if not 0 <= min(group.tokens) <= max(group.tokens) < vocab:
                 raise UserError(f"prompt {group.index} has a token outside the vocabulary of {vocab}")
             self._require(group.tokens, max_tokens, f"prompt {group.index}")
@@ -307,7 +325,9 @@ class Sampler:
     def _require(self, tokens: list[int], more: int, what: str) -> None:
         longest = self.model.config.max_positions
         if len(tokens) + more > longest:
-            raise UserError(f"{what}: {len(tokens)} tokens and {more} more exceed the model's context of {longest}")
+            raise UserError(
+                f"{what}: {len(tokens)} tokens and {more} more exceed the model's context of {longest}"
+            )
         self.pool.require(len(tokens) + more - 1)
 
     def _reserve(self, pages: Pages, length: int) -> bool:
@@ -352,11 +372,15 @@ class Sampler:
         starts = torch.tensor([pages.filled for pages, _ in batch], device=device)
         cu_seqlens = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
         tokens = torch.tensor([token for _, fed in batch for token in fed], device=device)
-        table = torch.tensor(_rectangle([pages.table for pages, _ in batch]), dtype=torch.int32, device=device)
+        table = torch.tensor(
+            _rectangle([pages.table for pages, _ in batch]), dtype=torch.int32, device=device
+        )
         sequence = torch.arange(len(batch), device=device).repeat_interleave(counts)
         positions = torch.arange(len(tokens), device=device) + (starts - cu_seqlens[:-1])[sequence]
         slots = table[sequence, positions // page_size].long() * page_size + positions % page_size
-        if all(pages.filled == 0 for pages, _ in batch):  # nothing in the cache yet: attend to what is at hand
+        if all(
+            pages.filled == 0 for pages, _ in batch
+        ):  # nothing in the cache yet: attend to what is at hand
             attend = _storing(self.pool, slots, lambda layer, q, k, v: packed_attention(q, k, v, cu_seqlens))
         else:
             attend = _storing(self.pool, slots, _paged(self.pool, table, (starts + counts).int(), cu_seqlens))
@@ -378,7 +402,9 @@ def _storing(pool: PagePool, slots: Tensor, attend: Attend) -> Attend:
 
 
 def _paged(pool: PagePool, table: Tensor, lengths: Tensor, cu_seqlens: Tensor | None = None) -> Attend:
-    return lambda layer, q, k, v: paged_attention(q, pool.keys[layer], pool.values[layer], table, lengths, cu_seqlens)
+    return lambda layer, q, k, v: paged_attention(
+        q, pool.keys[layer], pool.values[layer], table, lengths, cu_seqlens
+    )
 
 
 def _rectangle(lists: list[list[int]]) -> list[list[int]]:
@@ -390,9 +416,15 @@ def _rectangle(lists: list[list[int]]) -> list[list[int]]:
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, on a CPU from oneDNN: in fp32 torch asks MKL, which takes more than twice as long on AMD processors.
 
-    In inference mode only, because oneDNN's product has no derivative, and not for a few rows, where its set-up shows.
+    In inference mode only, because oneDNN's product has no derivative, and not for a few rows, where its
+    set-up shows.
     """
-    if len(x) >= 8 and weight.is_cpu and torch.is_inference_mode_enabled() and _onednn_multiplies(weight.dtype):
+    if (
+        len(x) >= 8
+        and weight.is_cpu
+        and torch.is_inference_mode_enabled()
+        and _onednn_multiplies(weight.dtype)
+    ):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -400,11 +432,15 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 @functools.cache
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
     """bf16 needs AVX-512."""
-    return torch.backends.mkldnn.is_available() and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and (
+        dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """In fp32 on CUDA, as the trainer has them: bf16 logits are 0.1 apart where they are large, a few per cent of a probability."""
+    """In fp32 on CUDA, as the trainer has them: bf16 logits are 0.1 apart where they are large, a few per
+    cent of a probability.
+    """
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(hidden, head.T, out_dtype=torch.float32)
     return fast_linear(hidden, head)
@@ -446,7 +482,8 @@ class _Row:
 class _Call:
     """One call of generate: the waiting completions, the live rows, and the tensors a decode step works on.
 
-    Row i of the batch, i < len(self.rows), is column i of `state`, the integers that a step reads and advances:
+    Row i of the batch, i < len(self.rows), is column i of `state`, the integers that a step reads and
+    advances:
 
         token     the last one of the sequence, to be fed
         length    of the sequence before it, which is its position, and where its K/V goes
@@ -482,8 +519,12 @@ class _Call:
         self.stride = max_tokens + 1  # an ended row writes behind its last token until the host looks
         self.state = torch.zeros(6, capacity, dtype=torch.int64, device=device)
         self.done = torch.zeros(capacity, dtype=torch.bool, device=device)
-        self.ending = torch.zeros(capacity, dtype=torch.bool, device=device)  # a token came that may end a stop string
-        self.page_table = torch.zeros(capacity, self.pool.pages_for(longest), dtype=torch.int32, device=device)
+        self.ending = torch.zeros(
+            capacity, dtype=torch.bool, device=device
+        )  # a token came that may end a stop string
+        self.page_table = torch.zeros(
+            capacity, self.pool.pages_for(longest), dtype=torch.int32, device=device
+        )
         self.tokens = torch.zeros(capacity * self.stride, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(capacity * self.stride, device=device)
         self.hidden = hidden
@@ -505,7 +546,9 @@ class _Call:
             yield from self._retire()
 
     def _admit(self) -> None:
-        """Make rows of waiting completions, first come first served, prefilling in one go what has no K/V yet."""
+        """Make rows of waiting completions, first come first served, prefilling in one go what has no K/V
+        yet.
+        """
         pool = self.pool
         room = pool.free_pages - len(self.rows)  # the live rows' next pages
         chosen, unfed = [], []
@@ -624,7 +667,8 @@ class _Call:
             self.ending[:n] |= self.may_end[new]
         cursor += ~self.done[:n]
         done = self.done[:n].logical_or_(self.is_stop[new]).logical_or_(cursor >= end)
-        # An ended row is fed the same token at the same position until the host looks: nothing changes any more.
+        # An ended row is fed the same token at the same position until the host looks: nothing changes any
+        # more.
         state[1:3] += ~done
         torch.where(done, token, new, out=token)
         self.clock += 1
@@ -684,7 +728,9 @@ class _Call:
                 row.hidden.append(self.hidden[written].clone())
 
     def _compact(self, places: list[int]) -> None:
-        """Remove rows from the batch: the last ones move into the holes, so that the live ones stay the first."""
+        """Remove rows from the batch: the last ones move into the holes, so that the live ones stay the
+        first.
+        """
         n = len(self.rows) - len(places)
         holes = [place for place in places if place < n]
         movers = [place for place in range(n, len(self.rows)) if place not in places]

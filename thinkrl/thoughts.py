@@ -10,9 +10,10 @@ r"""A long chain of thought -> thoughts -> importance -> labels -> the two cold-
     segments    neighbours of one label are one segment; the short ones are completed, by a model (`llm`) or by the thoughts'
                 own text (`block`), and closed with </rethink>, the last one with </answer>
 
-Readings. δ is subtracted, also on equal accuracy, and not from the first thought: only so does Eq. 1 give the numbers printed
-in the paper's Figure 4. Lengths are tokens. Since T1(n) = 0 and δ_1 = 0, the last thought of two or more is always short, so a
-conversation begins long and ends short. Unlike the released chunker, every step must be covered: it drops the tail.
+Readings. δ is subtracted, also on equal accuracy, and not from the first thought: only so does Eq. 1 give the
+numbers printed in the paper's Figure 4. Lengths are tokens. Since T1(n) = 0 and δ_1 = 0, the last thought of
+two or more is always short, so a conversation begins long and ends short. Unlike the released chunker, every
+step must be covered: it drops the tail.
 
 Model text is read by `read_json`: repaired JSON, never `eval`.
 """
@@ -66,7 +67,9 @@ def importance(lengths: Sequence[float], accuracies: Sequence[float], decay: flo
     scores = []
     for i, (length, until, accuracy) in enumerate(zip(lengths, accumulate(lengths), accuracies)):
         penalty = decay if i > 0 and accuracy <= accuracies[i - 1] else 0.0
-        scores.append(math.log2(1 + (total - until) / total * (total - length) / total * accuracy) - penalty)  # LS Eq. 1
+        scores.append(
+            math.log2(1 + (total - until) / total * (total - length) / total * accuracy) - penalty
+        )  # LS Eq. 1
     return scores
 
 
@@ -78,7 +81,9 @@ def label(scores: Sequence[float]) -> list[str]:
 
 def runs(labels: Sequence[str]) -> list[tuple[str, list[int]]]:
     """Neighbours of one label, merged: (label, indices of its thoughts), strictly alternating."""
-    return [(name, [i for i, _ in group]) for name, group in groupby(enumerate(labels), key=lambda pair: pair[1])]
+    return [
+        (name, [i for i, _ in group]) for name, group in groupby(enumerate(labels), key=lambda pair: pair[1])
+    ]
 
 
 def split_response(response: str) -> tuple[str, str]:
@@ -125,9 +130,9 @@ def _filled(text: str, **values: str) -> str:
 def read_blocks(answer: object, steps: Sequence[str], extend: bool = False) -> list[Thought]:
     """The thoughts of an answer {"block 1": {"start", "end", "block type"}, …} or a list of such blocks.
 
-    Blocks must follow each other from step 1 to the last. extend: where they stop early, the last one takes the rest, and
-    steps beyond the last are ignored (published chunkings count the text behind the thinking, and then lose the tail).
-    Raises Rejected.
+    Blocks must follow each other from step 1 to the last. extend: where they stop early, the last one takes
+    the rest, and steps beyond the last are ignored (published chunkings count the text behind the thinking,
+    and then lose the tail). Raises Rejected.
     """
     blocks = list(answer.values()) if isinstance(answer, dict) else answer
     if not isinstance(blocks, list) or not blocks:
@@ -151,14 +156,25 @@ def read_blocks(answer: object, steps: Sequence[str], extend: bool = False) -> l
 
 
 def given_blocks(blocks: dict | None, response: str) -> list[Thought]:
-    """The thoughts of a row that was chunked before, in the layout of OpenMath-ThoughtChunk. Raises Rejected."""
+    """The thoughts of a row that was chunked before, in the layout of OpenMath-ThoughtChunk. Raises
+    Rejected.
+    """
     return read_blocks(blocks, split_response(response)[0].split(STEP), extend=True)
 
 
-def chunk_by_model(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem], responses: Sequence[str],
-                   max_tokens: int, temperature: float, seed: int,
-                   prompts: Prompts = BUILT_IN) -> list[list[Thought] | Rejected]:
-    """The thoughts of each response, by an instruct model; Rejected where none of `TRIES` answers can be used."""
+def chunk_by_model(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    responses: Sequence[str],
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    prompts: Prompts = BUILT_IN,
+) -> list[list[Thought] | Rejected]:
+    """The thoughts of each response, by an instruct model; Rejected where none of `TRIES` answers can be
+    used.
+    """
     steps = [split_response(response)[0].split(STEP) for response in responses]
     requests = [chunk_request(problem.question, s, prompts) for problem, s in zip(problems, steps)]
 
@@ -168,17 +184,37 @@ def chunk_by_model(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Pr
     return _ask(sampler, tokenizer, requests, read, problems, CHUNKING, max_tokens, temperature, seed)
 
 
-def _ask(sampler: Sampler, tokenizer: Tokenizer, requests: Sequence[str], read: Callable[[int, str], list],
-         problems: Sequence[Problem], purpose: int, max_tokens: int, temperature: float, seed: int) -> list:
-    """Ask for each request, again where `read` rejects the answer. One list of results, or the last Rejected, per request."""
+def _ask(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    requests: Sequence[str],
+    read: Callable[[int, str], list],
+    problems: Sequence[Problem],
+    purpose: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list:
+    """Ask for each request, again where `read` rejects the answer. One list of results, or the last
+    Rejected, per request.
+    """
     context = sampler.model.config.max_positions
     prompts = [tokenizer.encode_chat([{"role": "user", "content": request}]) for request in requests]
-    results: list = [Rejected(f"the request has {len(prompt)} tokens, too many for a context of {context}") for prompt in prompts]
+    results: list = [
+        Rejected(f"the request has {len(prompt)} tokens, too many for a context of {context}")
+        for prompt in prompts
+    ]
     left = [i for i, prompt in enumerate(prompts) if len(prompt) + max_tokens <= context]
     for attempt in range(TRIES if left else 0):
         keys = [(purpose, problems[i].id, attempt, 0) for i in left]
-        groups = sampler.generate([prompts[i] for i in left], max_tokens=max_tokens, temperature=temperature,
-                                  stop_ids=tokenizer.stop_ids, seed=seed, keys=keys)
+        groups = sampler.generate(
+            [prompts[i] for i in left],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            stop_ids=tokenizer.stop_ids,
+            seed=seed,
+            keys=keys,
+        )
         for i, [written] in zip(left, groups):
             try:
                 results[i] = read(i, tokenizer.decode(written.tokens))
@@ -203,15 +239,25 @@ class Prefix:
         return self.right / self.rollouts
 
 
-def rollouts(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem], chains: Sequence[Sequence[Thought]], n: int,
-             max_tokens: int, temperature: float, seed: int, suffix: str = "") -> list[list[Prefix]]:
+def rollouts(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    chains: Sequence[Sequence[Thought]],
+    n: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    suffix: str = "",
+) -> list[list[Prefix]]:
     """n graded continuations behind every prefix of every chain. LS §3.1
 
-    Prefix and continuation are graded as one response, but a continuation that was cut at its limit by what it says itself: an
-    answer that the prefix only mentions on its way was not the response's last word.
+    Prefix and continuation are graded as one response, but a continuation that was cut at its limit by what
+    it says itself: an answer that the prefix only mentions on its way was not the response's last word.
 
-    A chain goes through the model once: prefix i + 1 lists the pages of prefix i and its own, and the n samples of a
-    prefix share them. Raises UserError if the pages do not suffice. The chains must fit the context: see `require_room`.
+    A chain goes through the model once: prefix i + 1 lists the pages of prefix i and its own, and the n
+    samples of a prefix share them. Raises UserError if the pages do not suffice. The chains must fit the
+    context: see `require_room`.
     """
     if not chains:
         return []
@@ -228,8 +274,16 @@ def rollouts(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem]
                     prefixes.append(held[-1])
                     texts.append("".join(thought.prefix for thought in thoughts[:i]))
                     keys += [(ROLLOUT, problem.id, i, sample) for sample in range(n)]
-        groups = sampler.generate([[]] * len(prefixes), n=n, max_tokens=max_tokens, temperature=temperature,
-                                  stop_ids=tokenizer.stop_ids, seed=seed, keys=keys, prefix=prefixes)
+        groups = sampler.generate(
+            [[]] * len(prefixes),
+            n=n,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            stop_ids=tokenizer.stop_ids,
+            seed=seed,
+            keys=keys,
+            prefix=prefixes,
+        )
     finally:
         for pages in held:
             pages.release()
@@ -239,7 +293,9 @@ def rollouts(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem]
         results.append([])
         for _ in thoughts:
             text, group = next(behind)
-            responses = [(text if c.finish_reason == "stop" else "") + tokenizer.decode(c.tokens) for c in group]
+            responses = [
+                (text if c.finish_reason == "stop" else "") + tokenizer.decode(c.tokens) for c in group
+            ]
             right = sum(grade(response, problem.answer, problem.source) for response in responses)
             results[-1].append(Prefix(right, n, sum(len(c.tokens) for c in group) / n))
     return results
@@ -249,25 +305,41 @@ def token_lengths(thoughts: Sequence[Thought], tokenizer: Tokenizer) -> list[int
     return [len(tokenizer.encode(thought.text)) for thought in thoughts]
 
 
-def require_room(problem: Problem, thoughts: Sequence[Thought], tokenizer: Tokenizer, context: int, max_tokens: int,
-                 suffix: str = "") -> None:
+def require_room(
+    problem: Problem,
+    thoughts: Sequence[Thought],
+    tokenizer: Tokenizer,
+    context: int,
+    max_tokens: int,
+    suffix: str = "",
+) -> None:
     """Raise Rejected for a chain that leaves no room for a continuation, or that is no chain."""
     if len(thoughts) < 2:
         raise Rejected("a chain of one thought" if thoughts else "no thought")
-    length = len(prompt_ids(problem, tokenizer, suffix=suffix)) + sum(len(tokenizer.encode(t.prefix)) for t in thoughts)
+    length = len(prompt_ids(problem, tokenizer, suffix=suffix)) + sum(
+        len(tokenizer.encode(t.prefix)) for t in thoughts
+    )
     if length + max_tokens > context:
-        raise Rejected(f"prompt and chain have {length} tokens: no room for {max_tokens} more in a context of {context}")
+        raise Rejected(
+            f"prompt and chain have {length} tokens: no room for {max_tokens} more in a context of {context}"
+        )
 
 
-def complete_by_block(problem: Problem, thoughts: Sequence[Thought], labels: Sequence[str], final: str) -> list[str]:
-    """The segments' texts, each its thoughts' own; the last one also gives the chain's final text if it has no answer yet."""
+def complete_by_block(
+    problem: Problem, thoughts: Sequence[Thought], labels: Sequence[str], final: str
+) -> list[str]:
+    """The segments' texts, each its thoughts' own; the last one also gives the chain's final text if it
+    has no answer yet.
+    """
     texts = [STEP.join(thoughts[i].text for i in indices) for _, indices in runs(labels)]
     if not _grades(texts[-1], problem):
         texts[-1] = f"{texts[-1]}\n{final}"
     return texts
 
 
-def completion_request(question: str, thoughts: Sequence[Thought], labels: Sequence[str], prompts: Prompts = BUILT_IN) -> str:
+def completion_request(
+    question: str, thoughts: Sequence[Thought], labels: Sequence[str], prompts: Prompts = BUILT_IN
+) -> str:
     """What the instruct model is asked: long segments verbatim, of the short ones only the block types."""
     parts, missing = {}, []
     for number, (role, indices) in enumerate(runs(labels), start=1):
@@ -278,8 +350,13 @@ def completion_request(question: str, thoughts: Sequence[Thought], labels: Seque
             parts[f"part {number}"] = "; ".join(kind or "next steps" for kind, _ in groupby(kinds))
             missing.append(f"part {number} ({parts[f'part {number}']})")
     solution = "\n".join(f'"{name}": {json.dumps(text, ensure_ascii=False)}' for name, text in parts.items())
-    return _filled(prompts.complete, problem=question, solution=f"{{{solution}}}", missing=", ".join(missing),
-                   first=missing[0].partition(" (")[0])
+    return _filled(
+        prompts.complete,
+        problem=question,
+        solution=f"{{{solution}}}",
+        missing=", ".join(missing),
+        first=missing[0].partition(" (")[0],
+    )
 
 
 def read_completion(answer: object, count: int) -> list[str]:
@@ -299,30 +376,48 @@ def read_completion(answer: object, count: int) -> list[str]:
     return texts
 
 
-def complete_by_model(sampler: Sampler, tokenizer: Tokenizer, problems: Sequence[Problem], questions: Sequence[str],
-                      chains: Sequence[Sequence[Thought]], labels: Sequence[Sequence[str]], max_tokens: int,
-                      temperature: float, seed: int, prompts: Prompts = BUILT_IN) -> list[list[str] | Rejected]:
+def complete_by_model(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    questions: Sequence[str],
+    chains: Sequence[Sequence[Thought]],
+    labels: Sequence[Sequence[str]],
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    prompts: Prompts = BUILT_IN,
+) -> list[list[str] | Rejected]:
     """The segments' texts of each chain, the short ones written by an instruct model. LS §4.1"""
     requests = [completion_request(*item, prompts) for item in zip(questions, chains, labels)]
 
     def read(i: int, text: str) -> list[str]:
         parts = runs(labels[i])
         written = iter(read_completion(read_json(text), sum(role == "short" for role, _ in parts)))
-        return [STEP.join(chains[i][j].text for j in indices) if role == "long" else next(written) for role, indices in parts]
+        return [
+            STEP.join(chains[i][j].text for j in indices) if role == "long" else next(written)
+            for role, indices in parts
+        ]
 
     return _ask(sampler, tokenizer, requests, read, problems, COMPLETING, max_tokens, temperature, seed)
 
 
 def segments(texts: Sequence[str], labels: Sequence[str], problem: Problem) -> list[str]:
-    """The conversation: each text in its role's tags. Raises Rejected unless the last segment is short and grades correct."""
+    """The conversation: each text in its role's tags. Raises Rejected unless the last segment is short and
+    grades correct.
+    """
     roles = [role for role, _ in runs(labels)]
     if roles[-1] != "short" or not _grades(texts[-1], problem):
         raise Rejected("the last short segment does not give the gold answer")
     return [tagged(role, text, last=i == len(texts) - 1) for i, (role, text) in enumerate(zip(roles, texts))]
 
 
-def cold_start(question: str, conversation: Sequence[str], prompts: Prompts = BUILT_IN) -> tuple[list[dict], list[dict]]:
-    """(D_long, D_short) of one conversation: every segment is learnt once, behind the segments before it. LS §4.1"""
+def cold_start(
+    question: str, conversation: Sequence[str], prompts: Prompts = BUILT_IN
+) -> tuple[list[dict], list[dict]]:
+    """(D_long, D_short) of one conversation: every segment is learnt once, behind the segments before it.
+    LS §4.1
+    """
     rows: tuple[list[dict], list[dict]] = ([], [])
     for i, segment in enumerate(conversation):
         role = "long" if i % 2 == 0 else "short"
@@ -346,8 +441,8 @@ _STARTS = 20  # brackets from which reading is tried
 def read_json(text: str) -> dict | list:
     r"""The first JSON object or list that is not empty in a model's answer. Raises Rejected if there is none.
 
-    Forgives what models do: words and fences around it, trailing commas, line breaks in strings, LaTeX with single backslashes
-    ("\frac" is a fraction here, not a form feed), and single quotes.
+    Forgives what models do: words and fences around it, trailing commas, line breaks in strings, LaTeX with
+    single backslashes ("\frac" is a fraction here, not a form feed), and single quotes.
     """
     text = _ESCAPE.sub(lambda m: m[0] if m[1] else r"\\", text.replace(r"\'", "'"))
     text = re.sub(r",(?=\s*[}\]])", "", text)
@@ -364,7 +459,9 @@ def read_json(text: str) -> dict | list:
 
 
 def plot(items: Sequence[dict], path: Path) -> None:
-    """Mean importance and accuracy against the thought's place in the chain, with how many chains are that long."""
+    """Mean importance and accuracy against the thought's place in the chain, with how many chains are that
+    long.
+    """
     pyplot = require_pyplot()
     longest = max(len(item["importance"]) for item in items)
     places = range(1, longest + 1)

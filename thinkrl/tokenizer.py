@@ -1,11 +1,12 @@
 """Text <-> ids, the model's own chat template, and what must be read off ids while they are being sampled.
 
-`tokenizers` does the encoding. The chat template is the checkpoint's own Jinja source, rendered in a sandbox set up as
-transformers sets up its own, so that rendered text and ids equal `apply_chat_template`.
+`tokenizers` does the encoding. The chat template is the checkpoint's own Jinja source, rendered in a sandbox
+set up as transformers sets up its own, so that rendered text and ids equal `apply_chat_template`.
 
-Stop strings are matched on text, because in a real vocabulary they are not a fixed sequence of ids: "</think>\\n\\n" ends in
-one token that holds ">\\n\\n", and one character may be spread over several tokens. Reading text for each new token of
-each running sequence would cost more than a small model's forward pass, so it is avoided twice:
+Stop strings are matched on text, because in a real vocabulary they are not a fixed sequence of ids:
+"</think>\\n\\n" ends in one token that holds ">\\n\\n", and one character may be spread over several tokens.
+Reading text for each new token of each running sequence would cost more than a small model's forward pass, so
+it is avoided twice:
 
     StopStrings.endings    the ids whose text could be the end of a stop string: a table over the vocabulary, made once.
                            Any other token costs one look-up.
@@ -49,8 +50,8 @@ PARTIAL = 3  # at most 3 bytes of a UTF-8 character can be waiting for the rest 
 class Tokenizer:
     """The tokenizer of a Hugging Face folder.
 
-    Nothing is ever added to what is encoded: the beginning-of-sequence token and turn markers come from the chat template,
-    once. `eos_token`, `bos_token` and the like are those of tokenizer_config.json.
+    Nothing is ever added to what is encoded: the beginning-of-sequence token and turn markers come from the
+    chat template, once. `eos_token`, `bos_token` and the like are those of tokenizer_config.json.
     """
 
     def __init__(self, path: str | Path):
@@ -75,7 +76,9 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """One more than the highest id that stands for text; a model's own vocabulary is often padded above it."""
+        """One more than the highest id that stands for text; a model's own vocabulary is often padded
+        above it.
+        """
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
@@ -83,7 +86,9 @@ class Tokenizer:
         """The id that ends a text in training data. Raises UserError if the folder names none."""
         eos = self._tokenizer.token_to_id(self.special.get("eos_token", ""))
         if eos is None:
-            raise UserError(f"{self.path / 'tokenizer_config.json'}: eos_token is missing or not in the vocabulary")
+            raise UserError(
+                f"{self.path / 'tokenizer_config.json'}: eos_token is missing or not in the vocabulary"
+            )
         return eos
 
     @functools.cached_property
@@ -106,12 +111,16 @@ class Tokenizer:
 
     @functools.cached_property
     def _anchor(self) -> tuple[list[int], int]:
-        """An id to stand before others, and the length of its text: some decoders drop a text's leading space."""
+        """An id to stand before others, and the length of its text: some decoders drop a text's leading
+        space.
+        """
         words = ((i, self.decode([i])) for i in range(self.vocab_size))
         return next((([i], len(text)) for i, text in words if text.isalnum()), ([], 0))
 
     def continuation(self, ids: Sequence[int]) -> str:
-        """Text of `ids` as it reads when something stands before them, as a prompt does before a completion."""
+        """Text of `ids` as it reads when something stands before them, as a prompt does before a
+        completion.
+        """
         anchor, length = self._anchor
         return self.decode([*anchor, *ids])[length:]
 
@@ -119,7 +128,9 @@ class Tokenizer:
     def pieces(self) -> list[str]:
         """`continuation([i])` of every id i."""
         anchor, length = self._anchor
-        texts = self._tokenizer.decode_batch([[*anchor, i] for i in range(self.vocab_size)], skip_special_tokens=False)
+        texts = self._tokenizer.decode_batch(
+            [[*anchor, i] for i in range(self.vocab_size)], skip_special_tokens=False
+        )
         return [text[length:] for text in texts]
 
     @functools.cached_property
@@ -165,7 +176,9 @@ class Tokenizer:
             raise UserError(f"{self.path}: the chat template refuses this conversation ({error})") from None
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of `render_chat`. The template has already written the beginning-of-sequence token, if there is one."""
+        """Ids of `render_chat`. The template has already written the beginning-of-sequence token, if there
+        is one.
+        """
         return self.encode(self.render_chat(messages, add_generation_prompt))
 
     def _first_token(self) -> str:
@@ -173,16 +186,22 @@ class Tokenizer:
         return bos if bos and bos in self._tokenizer.encode("", add_special_tokens=True).tokens else ""
 
     def save(self, path: str | Path) -> None:
-        """Copy every file of the tokenizer into the folder `path`, generation_config.json with its stop ids included."""
+        """Copy every file of the tokenizer into the folder `path`, generation_config.json with its stop
+        ids included.
+        """
         for name in FILES:
             if (self.path / name).exists():
                 shutil.copyfile(self.path / name, Path(path) / name)
 
 
 def difference(a: Tokenizer, b: Tokenizer, text: str) -> str:
-    """Where two tokenizers read ids differently or cut `text` differently, in words; empty where ids may pass between them."""
+    """Where two tokenizers read ids differently or cut `text` differently, in words; empty where ids may
+    pass between them.
+    """
     if a.pieces != b.pieces:
-        differing = (f"id {i} is {x!r} and {y!r}" for i, (x, y) in enumerate(zip(a.pieces, b.pieces)) if x != y)
+        differing = (
+            f"id {i} is {x!r} and {y!r}" for i, (x, y) in enumerate(zip(a.pieces, b.pieces)) if x != y
+        )
         return next(differing, f"{len(a.pieces)} and {len(b.pieces)} ids")
     return "" if a.encode(text) == b.encode(text) else "the same text is cut differently"
 
@@ -190,8 +209,8 @@ def difference(a: Tokenizer, b: Tokenizer, text: str) -> str:
 class StopStrings:
     """Where a completion ends, for a set of stop strings.
 
-    The completion's own text counts, not the prompt's. The token whose text completes a stop string belongs to the
-    completion whole, with whatever follows the stop string inside it.
+    The completion's own text counts, not the prompt's. The token whose text completes a stop string belongs
+    to the completion whole, with whatever follows the stop string inside it.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
@@ -203,14 +222,24 @@ class StopStrings:
 
     def _possible_endings(self, pieces: Sequence[str]) -> Iterator[int]:
         rests = tuple(stop[n:] for stop in self.stops for n in range(1, len(stop)))
-        wide = not all(stop[-1].isascii() for stop in self.stops)  # the last character may itself come in parts
+        wide = not all(
+            stop[-1].isascii() for stop in self.stops
+        )  # the last character may itself come in parts
         for i, piece in enumerate(pieces):
-            whole = piece.lstrip(UNFINISHED)  # what follows the end of a character that began in an earlier token
-            if whole.startswith(rests) or any(stop in piece for stop in self.stops) or (wide and whole != piece):
+            whole = piece.lstrip(
+                UNFINISHED
+            )  # what follows the end of a character that began in an earlier token
+            if (
+                whole.startswith(rests)
+                or any(stop in piece for stop in self.stops)
+                or (wide and whole != piece)
+            ):
                 yield i
 
     def find(self, tokens: Sequence[int], start: int = 0) -> int | None:
-        """Index of the first of tokens[start:] that completes a stop string; tokens is the completion from its start."""
+        """Index of the first of tokens[start:] that completes a stop string; tokens is the completion from
+        its start.
+        """
         for i in range(start, len(tokens)):
             if tokens[i] in self.endings and self._ends_at(tokens, i):
                 return i
@@ -219,7 +248,9 @@ class StopStrings:
     def _ends_at(self, tokens: Sequence[int], i: int) -> bool:
         start = max(0, i + 1 - self.window)
         text = self.tokenizer.continuation(tokens[start : i + 1])
-        for _ in range(PARTIAL):  # back to the start of a character: some decoders give up a whole run of bytes for one cut
+        for _ in range(
+            PARTIAL
+        ):  # back to the start of a character: some decoders give up a whole run of bytes for one cut
             if start and text.startswith(UNFINISHED):
                 start -= 1
                 text = self.tokenizer.continuation(tokens[start : i + 1])
@@ -236,8 +267,9 @@ def find_stop_ref(tokenizer: Tokenizer, stops: Sequence[str], tokens: Sequence[i
 class IncrementalText:
     """The text of a sequence, token by token: the pushed parts, joined, are the text of all ids pushed so far.
 
-    A part is held back only while its last bytes are not yet a character. A push decodes one token, or the few since the
-    text last ended in a whole character. (Where bytes are not valid UTF-8, the number of U+FFFD may differ from decode's.)
+    A part is held back only while its last bytes are not yet a character. A push decodes one token, or the
+    few since the text last ended in a whole character. (Where bytes are not valid UTF-8, the number of U+FFFD
+    may differ from decode's.)
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -255,7 +287,9 @@ class IncrementalText:
         open_end = len(text) - certain
         if open_end == 0:
             self._pending = []
-        elif len(self._pending) > 2 * PARTIAL:  # bytes that never become a character: their cost must not add up
+        elif (
+            len(self._pending) > 2 * PARTIAL
+        ):  # bytes that never become a character: their cost must not add up
             self._pending = self._pending[-PARTIAL:]
             text = self.tokenizer.continuation(self._pending)
         self._given = len(text) - open_end if self._pending else 0
@@ -282,13 +316,17 @@ def _read_json(file: Path) -> dict:
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}: marks the assistant's words for other trainers; here it is only a scope."""
+    """{% generation %} … {% endgeneration %}: marks the assistant's words for other trainers; here it is
+    only a scope.
+    """
 
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        return jinja2.nodes.Scope(
+            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+        )
 
 
 @functools.cache
@@ -300,7 +338,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
         # Jinja's own would escape <, > and & for HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
 
     def strftime_now(format: str) -> str:
         return datetime.datetime.now().strftime(format)

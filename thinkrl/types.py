@@ -1,6 +1,7 @@
 """The nouns: Problem -> Turn -> Trajectory -> Sample -> Pack.
 
-A worked example. The problem "2+3?" with gold "5" is attempted twice (a group of G = 2). With one id per character:
+A worked example. The problem "2+3?" with gold "5" is attempted twice (a group of G = 2). With one id per
+character:
 
     Problem     question "2+3?", answer "5"
     Turn        prompt [2 + 3 ?], completion [5 EOS], logprobs [-0.1 -0.2]        what the sampler returned, untouched
@@ -11,8 +12,9 @@ A worked example. The problem "2+3?" with gold "5" is attempted twice (a group o
                 mask       [0 0 0 0 1 1   | 0 0 0 0 1 1]                          1 = counts in the loss
                 advantage  [0 0 0 0 .7 .7 | 0 0 0 0 -.7 -.7]                      0 where the mask is 0
 
-Column t always speaks of token t itself: `logprob[t]` is the log-probability of token t given the tokens before it.
-The mask comes from who produced a token (prompt or sampler), never from the token's value, so a sampled stop token counts.
+Column t always speaks of token t itself: `logprob[t]` is the log-probability of token t given the tokens
+before it. The mask comes from who produced a token (prompt or sampler), never from the token's value, so a
+sampled stop token counts.
 """
 
 from __future__ import annotations
@@ -49,12 +51,16 @@ class Turn:
     completion: list[int]  # sampled ids, the stop token included
     logprobs: list[float]  # the sampler's own, at the sampling temperature, one per completion token
     finish_reason: str  # "stop" | "length"
-    hidden: Tensor | None = None  # [len(completion), D], the hidden state that predicted each token, when it was kept
+    hidden: Tensor | None = (
+        None  # [len(completion), D], the hidden state that predicted each token, when it was kept
+    )
 
 
 @dataclass
 class Trajectory:
-    """All turns of one attempt at a problem, with its grade and its rewards. Rewards are raw: nothing overwrites them."""
+    """All turns of one attempt at a problem, with its grade and its rewards. Rewards are raw: nothing
+    overwrites them.
+    """
 
     problem: Problem
     sample: int  # 0..G-1 within the group
@@ -63,7 +69,9 @@ class Trajectory:
     answer: str | None = None  # as extracted from the text
     outcome_reward: float = 0.0  # 1 if the answer is the gold one
     reward: float = 0.0  # outcome_reward plus what the preset adds per trajectory
-    extra: dict = field(default_factory=dict)  # what a preset wants in samples.jsonl: spans, gains, penalties, role rewards
+    extra: dict = field(
+        default_factory=dict
+    )  # what a preset wants in samples.jsonl: spans, gains, penalties, role rewards
 
     @property
     def correct(self) -> bool:
@@ -99,7 +107,9 @@ class Pack:
     advantage: Tensor  # [T] fp32
     sampler_logprob: Tensor  # [T] fp32, 0 where the mask is 0
     ids: list[str]
-    old_logprob: Tensor | None = None  # [T], by the trainer, before the first update; None: the policy has not moved yet
+    old_logprob: Tensor | None = (
+        None  # [T], by the trainer, before the first update; None: the policy has not moved yet
+    )
     ref_logprob: Tensor | None = None  # [T], by the frozen reference
 
     def to(self, device: torch.device | str) -> Pack:
@@ -124,8 +134,12 @@ def pack(samples: list[Sample], budget: int) -> list[Pack]:
 
 
 def empty_pack() -> Pack:
-    """Two tokens that count for nothing: a rank with fewer packs than its peers runs this, to keep collectives in step."""
-    return _row([Sample(prompt=[0, 0], completion=[], advantage=torch.zeros(0), sampler_logprob=torch.zeros(0))])
+    """Two tokens that count for nothing: a rank with fewer packs than its peers runs this, to keep
+    collectives in step.
+    """
+    return _row(
+        [Sample(prompt=[0, 0], completion=[], advantage=torch.zeros(0), sampler_logprob=torch.zeros(0))]
+    )
 
 
 def _row(samples: list[Sample]) -> Pack:

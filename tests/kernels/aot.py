@@ -27,7 +27,7 @@ class Compiled:
 
     @property
     def tensor_cores(self) -> str:
-        """"wgmma" (sm_90: operands straight from shared memory), "mma" or ""."""
+        """ "wgmma" (sm_90: operands straight from shared memory), "mma" or ""."""
         found = re.search(r"\b(wgmma|mma)\.", self.ptx)
         return found[1] if found else ""
 
@@ -47,7 +47,9 @@ def compile_for(
     Pointers and, as at a launch with friendly sizes, i32 arguments are declared multiples of 16: without that, loads
     are not vectorised and asynchronous copies not used.
     """
-    assert os.environ.get("TRITON_INTERPRET") != "1", "this process interprets kernels: start it with THINKRL_AOT=1"
+    assert os.environ.get("TRITON_INTERPRET") != "1", (
+        "this process interprets kernels: start it with THINKRL_AOT=1"
+    )
     missing = set(kernel.arg_names) - set(signature) - set(constexprs)
     assert not missing, f"{kernel.__name__}: no type and no value for {sorted(missing)}"
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
@@ -56,7 +58,11 @@ def compile_for(
         fn=kernel,
         signature=types,
         constexprs={(index[name],): value for name, value in constexprs.items()},
-        attrs={(index[name],): [["tt.divisibility", 16]] for name, t in signature.items() if t[0] == "*" or t == "i32"},
+        attrs={
+            (index[name],): [["tt.divisibility", 16]]
+            for name, t in signature.items()
+            if t[0] == "*" or t == "i32"
+        },
     )
     options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -64,7 +70,9 @@ def compile_for(
         file.write(made.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     return Compiled(registers, stack, made.metadata.shared, made.asm["ptx"])
 

@@ -1,7 +1,7 @@
 """Every kernel, as it is launched, compiled for A100 (sm_80) and H100/H200 (sm_90).
 
-Nothing spilled, shared memory that the chip has, tensor cores where there is a product. Runs without a GPU, in a
-process of its own (see conftest.py).
+Nothing spilled, shared memory that the chip has, tensor cores where there is a product. Runs without a GPU,
+in a process of its own (see conftest.py).
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def test_paged_attention(name, splits, width, dtype, arch):
 
 
 LOGPROB = dict(logits_ptr="*fp32", targets_ptr="*i64", lse_ptr="*fp32", V="i32", scale="fp32")
-SAMPLE = dict(logits_ptr="*bf16", keys_ptr="*i64", token_ptr="*i64", logprob_ptr="*fp32", lse_ptr="*fp32", V="i32")
+SAMPLE = dict(
+    logits_ptr="*bf16", keys_ptr="*i64", token_ptr="*i64", logprob_ptr="*fp32", lse_ptr="*fp32", V="i32"
+)
 POINTWISE = {
     "delta": (
         attention._delta_kernel,
@@ -75,8 +77,16 @@ POINTWISE = {
         dict(partial_ptr="*fp32", lse_ptr="*fp32", o_ptr="*bf16", rows="i32"),
         dict(D=128, SPLITS=16, BLOCK_D=128),
     ),
-    "rows": (logprob._rows_kernel, LOGPROB | dict(logprob_ptr="*fp32", entropy_ptr="*fp32"), dict(BLOCK=4096)),
-    "residual": (logprob._residual_kernel, LOGPROB | dict(coef_ptr="*fp32", out_ptr="*bf16"), dict(BLOCK=4096)),
+    "rows": (
+        logprob._rows_kernel,
+        LOGPROB | dict(logprob_ptr="*fp32", entropy_ptr="*fp32"),
+        dict(BLOCK=4096),
+    ),
+    "residual": (
+        logprob._residual_kernel,
+        LOGPROB | dict(coef_ptr="*fp32", out_ptr="*bf16"),
+        dict(BLOCK=4096),
+    ),
     "draw": (sample._sample_kernel, SAMPLE | dict(scale="fp32"), dict(GREEDY=False, BLOCKS=64, BLOCK=4096)),
     "greedy": (sample._sample_kernel, SAMPLE | dict(scale="fp32"), dict(GREEDY=True, BLOCKS=64, BLOCK=4096)),
 }
@@ -119,7 +129,9 @@ def test_ghost_norm(dtype, arch):
 def test_check_sees_a_spill():
     """128 by 128 tiles in four warps need more registers than there are: the check must notice."""
     x = "*bf16"
-    signature = dict(q_ptr=x, k_ptr=x, v_ptr=x, o_ptr=x, lse_ptr="*fp32", cu_ptr="*i32", S="i32", T="i32", scale="fp32")
+    signature = dict(
+        q_ptr=x, k_ptr=x, v_ptr=x, o_ptr=x, lse_ptr="*fp32", cu_ptr="*i32", S="i32", T="i32", scale="fp32"
+    )
     shape = dict(D=128, BLOCK_D=128, BLOCK_M=128, BLOCK_N=128, **HEADS)
     made = compile_for(attention._packed_forward_kernel, signature, shape, 80, num_warps=4, num_stages=1)
     with pytest.raises(AssertionError, match="of stack per thread"):

@@ -1,4 +1,6 @@
-"""Packed and paged attention against their specifications, and these against a case computed by hand and fp64."""
+"""Packed and paged attention against their specifications, and these against a case computed by hand and
+fp64.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKED = [packed_attention_torch, packed_attention_triton]
 PAGED = [paged_attention_torch, paged_attention_triton]
 FP32, BF16 = torch.float32, torch.bfloat16
-CASES = [(FP32, 2, 2), (FP32, 4, 2), (FP32, 6, 1), (FP32, 7, 1), (BF16, 6, 2)]  # 1, 2, 6, 7 query heads to a key head
+CASES = [
+    (FP32, 2, 2),
+    (FP32, 4, 2),
+    (FP32, 6, 1),
+    (FP32, 7, 1),
+    (BF16, 6, 2),
+]  # 1, 2, 6, 7 query heads to a key head
 
 
 def cumulative(lengths: list[int]) -> torch.Tensor:
@@ -37,7 +45,9 @@ def random_row(lengths, heads, kv_heads, width, dtype=torch.float32, seed=0):
 
 
 def within_twice(ours, plain, exact):
-    """Error (root of the sum of squares) at most twice what plain PyTorch makes in the same dtype, against fp64."""
+    """Error (root of the sum of squares) at most twice what plain PyTorch makes in the same dtype, against
+    fp64.
+    """
     error, budget = ((x.double() - exact).norm() for x in (ours, plain))
     assert error <= 2 * budget, f"error {error:.2e} is {error / budget:.2f} times plain PyTorch's"
 
@@ -50,7 +60,9 @@ def with_gradients(attention, q, k, v, cu_seqlens, grad):
 
 @pytest.mark.parametrize("attention", [packed_attention_ref, *PACKED, packed_attention])
 def test_packed_by_hand(attention):
-    """Width 1. First token: its own value. Second: score 3 ln 3 · k over sqrt(1), weights 1 : 3 after softmax."""
+    """Width 1. First token: its own value. Second: score 3 ln 3 · k over sqrt(1), weights 1 : 3 after
+    softmax.
+    """
     ln3 = math.log(3.0)
     q = torch.tensor([5.0, ln3, 7.0], device=DEVICE).view(3, 1, 1)
     k = torch.tensor([0.0, 1.0, 2.0], device=DEVICE).view(3, 1, 1)
@@ -120,12 +132,21 @@ def paged_case(lengths, counts, heads, kv_heads, width, dtype=torch.float32, pag
             x[pages[-1], length - (len(pages) - 1) * page_size :] = float("nan")
     q = torch.randn(sum(counts), heads, width, generator=generator)
     q, k, v = (x.to(DEVICE, dtype) for x in (q, k, v))
-    return q, k, v, table.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), cumulative(counts)
+    return (
+        q,
+        k,
+        v,
+        table.to(DEVICE),
+        torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+        cumulative(counts),
+    )
 
 
 @pytest.mark.parametrize("attention", [paged_attention_ref, *PAGED, paged_attention])
 def test_paged_by_hand(attention):
-    """Three tokens in pages 1 and 0 of size 2, one query that likes all keys equally: the mean of the values."""
+    """Three tokens in pages 1 and 0 of size 2, one query that likes all keys equally: the mean of the
+    values.
+    """
     v = torch.tensor([[9.0, float("nan")], [1.0, 2.0]], device=DEVICE).view(2, 2, 1, 1)
     k = torch.where(v.isnan(), v, 0.0)
     table = torch.tensor([[1, 0]], dtype=torch.int32, device=DEVICE)
@@ -157,7 +178,9 @@ def test_paged_splits_agree(splits, monkeypatch):
     blocks = 22 // (16 // 6) + 2
     monkeypatch.setattr("kernels.attention.PROGRAMS", blocks * splits)
     ours = paged_attention_triton(q, k, v, table, lengths, cu_seqlens)
-    torch.testing.assert_close(ours, paged_attention_ref(q, k, v, table, lengths, cu_seqlens), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        ours, paged_attention_ref(q, k, v, table, lengths, cu_seqlens), rtol=0, atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("attention", PAGED)

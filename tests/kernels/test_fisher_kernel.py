@@ -16,7 +16,15 @@ from kernels.fisher import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RAGGED = [2, 2, 3, 20, 20, 57, 60]  # empty first and in the middle, single token, two tokens outside at each end
+RAGGED = [
+    2,
+    2,
+    3,
+    20,
+    20,
+    57,
+    60,
+]  # empty first and in the middle, single token, two tokens outside at each end
 QUADRATICS = [episode_quadratic_ref, episode_quadratic_torch, episode_quadratic_triton, episode_quadratic]
 GHOSTS = [ghost_norm_ref, ghost_norm_torch, ghost_norm_triton, ghost_norm]
 
@@ -29,7 +37,9 @@ def factors(T=62, D1=37, D2=21, dtype=torch.float32, seed=0):
 
 def exact(reference, *tensors, **kwargs):
     """The reference in fp64."""
-    return reference(*(t.double() if t is not None and t.is_floating_point() else t for t in tensors), **kwargs)
+    return reference(
+        *(t.double() if t is not None and t.is_floating_point() else t for t in tensors), **kwargs
+    )
 
 
 @pytest.mark.parametrize("quadratic", QUADRATICS)
@@ -76,7 +86,9 @@ def test_identities_in_fp64():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("T, D1, D2, cu", [(62, 37, 21, RAGGED), (40, 16, 48, [0, 1, 2, 40]), (5, 1, 3, [0, 0, 5, 5])])
+@pytest.mark.parametrize(
+    "T, D1, D2, cu", [(62, 37, 21, RAGGED), (40, 16, 48, [0, 1, 2, 40]), (5, 1, 3, [0, 0, 5, 5])]
+)
 def test_error_is_at_most_twice_that_of_plain_torch(dtype, T, D1, D2, cu):
     x, g, weight = factors(T, D1, D2, dtype)
     cu = torch.tensor(cu, dtype=torch.int32)
@@ -129,8 +141,13 @@ def test_slots_are_summed_in_fp64(op):
     assert op(x, g, torch.tensor([0, 65])).tolist() == [2.0**24 + 1]
 
 
-@pytest.mark.parametrize("op, weighted", [*((op, weighted) for op in QUADRATICS[1:3] for weighted in (False, True)),
-                                          *((op, False) for op in GHOSTS[1:3])])
+@pytest.mark.parametrize(
+    "op, weighted",
+    [
+        *((op, weighted) for op in QUADRATICS[1:3] for weighted in (False, True)),
+        *((op, False) for op in GHOSTS[1:3]),
+    ],
+)
 @pytest.mark.parametrize("D1, D2", [(37, 21), (16, 16), (64, 5)])
 def test_shuffled_responses_give_the_same_bits(op, weighted, D1, D2):
     lengths = [5, 1, 0, 17, 16, 3, 30, 2, 9, 12]

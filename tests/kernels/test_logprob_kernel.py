@@ -1,4 +1,6 @@
-"""The LM head in chunks: values, gradients and scores against the specification, by hand, by autograd and in fp64."""
+"""The LM head in chunks: values, gradients and scores against the specification, by hand, by autograd and
+in fp64.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def with_gradients(op, hidden, weight, targets, temperature, coef):
 
 @pytest.mark.parametrize("op", [linear_logprob_ref, *LOGPROB, linear_logprob])
 def test_logprob_by_hand(op):
-    """Logits ln 1, ln 2, ln 5 are probabilities 1/8, 2/8, 5/8; at temperature 1/2 they are 1/30, 4/30, 25/30."""
+    """Logits ln 1, ln 2, ln 5 are probabilities 1/8, 2/8, 5/8; at temperature 1/2 they are 1/30, 4/30,
+    25/30.
+    """
     hidden = torch.ones(2, 1, device=DEVICE)
     weight = torch.tensor([[1.0], [2.0], [5.0]], device=DEVICE).log()
     targets = torch.tensor([1, 2], device=DEVICE)
@@ -73,7 +77,9 @@ def test_logprob_by_hand(op):
 @pytest.mark.parametrize("op", [linear_score_ref, *SCORE, linear_score])
 def test_score_by_hand(op):
     """Two words, e1 and e2, equally likely: the score of word 0 is e1 - (e1 + e2) / 2."""
-    logprob, score = op(torch.zeros(1, 2, device=DEVICE), torch.eye(2, device=DEVICE), torch.tensor([0], device=DEVICE))
+    logprob, score = op(
+        torch.zeros(1, 2, device=DEVICE), torch.eye(2, device=DEVICE), torch.tensor([0], device=DEVICE)
+    )
     assert logprob.item() == pytest.approx(math.log(0.5))
     assert score.tolist() == [[0.5, -0.5]]
 
@@ -122,7 +128,9 @@ def test_confident_and_impossible_targets(op):
     hidden = torch.tensor([[100.0], [100.0]], device=DEVICE)
     weight = torch.tensor([[1.0], [-1.0]], device=DEVICE)
     coef = torch.ones(2)
-    logprob, entropy, *grads = with_gradients(op, hidden, weight, torch.tensor([0, 1], device=DEVICE), 1.0, coef)
+    logprob, entropy, *grads = with_gradients(
+        op, hidden, weight, torch.tensor([0, 1], device=DEVICE), 1.0, coef
+    )
     assert logprob.tolist() == [0.0, -200.0] and entropy.tolist() == [0.0, 0.0]
     assert grads[0].tolist() == [[0.0], [-2.0]] and grads[1].tolist() == [[-100.0], [100.0]]
 
@@ -137,14 +145,18 @@ def test_only_the_gradients_that_are_asked_for(frozen):
 
 
 def test_all_logits_never_exist():
-    """Forward and backward over 40 chunks, watched: the largest tensor ever saved or made has one chunk's logits."""
+    """Forward and backward over 40 chunks, watched: the largest tensor ever saved or made has one chunk's
+    logits.
+    """
     hidden, weight, targets = random_head(320, 4, 50)
     made = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            made.extend(x.numel() for x in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(x))
+            made.extend(
+                x.numel() for x in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(x)
+            )
             return out
 
     weight.requires_grad_()

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from kernels.sample import hash_key, sample_token, sample_token_ref, sample_token_torch, sample_token_triton, uniform
+from kernels.sample import (
+    hash_key,
+    sample_token,
+    sample_token_ref,
+    sample_token_torch,
+    sample_token_triton,
+    uniform,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = [sample_token_torch, sample_token_triton]
@@ -43,9 +50,13 @@ def test_hash_broadcasts_chains_and_depends_on_order():
     assert keys[2, 3] == hash_key(5, 2, 3) and keys[2, 3] != hash_key(5, 3, 2)
 
 
-@pytest.mark.parametrize("words", [(torch.arange(10_000),), (3, torch.arange(100)[:, None], torch.arange(100))])
+@pytest.mark.parametrize(
+    "words", [(torch.arange(10_000),), (3, torch.arange(100)[:, None], torch.arange(100))]
+)
 def test_uniforms_fill_their_bins(words):
-    """10,000 numbers in 50 bins: chi-square of 49 degrees, 85.4 at one in a thousand. Likewise pairs of neighbours."""
+    """10,000 numbers in 50 bins: chi-square of 49 degrees, 85.4 at one in a thousand. Likewise pairs of
+    neighbours.
+    """
     u = uniform(hash_key(*words)).flatten()
     assert u.min() > 0 and u.max() < 1
     chi_square = ((u.histc(50, 0, 1) - 200) ** 2 / 200).sum()
@@ -57,7 +68,9 @@ def test_uniforms_fill_their_bins(words):
 
 @pytest.mark.parametrize("sample", [sample_token_ref, *FAST, sample_token])
 def test_draw_by_hand(sample):
-    """Probabilities 1/4, 1/2, 0, 1/4: the cumulative sum is crossed at 1/4 and 3/4, and token 2 never comes."""
+    """Probabilities 1/4, 1/2, 0, 1/4: the cumulative sum is crossed at 1/4 and 3/4, and token 2 never
+    comes.
+    """
     logits = torch.tensor([1.0, 2.0, 0.0, 1.0], device=DEVICE).log().expand(8, 4)
     keys = hash_key(0, torch.arange(8)).to(DEVICE)
     u = uniform(keys)

@@ -3,7 +3,8 @@
     DIR/chains.jsonl      rows {"problem", "response"} by thinkrl.arith
     DIR/start/            a Llama checkpoint folder with random weights: config, tokenizer, model.safetensors
 
-Then `train.py sft` trains DIR/start on DIR/chains.jsonl, each row once, and model.safetensors is all that changes hands.
+Then `train.py sft` trains DIR/start on DIR/chains.jsonl, each row once, and model.safetensors is all that
+changes hands.
 """
 
 from __future__ import annotations
@@ -63,12 +64,16 @@ def tokenizer() -> Tokenizer:
     pattern = "|".join(re.escape(word) for word in longest_first)
     out.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     out.decoder = decoders.Fuse()
-    out.add_special_tokens([AddedToken(EOS, special=True, normalized=False), AddedToken(UNK, special=True, normalized=False)])
+    out.add_special_tokens(
+        [AddedToken(EOS, special=True, normalized=False), AddedToken(UNK, special=True, normalized=False)]
+    )
     return out
 
 
 def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Names and shapes of Llama in transformers. Matrices ~ N(0, 1/fan_in); those that write to the residual stream quieter."""
+    """Names and shapes of Llama in transformers. Matrices ~ N(0, 1/fan_in); those that write to the
+    residual stream quieter.
+    """
     generator = torch.Generator().manual_seed(seed)
     width, inner, layers = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["num_hidden_layers"]
     kv = width // CONFIG["num_attention_heads"] * CONFIG["num_key_value_heads"]
@@ -99,7 +104,11 @@ def write_folder(path: Path, weights: dict[str, torch.Tensor]) -> None:
     tokenizer().save(str(path / "tokenizer.json"))
     texts = {
         "config.json": CONFIG,
-        "generation_config.json": {"eos_token_id": VOCABULARY.index(EOS), "do_sample": True, "temperature": 1.0},
+        "generation_config.json": {
+            "eos_token_id": VOCABULARY.index(EOS),
+            "do_sample": True,
+            "temperature": 1.0,
+        },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": EOS,
