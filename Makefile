@@ -36,8 +36,8 @@ bench: .venv/done ## kernels and sampler against their baselines, side by side, 
 	$(BIN)/python -m kernels.logprob
 	$(BIN)/python -m kernels.attention
 	$(BIN)/python -m kernels.sample
-	$(BIN)/python -m thinkrl.bench sampler
-	$(BIN)/python -m thinkrl.bench l2t
+	$(BIN)/python -m thinkrl.tools.bench sampler
+	$(BIN)/python -m thinkrl.tools.bench l2t
 
 bench-gpu: ## the same on a CUDA machine with torch and triton already installed
 	for op in fisher logprob attention sample; do $(PYTHON) -m kernels.$$op; done
@@ -49,10 +49,10 @@ tiny: .venv/done ## rebuild the embedded model from its problem generator
 	cp runs/tiny-sft/checkpoints/step_1000/hf/model.safetensors thinkrl/assets/tiny/
 
 compare: .venv/done ## L2T against GRPO and its controls, 3 seeds each (most of an hour on two cores)
-	$(BIN)/python -m thinkrl.compare $(ARGS)
+	$(BIN)/python -m thinkrl.tools.compare $(ARGS)
 
 longshort: .venv/done ## Long⊗Short on the embedded model: chunk, cold start, six rounds, GRPO beside it (14 minutes on two cores)
-	$(BIN)/python -m thinkrl.pipeline --ranks $(RANKS) $(ARGS)
+	$(BIN)/python -m thinkrl.tools.pipeline --ranks $(RANKS) $(ARGS)
 
 lines: ## file sizes
 	@wc -l *.py thinkrl/*.py kernels/*.py | sort -n

@@ -110,16 +110,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from thinkrl import arith, require_own_kernels, thoughts
+from thinkrl import arith, require_own_kernels
 from thinkrl.checkpoint import load_model
-from thinkrl.config import excuse
-from thinkrl.conversation import Prompts, load_prompts
-from thinkrl.distributed import World, agree, from_main, start, stop
+from thinkrl.config import exit_with_error
+from thinkrl.distributed import World, from_main, raise_on_all_ranks, start, stop
 from thinkrl.learner import compute_dtype, model_path
+from thinkrl.longshort import thoughts
+from thinkrl.longshort.conversation import Prompts, load_prompts
+from thinkrl.longshort.thoughts import Rejected, Thought
 from thinkrl.problems import data_files, load_problems, messages, read_rows, text_field
 from thinkrl.runs import open_out, write_json
 from thinkrl.sampler import Sampler
-from thinkrl.thoughts import Rejected, Thought
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem
 
@@ -186,7 +187,7 @@ def together(function: Callable, *arguments):
         result = function(*arguments)
     except UserError as mistake:
         error = str(mistake)
-    agree(error)
+    raise_on_all_ranks(error)
     return result
 
 
@@ -423,7 +424,7 @@ def main(options: Options) -> None:
         world = start(options.device)
         chunk(options, world)
     except UserError as mistake:
-        excuse("chunk.py", mistake)
+        exit_with_error("chunk.py", mistake)
     finally:
         stop()
 

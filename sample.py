@@ -87,13 +87,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from thinkrl import longshort, require_own_kernels
+from thinkrl import require_own_kernels
 from thinkrl.checkpoint import load_model
-from thinkrl.config import embedded, excuse
-from thinkrl.conversation import shared_prompts
+from thinkrl.config import embedded, exit_with_error
 from thinkrl.distributed import World, gather, start, stop
 from thinkrl.evaluate import aes, summarise
 from thinkrl.learner import compute_dtype, model_path
+from thinkrl.longshort import protocol as longshort
+from thinkrl.longshort.conversation import shared_prompts
 from thinkrl.problems import held_out_problems
 from thinkrl.rollout import EVALUATION, rollout
 from thinkrl.sampler import Sampler
@@ -141,7 +142,7 @@ def two_policies(options: Options, world: World) -> Attempt:
     longshort.require_same_tokenizer(tokenizers["long"], tokenizers["short"])
     prompts = shared_prompts(options.prompts, *paths.values())
     voices = {
-        role: longshort.Voice(
+        role: longshort.RoleSampler(
             Sampler(
                 load_model(path, compute_dtype(options, world), world.device),
                 tokenizers[role],
@@ -266,7 +267,7 @@ def main(options: Options) -> None:
         world = start(options.device)
         (answer if options.prompt else evaluate)(options, world)
     except UserError as mistake:
-        excuse("sample.py", mistake)
+        exit_with_error("sample.py", mistake)
     finally:
         stop()
 

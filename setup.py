@@ -21,7 +21,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
-    packages=["thinkrl", "kernels"],
+    packages=["thinkrl", "thinkrl.l2t", "thinkrl.longshort", "thinkrl.tools", "kernels"],
     py_modules=["train", "sample", "chunk"],
     package_data={"thinkrl": ["assets/tiny/*"]},
     # numpy: Triton 3.6's interpreter fails with numpy 2.4 (triton issue 9171)

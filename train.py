@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 
 from kernels.logprob import linear_logprob
-from thinkrl import UserError, longshort, require_own_kernels
+from thinkrl import UserError, require_own_kernels
 from thinkrl.checkpoint import load_model, read_config
-from thinkrl.config import Config, as_dict, excuse
-from thinkrl.conversation import load_prompts, require_prompts
+from thinkrl.config import Config, as_dict, exit_with_error
 from thinkrl.distributed import World, gather, global_max, global_sum, run_and_exit, shard, start, stop
-from thinkrl.episodes import segment
 from thinkrl.evaluate import summarise, summary_table
 from thinkrl.grpo import importance_weight, loss_count, policy_loss
+from thinkrl.l2t.episodes import segment
+from thinkrl.l2t.preset import L2T
+from thinkrl.l2t.prm import label_positions, new_prm, pack_loss, prefix_labels, save_prm
+from thinkrl.l2t.prm import samples as prm_samples
 from thinkrl.learner import (
     Learner,
     compute_dtype,
@@ -38,19 +40,20 @@ from thinkrl.learner import (
     restore,
     save,
 )
+from thinkrl.longshort import protocol as longshort
+from thinkrl.longshort.conversation import load_prompts, require_prompts
+from thinkrl.longshort.preset import LongShort
 from thinkrl.metrics import DEFINITIONS, Log, Stopwatch, Tally, require_sinks
 from thinkrl.model import Transformer
-from thinkrl.presets import L2T, Grpo, LongShort
-from thinkrl.prm import label_positions, new_prm, pack_loss, prefix_labels, save_prm
-from thinkrl.prm import samples as prm_samples
-from thinkrl.problems import Stream, held_out_problems, load_problems, spread
-from thinkrl.report import write_report
+from thinkrl.presets import Grpo
+from thinkrl.problems import Stream, held_out_problems, load_problems, subsample
 from thinkrl.rollout import EVALUATION, LABELS, TRAINING, require_room, rollout
 from thinkrl.runs import Run, open_run
 from thinkrl.sampler import Sampler
 from thinkrl.sft import load_rows, nll_loss
 from thinkrl.sft import samples as sft_samples
 from thinkrl.tokenizer import Tokenizer
+from thinkrl.tools.report import write_report
 from thinkrl.types import Pack, Problem, Trajectory, empty_pack, pack
 
 
@@ -63,8 +66,10 @@ def train(config: Config, world: World) -> None:
     stream = Stream(load_problems(config.data, config.source), config.seed)
     require_a_problem_each(stream, config, world)
     preset = {"grpo": Grpo, "l2t": L2T, "longshort": LongShort}[config.preset](config, world)
-    preset.require_trainable(stream.foreseen(config.problems_per_step))
-    held_out = spread(held_out_problems(config.eval_data, config.data, config.source), config.eval_problems)
+    preset.require_trainable(stream.preview(config.problems_per_step))
+    held_out = subsample(
+        held_out_problems(config.eval_data, config.data, config.source), config.eval_problems
+    )
     preset.require_room(held_out)
     run = open_run(config, world)
     first, state = restore(run.folder, preset.learners)
@@ -353,7 +358,7 @@ def train_prm(config: Config, world: World) -> None:
     require_a_problem_each(stream, config, world)
     sampler = Sampler(load_model(path, dtype, world.device), tokenizer, config.kv_pages or None)
     require_room(
-        stream.foreseen(config.problems_per_step),
+        stream.preview(config.problems_per_step),
         tokenizer,
         sampler.model.config.max_positions,
         2 * config.max_tokens,
@@ -421,9 +426,9 @@ def main(config: Config) -> None:
         world = start(config.device)
         {"sft": supervised, "prm": train_prm}.get(config.preset, train)(config, world)
     except UserError as mistake:
-        excuse("train.py", mistake)
+        exit_with_error("train.py", mistake)
     except Diverged as reason:
-        excuse("train.py", reason, status=1)
+        exit_with_error("train.py", reason, status=1)
     finally:
         stop()
 

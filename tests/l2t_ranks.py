@@ -1,4 +1,4 @@
-"""Run under torchrun by test_l2t_preset.py: each rank pays its share of the problems; rank 0 writes what
+"""Run under torchrun by l2t/test_preset.py: each rank pays its share of the problems; rank 0 writes what
 all of them paid.
 """
 
@@ -9,8 +9,8 @@ import torch
 from thinkrl.arith import heldout
 from thinkrl.config import parse
 from thinkrl.distributed import gather, run_and_exit, start, stop
+from thinkrl.l2t.preset import L2T
 from thinkrl.metrics import Tally
-from thinkrl.presets import L2T
 
 PROBLEMS = heldout()[40:240:100]  # one of two digits, one of three
 SMALL = ["l2t", "--group_size", "4", "--problems_per_step", "2", "--max_tokens", "100"]

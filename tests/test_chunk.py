@@ -12,16 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distributed import torchrun
 
 import chunk
+from helpers import ROOT, torchrun
 from thinkrl import UserError, sft
-from thinkrl.conversation import example_prompt, user_text
 from thinkrl.distributed import World, start, stop
 from thinkrl.learner import TINY
+from thinkrl.longshort.conversation import example_prompt, user_text
 from thinkrl.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent
 SMALL = ("--rollouts", "2", "--max_tokens", "30", "--items_per_batch", "1", "--device", "cpu")
 FILES = ("annotated.json", "long.json", "short.json", "rejects.jsonl", "summary.json")
 

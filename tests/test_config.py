@@ -3,14 +3,12 @@
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from helpers import ROOT
 from thinkrl import UserError, config
-from thinkrl.config import Config, excuse, help_text, parse
-
-ROOT = Path(__file__).parent.parent
+from thinkrl.config import Config, exit_with_error, help_text, parse
 
 
 def test_later_sources_win():
@@ -95,7 +93,7 @@ def test_a_mistake_that_only_another_rank_sees_is_told_too(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("time.sleep", waited.append)
     with pytest.raises(SystemExit) as stopped:
-        excuse("train.py", UserError("problem 7 is too long"))
+        exit_with_error("train.py", UserError("problem 7 is too long"))
     assert (
         stopped.value.code == 2
         and waited == [30]

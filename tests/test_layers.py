@@ -5,25 +5,23 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT
+
 LAYERS = {
     0: ["kernels"],
     1: ["config", "types", "distributed", "metrics", "runs"],
-    2: [
-        "model",
-        "checkpoint",
-        "tokenizer",
-        "problems",
-        "arith",
-        "grading",
-        "pages",
-        "episodes",
-        "conversation",
-    ],
-    3: ["sampler", "grpo", "sft", "rollout"],
-    4: ["l2t", "gain", "compression", "thoughts", "longshort", "prm", "evaluate", "report", "learner"],
-    5: ["presets", "bench"],
-    6: ["train", "sample", "chunk", "compare", "pipeline"],
+    2: ["model", "checkpoint", "tokenizer", "problems", "arith", "grading", "pages"],
+    3: ["sampler", "rollout", "grpo", "sft"],
+    4: ["learner", "evaluate", "presets"],
+    5: ["l2t", "longshort"],
+    6: ["tools"],
+    7: ["train", "sample", "chunk"],
+}
+# Inside a folder, from the bottom up: a module sees those before it.
+INSIDE = {
+    "l2t": ["episodes", "prm", "gain", "compression", "credit", "preset"],
+    "longshort": ["conversation", "thoughts", "protocol", "preset"],
+    "tools": ["report", "compare", "pipeline", "bench"],
 }
 # Within a layer, modules do not see each other, but for these.
 SIDEWAYS = {
@@ -31,43 +29,56 @@ SIDEWAYS = {
     ("runs", "config"),
     ("runs", "distributed"),
     ("checkpoint", "model"),
-    ("episodes", "grading"),
     ("problems", "grading"),
     ("problems", "arith"),
     ("rollout", "sampler"),
-    ("gain", "prm"),
+    ("presets", "learner"),
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
-SOURCES = [*ROOT.glob("*.py"), *(ROOT / "thinkrl").glob("*.py")]
-FILES = {path.stem: path for path in SOURCES if path.stem not in ("setup", "__init__")}
+FILES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().removeprefix("thinkrl/").replace("/", "."): path
+    for path in [*ROOT.glob("*.py"), *(ROOT / "thinkrl").glob("*.py"), *(ROOT / "thinkrl").glob("*/*.py")]
+    if path.stem not in ("setup", "__init__")
+}
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of ours that a file imports, anywhere in it; every file of kernels/ counts as `kernels`."""
+    """Modules of ours that a file imports, anywhere in it: "grpo", "l2t.credit"; all of kernels/ is "kernels"."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names |= (
-                {node.module}
-                if node.module != "thinkrl"
-                else {f"thinkrl.{alias.name}" for alias in node.names}
-            )
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    roots = {"thinkrl", "kernels", *LAYERS[6]}
-    ours = {name.removeprefix("thinkrl.").split(".")[0] for name in names if name.split(".")[0] in roots}
-    return ours & (set(LAYER) | {"kernels"})
+    ours = {name.removeprefix("thinkrl.") for name in names if name.split(".")[0] in {"thinkrl", *LAYER}}
+    return {"kernels" for name in ours if name.split(".")[0] == "kernels"} | (
+        ours & (set(FILES) | set(LAYER))
+    )
 
 
-def test_every_module_has_a_layer():
-    assert set(FILES) <= set(LAYER), f"not in the table: {set(FILES) - set(LAYER)}"
+def allowed(module: str, other: str) -> bool:
+    """Whether the table lets one module import another."""
+    (home, _, name), (other_home, _, other_name) = module.partition("."), other.partition(".")
+    if home == other_home:
+        order = INSIDE[home]
+        return bool(other_name) and order.index(other_name) < order.index(name)
+    return LAYER[other_home] < LAYER[home] or (home, other_home) in SIDEWAYS
+
+
+def test_every_module_has_its_place():
+    flat = {module for module in FILES if "." not in module}
+    assert flat == set(LAYER) - {"kernels"} - set(INSIDE)
+    for folder, order in INSIDE.items():
+        assert {module for module in FILES if module.startswith(f"{folder}.")} == {
+            f"{folder}.{x}" for x in order
+        }
 
 
 @pytest.mark.parametrize("module", sorted(FILES))
 def test_imports_go_downward(module):
     for other in imported(FILES[module]) - {module}:
-        allowed = LAYER[other] < LAYER[module] or (module, other) in SIDEWAYS
-        assert allowed, f"{module} (layer {LAYER[module]}) imports {other} (layer {LAYER[other]})"
+        assert allowed(module, other), f"{module} imports {other}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
@@ -75,7 +86,9 @@ def test_kernels_know_nothing_of_thinkrl(path):
     assert imported(path) <= {"kernels"}
 
 
-def test_the_check_sees_an_upward_import(tmp_path):
+def test_the_check_sees_an_upward_and_a_sideways_import(tmp_path):
     file = tmp_path / "grpo.py"
-    file.write_text("def f():\n    from thinkrl.l2t import token_rewards\n    import train\n")
-    assert imported(file) == {"l2t", "train"}
+    file.write_text("def f():\n    from thinkrl.l2t.credit import token_rewards\n    import train\n")
+    assert imported(file) == {"l2t.credit", "train"}
+    assert not allowed("grpo", "l2t.credit") and not allowed("l2t.gain", "longshort.conversation")
+    assert not allowed("l2t.episodes", "l2t.gain") and allowed("l2t.gain", "l2t.episodes")

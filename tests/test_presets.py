@@ -9,18 +9,19 @@ import json
 import pytest
 import torch
 
-import thinkrl.compression
+import thinkrl.l2t.compression
 import train
-from thinkrl import UserError, presets
+from thinkrl import UserError
 from thinkrl.arith import heldout
 from thinkrl.checkpoint import save_hf
 from thinkrl.config import parse
 from thinkrl.distributed import World, start
-from thinkrl.episodes import segment
+from thinkrl.l2t import preset as preset_module
+from thinkrl.l2t.episodes import segment
+from thinkrl.l2t.prm import new_prm
 from thinkrl.learner import TINY
 from thinkrl.metrics import DEFINITIONS, Tally
 from thinkrl.model import ModelConfig, Transformer
-from thinkrl.prm import new_prm
 from thinkrl.rollout import EVALUATION
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -85,9 +86,9 @@ def test_rollouts_do_not_depend_on_the_preset(world, default):
 
 def test_the_kernel_reaches_the_reward(world, default, monkeypatch):
     """Break kernels.fisher's quadratic form: what an episode is paid changes."""
-    whole = thinkrl.compression.episode_quadratic
+    whole = thinkrl.l2t.compression.episode_quadratic
     monkeypatch.setattr(
-        thinkrl.compression,
+        thinkrl.l2t.compression,
         "episode_quadratic",
         lambda x, g, cu, w, **more: whole(x, g, cu, w, **more).flip(0),
     )
@@ -142,10 +143,10 @@ def test_every_option_changes_what_is_paid(world, default, options):
 
 
 def test_profile_code_sums_gains_by_length(world, monkeypatch):
-    monkeypatch.setattr(presets, "load_prm", lambda *_: new_prm(TINY))
-    monkeypatch.setattr(presets, "model_path", lambda *_: TINY)
+    monkeypatch.setattr(preset_module, "load_prm", lambda *_: new_prm(TINY))
+    monkeypatch.setattr(preset_module, "model_path", lambda *_: TINY)
     monkeypatch.setattr(
-        presets,
+        preset_module,
         "score_completions",
         lambda model, prompts, completions, prefixes: [torch.linspace(0, 1, len(p)) for p in prefixes],
     )
@@ -181,7 +182,7 @@ def test_an_l2t_step_trains(world, default):
 SIX = [Problem(0, "2*3?", "6"), Problem(1, "1*6?", "6")]
 
 
-def pair_of(world, *argv: str) -> presets.LongShort:
+def pair_of(world, *argv: str) -> train.LongShort:
     return train.LongShort(
         parse(["longshort", "--rounds", "LS", "--steps_per_round", "3", "--group_size", "2", *argv]), world
     )

@@ -15,7 +15,7 @@ from thinkrl.problems import (
     messages,
     read_rows,
     split_files,
-    spread,
+    subsample,
 )
 from thinkrl.types import Problem, UserError
 
@@ -325,6 +325,10 @@ def test_messages_ask_for_the_marker_once():
 
 def test_problems_are_spread_evenly():
     rows = list(range(8))
-    assert spread(rows, 4) == [0, 2, 4, 6] and spread(rows, 3) == [0, 2, 5] and spread(rows, 100) == rows
-    assert spread(rows, 0) == [] == spread([], 5)
-    assert spread(list(range(800)), 500)[-1] == 798, "the end of the file is met too"
+    assert (
+        subsample(rows, 4) == [0, 2, 4, 6]
+        and subsample(rows, 3) == [0, 2, 5]
+        and subsample(rows, 100) == rows
+    )
+    assert subsample(rows, 0) == [] == subsample([], 5)
+    assert subsample(list(range(800)), 500)[-1] == 798, "the end of the file is met too"

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer as Ids
 from tokenizers import models
 
-from thinkrl.conversation import Prompts, build, example
+from thinkrl.longshort.conversation import Prompts, build, example
 from thinkrl.sft import Row, load_rows, nll_loss, samples
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import UserError, pack

@@ -16,13 +16,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_distributed import torchrun
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import train
+from helpers import ROOT, torchrun
 from thinkrl.config import parse
 
-ROOT = Path(__file__).parent.parent
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

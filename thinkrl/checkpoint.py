@@ -164,7 +164,7 @@ def save_hf(
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     files = files if len(files) > 1 else ["model.safetensors"]
 
-    with appearing(path) as folder:
+    with atomic_dir(path) as folder:
         weight_map, total = {}, 0
         for file, names in zip(files, shards):
             tensors = {}
@@ -202,7 +202,7 @@ def save_step(
     path = Path(run_dir) / "checkpoints" / f"step_{step}"
     # asking an optimizer that has not stepped for its state makes it take a step of its own
     stepped = {name: optimizer for name, optimizer in optimizers.items() if optimizer.state}
-    with appearing(path) as folder:
+    with atomic_dir(path) as folder:
         if folder:
             torch.save({"extra": extra, "stepped": list(stepped)}, folder / "extra.pt")
         dcp.save(_state(modules, stepped), checkpoint_id=_temporary(path) / "dcp")
@@ -281,7 +281,7 @@ def _state(modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> d
 
 
 @contextlib.contextmanager
-def appearing(path: Path) -> Iterator[Path | None]:
+def atomic_dir(path: Path) -> Iterator[Path | None]:
     """A folder to fill under a temporary name, renamed to `path` once all ranks are done; None on ranks
     other than 0.
     """

@@ -314,7 +314,7 @@ def show_help(text: str) -> NoReturn:
     sys.exit(0)
 
 
-def excuse(program: str, mistake: Exception, status: int = 2) -> None:
+def exit_with_error(program: str, mistake: Exception, status: int = 2) -> None:
     """One sentence, from rank 0 if it can, no traceback, and the exit status: 2 for a user's mistake."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(
@@ -331,7 +331,7 @@ def command_line(program: str, parse: Callable[[list[str]], object] = parse):
     try:
         return parse(sys.argv[1:])
     except UserError as mistake:
-        excuse(program, mistake)
+        exit_with_error(program, mistake)
 
 
 def resolve(preset: str, given: dict) -> Config:

@@ -162,7 +162,7 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def agree(error: str) -> None:
+def raise_on_all_ranks(error: str) -> None:
     """Raise on every rank if any rank brings a sentence: one rank's mistake stops all of them together."""
     sentences = [s for s in gather(error) if s]
     if sentences:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from thinkrl import UserError
 from thinkrl.checkpoint import latest_step, load_model, load_step, point_latest, save_hf, save_step
 from thinkrl.config import Config
-from thinkrl.conversation import Prompts, save_prompts
 from thinkrl.distributed import World, shard
+from thinkrl.longshort.conversation import Prompts, save_prompts
 from thinkrl.model import Transformer
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ class Learner:
     reference: Transformer | None = None  # frozen start policy, sharded; None without a KL term
     prompts: Prompts | None = None  # of the roles, where it learns one: saved beside its weights
 
-    def refer_to_itself(self) -> None:
+    def reset_reference(self) -> None:
         """The reference becomes the policy of now: Long⊗Short does this at the start of a round."""
         if self.reference is not None:
             with torch.no_grad():

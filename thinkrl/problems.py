@@ -80,7 +80,7 @@ class Stream(Generic[Row]):
         order = _order(self.seed, epoch, len(self.rows))
         return [self.rows[order[step * n + i]] for i in block]
 
-    def foreseen(self, n: int) -> list[Row]:
+    def preview(self, n: int) -> list[Row]:
         """What can be looked at before the first step: the whole list, or what a generator gives to a
         first step of n.
         """
@@ -115,7 +115,7 @@ def held_out_problems(eval_data: str, data: str, source: str = "") -> list[Probl
     return load_problems(spec, source) if spec else []
 
 
-def spread(problems: list[Problem], count: int) -> list[Problem]:
+def subsample(problems: list[Problem], count: int) -> list[Problem]:
     """At most `count` of the problems, at even distances: a file is often sorted by level or source."""
     count = min(count, len(problems))
     return [problems[i * len(problems) // count] for i in range(count)]

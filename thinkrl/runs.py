@@ -17,7 +17,7 @@ from pathlib import Path
 
 from thinkrl import UserError
 from thinkrl.config import Config, as_dict
-from thinkrl.distributed import World, agree, from_main
+from thinkrl.distributed import World, from_main, raise_on_all_ranks
 
 ROOT = Path(__file__).resolve().parent.parent  # where train.py lies
 FREE_TO_CHANGE = {"resume", "name", "runs_dir", "device", "wandb", "tensorboard", "keep_checkpoints"}
@@ -48,7 +48,7 @@ def open_run(config: Config, world: World) -> Run:
                 _create(folder, config)
         except UserError as mistake:
             error = str(mistake)
-    agree(error)
+    raise_on_all_ranks(error)
     folder, resumed = from_main((folder, resumed))
     return Run(folder, resumed)
 

@@ -339,7 +339,7 @@ class Sampler:
             try:
                 return pages.reserve(length)
             except OutOfPages:
-                if not (any(call.give_way(pages) for call in reversed(self._calls)) or self._forget_idle()):
+                if not (any(call.preempt(pages) for call in reversed(self._calls)) or self._forget_idle()):
                     raise UserError(
                         f"a sequence of {length} tokens finds no free KV page: it and forks hold all "
                         f"{self.pool.num_pages}; release forks earlier or raise num_pages"
@@ -472,7 +472,7 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
     pages: Pages | None = None
-    seat: int = -1  # its lines in the output buffers: fixed while live, where its place in the batch moves
+    slot: int = -1  # its lines in the output buffers: fixed while live, where its place in the batch moves
     admitted: int = -1  # the call's step count when it became live
     order: int = -1  # of admission
     searched: int = 0  # tokens already searched for stop strings
@@ -515,7 +515,7 @@ class _Call:
 
         capacity = min(len(waiting), sampler.max_rows)
         longest = max((len(row.group.tokens) for row in waiting), default=0) + max_tokens
-        self.seats = list(range(capacity))
+        self.slots = list(range(capacity))
         self.stride = max_tokens + 1  # an ended row writes behind its last token until the host looks
         self.state = torch.zeros(6, capacity, dtype=torch.int64, device=device)
         self.done = torch.zeros(capacity, dtype=torch.bool, device=device)
@@ -552,7 +552,7 @@ class _Call:
         pool = self.pool
         room = pool.free_pages - len(self.rows)  # the live rows' next pages
         chosen, unfed = [], []
-        while self.waiting and self.seats:
+        while self.waiting and self.slots:
             row, group = self.waiting[0], self.waiting[0].group
             fresh = not row.tokens
             cost = 2  # the copy of a page shared in part, and the next one
@@ -562,7 +562,7 @@ class _Call:
                 break
             room -= cost
             self.waiting.popleft()
-            row.seat = self.seats.pop()
+            row.slot = self.slots.pop()
             chosen.append(row)
             if fresh and group.pages:
                 continue
@@ -592,8 +592,8 @@ class _Call:
                 row.pages.tokens[-1],
                 row.pages.filled,
                 len(row.tokens),
-                row.seat * self.stride,
-                row.seat * self.stride + self.max_tokens - len(row.tokens),
+                row.slot * self.stride,
+                row.slot * self.stride + self.max_tokens - len(row.tokens),
                 row.key,
             )
             for row in chosen
@@ -623,7 +623,7 @@ class _Call:
         self.width = max(len(row.pages.table) for row in self.rows)
         self.reserved = self.clock + self.pool.page_size
 
-    def give_way(self, pages: Pages) -> bool:
+    def preempt(self, pages: Pages) -> bool:
         """Free some page for `pages`: a prompt kept for waiting samples, or the youngest row's; False if there is none.
 
         The youngest row may be the one that asks, and then its own pages are gone.
@@ -707,7 +707,7 @@ class _Call:
 
     def _match(self, place: int) -> None:
         """End the row behind the first new token whose text completes a stop string."""
-        row, start = self.rows[place], self.rows[place].seat * self.stride
+        row, start = self.rows[place], self.rows[place].slot * self.stride
         tokens = row.tokens + self.tokens[start : self.state[self.CURSOR, place]].tolist()
         found = self.stops.find(tokens, row.searched)
         row.searched = len(tokens)
@@ -721,7 +721,7 @@ class _Call:
         """What these rows wrote since they were admitted, into Python lists."""
         for place, cursor in zip(places, self.state[self.CURSOR, places].tolist()):
             row = self.rows[place]
-            written = slice(row.seat * self.stride, cursor)
+            written = slice(row.slot * self.stride, cursor)
             row.tokens += self.tokens[written].tolist()
             row.logprobs += self.logprobs[written].tolist()
             if self.hidden is not None:
@@ -734,7 +734,7 @@ class _Call:
         n = len(self.rows) - len(places)
         holes = [place for place in places if place < n]
         movers = [place for place in range(n, len(self.rows)) if place not in places]
-        self.seats += [self.rows[place].seat for place in places]
+        self.slots += [self.rows[place].slot for place in places]
         if movers:
             self.state[:, holes] = self.state[:, movers]
             self.page_table[holes] = self.page_table[movers]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from thinkrl import UserError
-from thinkrl.conversation import example_prompt
+from thinkrl.longshort.conversation import example_prompt
 from thinkrl.problems import read_rows, text_field
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Sample

@@ -10,13 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkrl import thoughts
 from thinkrl.checkpoint import load_model
-from thinkrl.conversation import Prompts
 from thinkrl.learner import TINY
-from thinkrl.rollout import prompt_ids
-from thinkrl.sampler import Completion, Sampler
-from thinkrl.thoughts import (
+from thinkrl.longshort import thoughts
+from thinkrl.longshort.conversation import Prompts
+from thinkrl.longshort.thoughts import (
     Prefix,
     Rejected,
     Thought,
@@ -28,6 +26,8 @@ from thinkrl.thoughts import (
     runs,
     segments,
 )
+from thinkrl.rollout import prompt_ids
+from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem
 

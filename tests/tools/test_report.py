@@ -10,11 +10,11 @@ import torch
 import train
 from thinkrl.config import as_dict, parse
 from thinkrl.metrics import DEFINITIONS, Log
-from thinkrl.report import HOVERED, _chart, _smooth, _ticks, write_report
 from thinkrl.tokenizer import Tokenizer
+from thinkrl.tools.report import HOVERED, _chart, _smooth, _ticks, write_report
 from thinkrl.types import Problem, Trajectory, Turn
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "thinkrl" / "assets" / "tiny"
 PARTS = [
     "<think><episode_1>2+3=5</episode_1>",
@@ -350,15 +350,17 @@ def test_the_running_mean_is_centred():
 
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     log = new_run(tmp_path)
-    monkeypatch.delitem(sys.modules, "thinkrl.report")  # -m runs a fresh copy, runpy warns about another
+    monkeypatch.delitem(
+        sys.modules, "thinkrl.tools.report"
+    )  # -m runs a fresh copy, runpy warns about another
     monkeypatch.setattr(sys, "argv", ["report", str(log.folder)])
-    runpy.run_module("thinkrl.report", run_name="__main__")
+    runpy.run_module("thinkrl.tools.report", run_name="__main__")
     assert capsys.readouterr().out.strip() == str(log.folder / "report.html")
     for arguments, sentence in (
         ([str(tmp_path)], f"{tmp_path} is not a run folder, it has no config.json"),
-        ([], "usage: python -m thinkrl.report runs/NAME"),
+        ([], "usage: python -m thinkrl.tools.report runs/NAME"),
     ):
         monkeypatch.setattr(sys, "argv", ["report", *arguments])
         with pytest.raises(SystemExit) as end:
-            runpy.run_module("thinkrl.report", run_name="__main__")
-        assert end.value.code == 2 and capsys.readouterr().err == f"thinkrl.report: {sentence}\n"
+            runpy.run_module("thinkrl.tools.report", run_name="__main__")
+        assert end.value.code == 2 and capsys.readouterr().err == f"thinkrl.tools.report: {sentence}\n"

@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 
-from thinkrl import compression as compression_module
 from thinkrl import distributed
 from thinkrl.arith import heldout
 from thinkrl.checkpoint import load_model
-from thinkrl.compression import (
+from thinkrl.config import parse
+from thinkrl.grading import grade
+from thinkrl.grpo import group_advantages
+from thinkrl.l2t import compression as compression_module
+from thinkrl.l2t.compression import (
     DAMPING,
     Proxy,
     Row,
@@ -19,20 +22,7 @@ from thinkrl.compression import (
     svd_basis,
     svd_factors,
 )
-from thinkrl.config import parse
-from thinkrl.episodes import Episodes, segment
-from thinkrl.gain import (
-    Gain,
-    Probe,
-    answer_probability,
-    forcing,
-    make_probe,
-    predicted_correctness_ref,
-    room_behind,
-)
-from thinkrl.grading import grade
-from thinkrl.grpo import group_advantages
-from thinkrl.l2t import (
+from thinkrl.l2t.credit import (
     episode_rewards,
     process_reward,
     released_reward,
@@ -42,9 +32,19 @@ from thinkrl.l2t import (
     token_rewards,
     truncated_mean,
 )
+from thinkrl.l2t.episodes import Episodes, segment
+from thinkrl.l2t.gain import (
+    Gain,
+    Probe,
+    answer_probability,
+    forcing,
+    make_probe,
+    predicted_correctness_ref,
+    room_behind,
+)
+from thinkrl.l2t.preset import L2T
 from thinkrl.learner import TINY
 from thinkrl.model import ModelConfig, Transformer
-from thinkrl.presets import L2T
 from thinkrl.problems import messages
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer

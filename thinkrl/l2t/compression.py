@@ -31,7 +31,7 @@ from kernels.attention import packed_attention
 from kernels.fisher import diagonal_fisher, episode_quadratic, ghost_norm
 from kernels.logprob import linear_logprob, linear_score
 from thinkrl import UserError
-from thinkrl.episodes import Episodes
+from thinkrl.l2t.episodes import Episodes
 from thinkrl.model import Transformer, make_rotate, sequence_positions
 from thinkrl.types import Turn
 

@@ -5,8 +5,8 @@ import pytest
 import tokenizers
 import torch
 
-from thinkrl.episodes import CLOSE, TAG, segment, trace, trace_ref
 from thinkrl.grading import RULES, extract, grade
+from thinkrl.l2t.episodes import CLOSE, TAG, segment, trace, trace_ref
 from thinkrl.types import UserError
 
 

@@ -4,7 +4,7 @@
 
 When the sampler finishes a completion its pages are still there. A probe is a page table forked at the end of
 an episode and a short suffix, so all of J costs the suffixes, not K+1 forwards of the completion.
-`predicted_correctness_ref` is those forwards. `python -m thinkrl.gain [REWARD_MODEL]` prints J along a few
+`predicted_correctness_ref` is those forwards. `python -m thinkrl.l2t.gain [REWARD_MODEL]` prints J along a few
 completions of the embedded model, by each estimator.
 """
 
@@ -23,11 +23,11 @@ from torch import Tensor
 from kernels.logprob import linear_logprob
 from thinkrl import UserError
 from thinkrl.checkpoint import load_model
-from thinkrl.episodes import Episodes, segment
 from thinkrl.grading import grade, rule_set
+from thinkrl.l2t.episodes import Episodes, segment
+from thinkrl.l2t.prm import load_prm, score_completions
 from thinkrl.model import Transformer
 from thinkrl.pages import Pages
-from thinkrl.prm import load_prm, score_completions
 from thinkrl.problems import messages
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -299,7 +299,7 @@ if __name__ == "__main__":
     from thinkrl.arith import heldout
 
     show(
-        str(Path(__file__).parent / "assets" / "tiny"),
+        str(Path(__file__).parent.parent / "assets" / "tiny"),
         heldout()[150:500:90],
         prm_folder="".join(sys.argv[1:]),
     )

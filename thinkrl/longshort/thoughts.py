@@ -29,8 +29,8 @@ from itertools import accumulate, groupby
 from pathlib import Path
 
 from thinkrl import UserError
-from thinkrl.conversation import BUILT_IN, Prompts, example, gradable, tagged, without_tags
 from thinkrl.grading import grade
+from thinkrl.longshort.conversation import BUILT_IN, Prompts, example, gradable, tagged, without_tags
 from thinkrl.rollout import prompt_ids
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer

@@ -10,12 +10,12 @@ import torch
 
 from thinkrl import UserError
 from thinkrl.checkpoint import load_model
-from thinkrl.conversation import Prompts, build, load_prompts
 from thinkrl.grpo import group_advantages
 from thinkrl.learner import TINY
-from thinkrl.longshort import (
+from thinkrl.longshort.conversation import Prompts, build, load_prompts
+from thinkrl.longshort.protocol import (
     RoleReward,
-    Voice,
+    RoleSampler,
     converse,
     exchanges,
     format_reward,
@@ -69,7 +69,7 @@ class Scripted:
 
 
 def talk(long, short, problems=1, group_size=1, **options):
-    voices = {"long": Voice(long, 0.9, 50), "short": Voice(short, 0.3, 60)}
+    voices = {"long": RoleSampler(long, 0.9, 50), "short": RoleSampler(short, 0.3, 60)}
     problems = [Problem(i, f"q{i}", "4", "arith") for i in range(problems)]
     return converse(voices, problems, PROMPTS, group_size=group_size, seed=1, address=(0, 7), **options)
 
@@ -311,7 +311,7 @@ def tiny():
 def test_the_real_sampler_holds_a_conversation(tiny):
     """The embedded policy was not taught the roles: what matters is that ids, stops and ends fit together."""
     prompts = Prompts("<|long|>", "<|short|>", joiner="")
-    voices = {"long": Voice(tiny, 1.0, 30), "short": Voice(tiny, 0.3, 30)}
+    voices = {"long": RoleSampler(tiny, 1.0, 30), "short": RoleSampler(tiny, 0.3, 30)}
     problems = [Problem(i, f"{i + 2}*3?", str(3 * i + 6), "arith") for i in range(3)]
     talks = converse(voices, problems, prompts, group_size=4, max_turns=2, seed=3, address=(0, 1))
     assert len(talks) == 12 and tiny.pool.free_pages == tiny.pool.num_pages
@@ -348,7 +348,7 @@ def test_a_turn_ends_at_any_stop_id_of_the_checkpoint(tiny, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, *end]}))
     talks = []
     for tokenizer in (tiny.tokenizer, Tokenizer(tmp_path)):
-        voice = Voice(Sampler(tiny.model, tokenizer, num_pages=20), 0.0, 6)
+        voice = RoleSampler(Sampler(tiny.model, tokenizer, num_pages=20), 0.0, 6)
         talks += converse(
             {"long": voice, "short": voice},
             [Problem(0, "2*3?", "6")],

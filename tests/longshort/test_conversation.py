@@ -5,7 +5,8 @@ import json
 import pytest
 
 from thinkrl import UserError, sft
-from thinkrl.conversation import (
+from thinkrl.learner import TINY
+from thinkrl.longshort.conversation import (
     BUILT_IN,
     ROLES,
     Prompts,
@@ -23,7 +24,6 @@ from thinkrl.conversation import (
     well_formed,
     without_tags,
 )
-from thinkrl.learner import TINY
 from thinkrl.tokenizer import Tokenizer
 
 

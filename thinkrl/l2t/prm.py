@@ -14,7 +14,7 @@ Two kinds of checkpoint differ in four points:
     head          one linear layer, D -> 2           two, D -> D -> 2, with ReLU between
     read at       the prefix's own last token        a separator token `<extra_0>` put behind every step
     J_0           at the end of the prompt           at a separator behind the prompt, in a row of its own
-    vocabulary    the policy's, whose ids it reads   its own: attempts are told again in its words (`retell`)
+    vocabulary    the policy's, whose ids it reads   its own: attempts are told again in its words (`retokenize`)
 
 Readings: separator models were trained without a J_0. It is asked for in a row of its own because an empty
 step in front would stand in the context of all later ones. How long an attempt is in their words shows when
@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from thinkrl import UserError
-from thinkrl.checkpoint import appearing, fill, hf_layout, read_json, tensor_files, write_json
+from thinkrl.checkpoint import atomic_dir, fill, hf_layout, read_json, tensor_files, write_json
 from thinkrl.grading import grade
 from thinkrl.model import ModelConfig, Transformer
 from thinkrl.sampler import Sampler
@@ -178,7 +178,7 @@ def _score_rows(model: StepRewardModel, rows: list[Row], budget: int) -> Iterato
         yield from scores.cpu().split([len(positions) for _, positions in batch])
 
 
-def retell(
+def retokenize(
     question: str, steps: list[str], tokenizer: Tokenizer, context: int
 ) -> tuple[list[int], list[int], list[int]]:
     """(prompt, completion, prefixes) of an attempt in the words and ids of a separator model, for `score_completions`.
@@ -346,7 +346,7 @@ def save_prm(model: StepRewardModel, tokenizer: Tokenizer | None, path: str | Pa
     Rank 0 gathers one parameter at a time and holds the whole model once, in host memory.
     """
     state, tensors = get_model_state_dict(model), {}
-    with appearing(Path(path)) as folder:
+    with atomic_dir(Path(path)) as folder:
         for ours, parts in _layout(model).items():
             full = state[ours].full_tensor() if isinstance(state[ours], DTensor) else state[ours]
             if folder:

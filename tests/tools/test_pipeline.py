@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from thinkrl import pipeline
-from thinkrl.pipeline import collect, parse, require_exchanges, table
+from thinkrl.tools import pipeline
+from thinkrl.tools.pipeline import collect, parse, require_exchanges, table
 
 
 def result(accuracy: float, tokens: float, turns: int | None = None) -> dict:

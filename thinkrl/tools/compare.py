@@ -1,6 +1,6 @@
 """The comparison: recipes × seeds from the same start and for as many steps, side by side.   `make compare`
 
-    python -m thinkrl.compare [--seeds 1,2,3] [--steps 100] [--only grpo,l2t] [--runs_dir runs/compare]
+    python -m thinkrl.tools.compare [--seeds 1,2,3] [--steps 100] [--only grpo,l2t] [--runs_dir runs/compare]
     [--jobs 2]
 
 Each run is `torchrun --nproc_per_node=1 train.py …` on a core of its own. A finished run is not repeated, so
@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> Options:
         show_help(
             "\n".join(
                 [
-                    "usage: python -m thinkrl.compare [--key value …]",
+                    "usage: python -m thinkrl.tools.compare [--key value …]",
                     *options_help(Options),
                     "",
                     "recipes:",

@@ -32,8 +32,17 @@ from torch import Tensor
 
 from thinkrl import UserError
 from thinkrl.config import schedule
-from thinkrl.conversation import ANSWERED, BUILT_IN, ROLES, STOPS, Prompts, build, gradable, well_formed
 from thinkrl.grading import extract, grade
+from thinkrl.longshort.conversation import (
+    ANSWERED,
+    BUILT_IN,
+    ROLES,
+    STOPS,
+    Prompts,
+    build,
+    gradable,
+    well_formed,
+)
 from thinkrl.problems import messages
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer, difference
@@ -41,7 +50,7 @@ from thinkrl.types import Problem, Sample, Trajectory, Turn
 
 
 @dataclass(frozen=True)
-class Voice:
+class RoleSampler:
     """How a role is sampled."""
 
     sampler: Sampler  # with its tokenizer
@@ -50,7 +59,7 @@ class Voice:
 
 
 def converse(
-    voices: Mapping[str, Voice],
+    voices: Mapping[str, RoleSampler],
     problems: Sequence[Problem],
     prompts: Prompts = BUILT_IN,
     *,
@@ -110,7 +119,7 @@ def converse(
 
 def _speak(
     role: str,
-    voice: Voice,
+    voice: RoleSampler,
     talks: list[Trajectory],
     n: int,
     turn: int,

@@ -2,7 +2,7 @@
 
 import json
 
-from thinkrl.compare import collect, figure, start_policy, table
+from thinkrl.tools.compare import collect, figure, start_policy, table
 
 
 def run(folder, name: str, accuracy: float, tokens: float) -> None:

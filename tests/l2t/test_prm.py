@@ -3,16 +3,14 @@ import math
 from dataclasses import replace
 
 import pytest
-import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import decoders, models
 
+from helpers import ID, PIECES, PRM_CONFIG, V, random_prm, write_tokenizer
 from thinkrl.checkpoint import save_hf
 from thinkrl.distributed import shard, start, stop
-from thinkrl.model import ModelConfig, Transformer
-from thinkrl.prm import (
+from thinkrl.l2t.prm import (
     StepRewardModel,
     label_positions,
     load_prm,
@@ -22,71 +20,24 @@ from thinkrl.prm import (
     prm_loss,
     require_context,
     require_same_ids,
-    retell,
+    retokenize,
     samples,
     save_prm,
     score_completions,
 )
+from thinkrl.model import Transformer
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory, Turn, UserError, empty_pack, pack
-
-PIECES = [
-    "<eos>",
-    "?",
-    "a",
-    "b",
-    "4",
-    "5",
-    "<answer>",
-    "</answer>",
-    "<extra_0>",
-    "<episode_1>",
-    "</episode_1>",
-    " ",
-    "\n",
-]
-ID = {piece: i for i, piece in enumerate(PIECES)}
-V = 16
-CONFIG = ModelConfig(
-    "Qwen2ForCausalLM",
-    vocab_size=V,
-    width=16,
-    layers=2,
-    heads=2,
-    kv_heads=1,
-    head_dim=8,
-    mlp_width=24,
-    max_positions=128,
-)
 
 
 def ids(text: str) -> list[int]:
     return [ID[piece] for piece in text.split()]
 
 
-def write_tokenizer(folder, pieces=PIECES):
-    raw = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
-    raw.add_special_tokens([piece for piece in pieces if len(piece) > 1])
-    raw.decoder = decoders.Fuse()
-    folder.mkdir(exist_ok=True)
-    raw.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
-    return Tokenizer(folder)
-
-
 @pytest.fixture
 def tokenizer(tmp_path):
     return write_tokenizer(tmp_path / "tokenizer")
-
-
-def random_prm(two_layers=False, separator=None, seed=0, config=CONFIG) -> StepRewardModel:
-    torch.manual_seed(seed)
-    model = StepRewardModel(config, two_layers, separator)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(0, 0.3) if not name.endswith("norm.weight") else parameter.fill_(1.0)
-    return model
 
 
 def p_positive(model: StepRewardModel, tokens: list[int]) -> float:
@@ -158,7 +109,7 @@ def bigrams(successors: dict[str, list[str]]) -> Transformer:
     """A policy in which the last token alone decides: one-hot embeddings, silent blocks, and a head that
     is a table.
     """
-    model = Transformer.random(replace(CONFIG, tied=False))
+    model = Transformer.random(replace(PRM_CONFIG, tied=False))
     with torch.no_grad():
         for parameter in model.blocks.parameters():
             parameter.zero_()
@@ -314,7 +265,7 @@ def test_sharded_training_and_saving(tmp_path, tokenizer):
 
 
 def test_new_prm_is_the_policy_undecided(tmp_path, tokenizer):
-    policy = Transformer.random(replace(CONFIG, tied=False), seed=3)
+    policy = Transformer.random(replace(PRM_CONFIG, tied=False), seed=3)
     save_hf(policy, tokenizer, tmp_path / "policy")
     model = new_prm(tmp_path / "policy")
     tokens, cu = torch.tensor(ids("a b ? 4")), torch.tensor([0, 4], dtype=torch.int32)
@@ -325,7 +276,7 @@ def test_new_prm_is_the_policy_undecided(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"])
 def test_saved_and_loaded_are_equal(architecture, tmp_path, tokenizer):
-    model = random_prm(config=replace(CONFIG, architecture=architecture))
+    model = random_prm(config=replace(PRM_CONFIG, architecture=architecture))
     save_prm(model, tokenizer, tmp_path / "prm")
     config = json.loads((tmp_path / "prm" / "config.json").read_text())
     assert (
@@ -400,17 +351,17 @@ def test_a_separator_model_survives_saving(qwen_prm, tmp_path):
 
 
 def test_retelling_leaves_the_tags_out(tokenizer):
-    prompt, completion, prefixes = retell("a?", ["<episode_1> 4\n</episode_1>", "b 5"], tokenizer, 128)
+    prompt, completion, prefixes = retokenize("a?", ["<episode_1> 4\n</episode_1>", "b 5"], tokenizer, 128)
     assert tokenizer.decode(prompt).endswith("a?")
     assert (tokenizer.decode(completion), prefixes) == ("4b 5", [0, 1, 4])
 
 
 def test_what_reaches_beyond_the_context_is_not_told(tokenizer):
     steps = ["4", "b 5", "a", "b"]
-    prompt, *whole = retell("a?", steps, tokenizer, 128)
+    prompt, *whole = retokenize("a?", steps, tokenizer, 128)
     assert whole[1] == [0, 1, 4, 5, 6]
     for context, told in ((10, 4), (9, 3), (8, 3), (7, 2), (6, 2), (5, 1), (2, 1), (1, 0)):
-        _, completion, prefixes = retell("a?", steps, tokenizer, len(prompt) + context)
+        _, completion, prefixes = retokenize("a?", steps, tokenizer, len(prompt) + context)
         assert (completion, prefixes) == (whole[0][: prefixes[-1]], whole[1][: told + 1]), (
             "with its separators it must fit"
         )
@@ -429,9 +380,9 @@ def test_a_short_context_is_refused(separator, needed, tokenizer):
     without the prompt's.
     """
     problems, prompts = [Problem(0, "", "5"), Problem(7, "a\n?", "5")], [ids("a"), ids("a ?")]
-    needed += len(retell("", [], tokenizer, 128)[0]) if separator is not None else 0
+    needed += len(retokenize("", [], tokenizer, 128)[0]) if separator is not None else 0
     for context in (needed, needed - 1):
-        model = random_prm(separator=separator, config=replace(CONFIG, max_positions=context))
+        model = random_prm(separator=separator, config=replace(PRM_CONFIG, max_positions=context))
         if context == needed:
             require_context(model, tokenizer, problems, prompts, 30)
             continue
@@ -446,7 +397,7 @@ def test_mistakes_are_named(qwen_prm, tmp_path, tokenizer):
     def without(*names):
         save_file({k: v for k, v in tensors.items() if k not in names}, folder / "model.safetensors")
 
-    save_hf(Transformer.random(CONFIG), tokenizer, tmp_path / "policy")
+    save_hf(Transformer.random(PRM_CONFIG), tokenizer, tmp_path / "policy")
     with pytest.raises(
         UserError, match="policy: tensor score.weight .* is missing, so this is not a step reward model"
     ):

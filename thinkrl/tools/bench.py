@@ -1,7 +1,7 @@
 """The sampler beside transformers' generate, and what L2T adds to a GRPO step, each in one run on one machine.
 
-    python -m thinkrl.bench sampler [--cases …] [--repeat N]
-    python -m thinkrl.bench l2t [--repeat N]
+    python -m thinkrl.tools.bench sampler [--cases …] [--repeat N]
+    python -m thinkrl.tools.bench l2t [--repeat N]
 
 sampler: 8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096,
 temperature 1, no filters. Two workloads: every completion runs to 128 tokens; or 64 of the 4096 ids stop, so
@@ -29,10 +29,10 @@ import torch.nn.functional as F
 
 from kernels.logprob import linear_logprob
 from thinkrl.checkpoint import load_model
-from thinkrl.compression import Proxy
-from thinkrl.episodes import Episodes
-from thinkrl.gain import Gain, Probe
 from thinkrl.grpo import policy_loss
+from thinkrl.l2t.compression import Proxy
+from thinkrl.l2t.episodes import Episodes
+from thinkrl.l2t.gain import Gain, Probe
 from thinkrl.model import ModelConfig, Transformer
 from thinkrl.sampler import Sampler, fast_linear
 from thinkrl.types import Turn

@@ -1,6 +1,6 @@
 """A run as one self-contained HTML page: results, curves, completions coloured by what each episode was paid, options.
 
-    python -m thinkrl.report runs/NAME        writes runs/NAME/report.html; also for a run that is still going
+    python -m thinkrl.tools.report runs/NAME        writes runs/NAME/report.html; also for a run that is still going
 
 Reads config.json, metrics.jsonl, samples.jsonl and summary.json; what is missing leaves its section out. The
 text of an episode follows from token ids, so colours need a tokenizer: that of the newest hf folder under
@@ -24,8 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from thinkrl import UserError
-from thinkrl.config import Config, excuse
-from thinkrl.episodes import trace
+from thinkrl.config import Config, exit_with_error
+from thinkrl.l2t.episodes import trace
 from thinkrl.metrics import DEFINITIONS
 from thinkrl.tokenizer import Tokenizer
 
@@ -610,7 +610,7 @@ pre { font: .84rem/1.75 ui-monospace, "SF Mono", Menlo, Consolas, monospace; whi
 if __name__ == "__main__":
     try:
         if len(sys.argv) != 2:
-            raise UserError("usage: python -m thinkrl.report runs/NAME")
+            raise UserError("usage: python -m thinkrl.tools.report runs/NAME")
         print(write_report(Path(sys.argv[1])))
     except UserError as mistake:
-        excuse("thinkrl.report", mistake)
+        exit_with_error("thinkrl.tools.report", mistake)

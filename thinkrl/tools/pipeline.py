@@ -1,6 +1,6 @@
 """Long⊗Short in miniature: the built-in long chains through all four stages, and what came of it.   `make longshort`
 
-    python -m thinkrl.pipeline [--key value …]
+    python -m thinkrl.tools.pipeline [--key value …]
 
     1 chunk        built-in long chains -> thoughts, importance, labels -> two cold-start files          chunk.py
     2 cold start   the base policy learns each role -> L0, S0                                          train.py sft, twice
@@ -24,7 +24,7 @@ from thinkrl import UserError
 from thinkrl.config import (
     asks_for_help,
     command_line,
-    excuse,
+    exit_with_error,
     option,
     options_help,
     read_options,
@@ -33,7 +33,7 @@ from thinkrl.config import (
     show_help,
 )
 from thinkrl.evaluate import aes
-from thinkrl.longshort import pair_name
+from thinkrl.longshort.protocol import pair_name
 from thinkrl.runs import ROOT, finished, open_out, torchrun, write_json
 
 
@@ -59,7 +59,9 @@ FREE_TO_CHANGE = {"out", "ranks"}
 
 def parse(argv: list[str]) -> Options:
     if asks_for_help(argv):
-        show_help("\n".join(["usage: python -m thinkrl.pipeline [--key value …]", *options_help(Options)]))
+        show_help(
+            "\n".join(["usage: python -m thinkrl.tools.pipeline [--key value …]", *options_help(Options)])
+        )
     options = Options(**read_options(argv, Options))
     require_at_least(
         1, options, "ranks", "chains", "rollout_tokens", "sft_steps", "steps_per_round", "eval_problems"
@@ -229,7 +231,7 @@ def main(options: Options) -> None:
     try:
         folder = open_folder(options)
     except UserError as mistake:
-        excuse("pipeline", mistake)
+        exit_with_error("pipeline", mistake)
     try:
         run_stages(options)
         summary = collect(folder, options.rounds)
@@ -239,7 +241,7 @@ def main(options: Options) -> None:
         )
         require_exchanges(summary)
     except UserError as mistake:
-        excuse("pipeline", mistake, status=1)
+        exit_with_error("pipeline", mistake, status=1)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 from l2t_ranks import PROBLEMS, SMALL
-from test_distributed import torchrun
-from test_prm import CONFIG, random_prm, write_tokenizer
 
+from helpers import PRM_CONFIG, random_prm, torchrun, write_tokenizer
 from kernels.fisher import episode_quadratic_ref
 from thinkrl import UserError
-from thinkrl.compression import DAMPING, Row
 from thinkrl.config import parse
 from thinkrl.distributed import World, start
-from thinkrl.episodes import segment
-from thinkrl.l2t import (
+from thinkrl.l2t.compression import DAMPING, Row
+from thinkrl.l2t.credit import (
     episode_rewards,
     group_normalise,
     returns_to_go,
@@ -28,10 +26,11 @@ from thinkrl.l2t import (
     token_rewards,
     truncated_mean,
 )
+from thinkrl.l2t.episodes import segment
+from thinkrl.l2t.preset import L2T
+from thinkrl.l2t.prm import SEPARATOR, SYSTEM, StepRewardModel, new_prm, save_prm
 from thinkrl.learner import TINY
 from thinkrl.metrics import Tally
-from thinkrl.presets import L2T
-from thinkrl.prm import SEPARATOR, SYSTEM, StepRewardModel, new_prm, save_prm
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Trajectory
 
@@ -170,7 +169,9 @@ def save_separator(folder, context: int = 1024) -> str:
     """A reward model with a separator and a vocabulary of its own, in which words are spelled."""
     tokenizer = write_tokenizer(folder, ["<eos>", SEPARATOR, *string.printable])
     model = random_prm(
-        True, tokenizer.encode(SEPARATOR)[0], config=replace(CONFIG, vocab_size=102, max_positions=context)
+        True,
+        tokenizer.encode(SEPARATOR)[0],
+        config=replace(PRM_CONFIG, vocab_size=102, max_positions=context),
     )
     save_prm(model, tokenizer, folder)
     return str(folder)

@@ -1,0 +1,1 @@
+"""What measures and shows: the report, comparisons, the Long⊗Short pipeline, benchmarks."""
