@@ -3,7 +3,12 @@
 import os
 
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available() and "THINKRL_AOT" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)  # tests that launch ranks set their own; many tiny ops gain nothing from two
+
+# A busy machine is no failure, and a run that is repeated draws the same examples.
+settings.register_profile("thinkrl", deadline=None, derandomize=True)
+settings.load_profile("thinkrl")

@@ -36,7 +36,7 @@ def vote(subset, gold):
     return (gold in leaders) / max(len(leaders), 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=8), st.integers(1, 8))
 def test_estimators_equal_the_mean_over_all_subsets(answers, k):
     k = min(k, len(answers))

@@ -279,7 +279,7 @@ LATEX = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(LATEX | st.text(max_size=40))
 @example(r"100, 200")
 @example(r"\pi x")
@@ -287,7 +287,7 @@ def test_normal_form_is_a_fixed_point(text):
     assert normalise(normalise(text)) == normalise(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(LATEX | st.text(max_size=200), st.sampled_from(grading.RULES))
 def test_no_text_makes_grading_raise(text, source):
     with pytest.MonkeyPatch.context() as patch:

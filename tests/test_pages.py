@@ -120,7 +120,7 @@ operation = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(operation, max_size=30))
 def test_any_history_keeps_contents_apart_and_returns_every_page(history):
     """Against a model in which every sequence has a list of its own."""

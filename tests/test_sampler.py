@@ -389,7 +389,7 @@ def test_an_idle_fork_gives_its_pages_back_and_is_recomputed(model):
     assert sampler.pool.free_pages == 4
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     n=st.integers(1, 4),

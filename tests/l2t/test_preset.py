@@ -235,7 +235,8 @@ def test_beyond_a_separator_model_s_context_nothing_is_gained(world, tmp_path):
     for whole, t in zip((column(t, "J") for t in long), short):
         J = column(t, "J")
         known = 1 + int((J[:-1] != J[1:]).sum())
-        torch.testing.assert_close(J, torch.cat([whole[:known], whole[known - 1].expand(len(whole) - known)]))
+        expected = torch.cat([whole[:known], whole[known - 1].expand(len(whole) - known)])
+        torch.testing.assert_close(J, expected, atol=1e-5, rtol=1e-4)
         held += known < len(J)
     assert 0 < held
 
