@@ -1,6 +1,6 @@
 """What counts as right, case by case; then text from people who wish us ill."""
 
-import os
+import signal
 import time
 from fractions import Fraction
 
@@ -180,14 +180,11 @@ def test_same_by_algebra(a, b):
 
 
 def test_a_comparison_that_never_ends_is_killed_and_the_next_one_works(monkeypatch):
-    monkeypatch.setattr(grading, "TIMEOUT", 0.5)
     assert equal(r"\sqrt{8}", r"2\sqrt{2}", "math")
-    worker = grading._algebra.process.pid
-    start = time.perf_counter()
+    worker = grading._algebra.process
+    monkeypatch.setattr(grading, "TIMEOUT", 0.5)
     assert not equal("9^{9^{9^{9}}}", "8^{8^{8^{8}}}", "math")
-    assert time.perf_counter() - start < 3
-    with pytest.raises(ProcessLookupError):
-        os.kill(worker, 0)
+    assert worker.returncode == -signal.SIGPROF, "its own processor time ended it, not our wait"
     monkeypatch.undo()
     assert equal(r"\sqrt{18}", r"3\sqrt{2}", "math")
 
@@ -261,10 +258,10 @@ def test_hostile_text_takes_linear_time(name, monkeypatch):
     monkeypatch.setattr(
         grading, "_symbolically_equal", lambda *_: False
     )  # has a time limit and a test of its own
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: other load does not count
     for source in grading.RULES:
         assert not grade(HOSTILE[name], "42", source)
-    assert time.perf_counter() - start < 1.0  # all take well under 0.1 s; quadratic ones would take minutes
+    assert time.process_time() - start < 10  # all take under 0.1 s; quadratic ones would take minutes
 
 
 LATEX = st.lists(
