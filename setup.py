@@ -1,8 +1,11 @@
 """Packaging. `pip install -e '.[dev]'` for working on it; see the Makefile."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
+
+VERSION = re.search(r'__version__ = "(.+)"', (Path(__file__).parent / "thinkrl/__init__.py").read_text())[1]
 
 EXTRAS = {
     "parquet": ["pyarrow"],
@@ -16,10 +19,11 @@ EXTRAS = {
 
 setup(
     name="thinkrl",
-    version="0.1.0",
+    version=VERSION,
     description="Reinforcement learning of efficient reasoning, from scratch, in PyTorch and Triton",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
     python_requires=">=3.10",
     packages=["thinkrl", "thinkrl.l2t", "thinkrl.longshort", "thinkrl.tools", "kernels"],
     py_modules=["train", "sample", "chunk"],

@@ -4,6 +4,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+__version__ = "0.2.0"
+
 # The sampler's KV pool is freed for every backward: in fixed segments, whatever is allocated meanwhile would
 # keep its memory from it for good. Read when torch first allocates, so this comes before torch.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
