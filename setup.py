@@ -27,6 +27,9 @@ setup(
     python_requires=">=3.10",
     packages=["thinkrl", "thinkrl.l2t", "thinkrl.longshort", "thinkrl.tools", "kernels"],
     py_modules=["train", "sample", "chunk"],
+    entry_points={
+        "console_scripts": [f"thinkrl-{name} = thinkrl.cli:{name}" for name in ("train", "sample", "chunk")]
+    },
     package_data={"thinkrl": ["assets/tiny/*"]},
     # numpy: Triton 3.6's interpreter fails with numpy 2.4 (triton issue 9171)
     install_requires=["torch>=2.11", "triton>=3.6", "safetensors", "tokenizers", "numpy", "tqdm", "jinja2"],
