@@ -6,7 +6,7 @@ RUN    := $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS)
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-gpu lint bench bench-gpu tiny compare longshort lines clean
+.PHONY: help train test test-gpu lint bench bench-gpu tiny compare longshort docs lines clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ compare: .venv/done ## L2T against GRPO and its controls, 3 seeds each (most of 
 
 longshort: .venv/done ## Long⊗Short on the embedded model: chunk, cold start, six rounds, GRPO beside it (14 minutes on two cores)
 	$(BIN)/python -m thinkrl.tools.pipeline --ranks $(RANKS) $(ARGS)
+
+docs: .venv/done ## docs/options.md and docs/metrics.md, from the code
+	$(BIN)/python -m thinkrl.tools.docs
 
 lines: ## file sizes
 	@wc -l *.py thinkrl/*.py kernels/*.py | sort -n

@@ -19,57 +19,57 @@ In the folder --out:
 from dataclasses import asdict, dataclass, replace
 
 from thinkrl import UserError
-from thinkrl.config import (
-    asks_for_help,
-    command_line,
-    option,
-    options_help,
-    read_options,
-    require_at_least,
-    show_help,
-)
+from thinkrl.options import command_line, group, option, parse_as
 
 
 @dataclass(frozen=True)
 class Options:
-    _what = "what to chunk"
+    _what = group("What to chunk")
     data: str = option("arith", "FILE.jsonl | FILE.json | hub:owner/name | 'arith', the built-in chains")
-    limit: int = option(0, "at most this many rows; 0: all (arith: 400)")
+    limit: int = option(0, "at most this many rows; 0: all (arith: 400)", low=0)
     source: str = option("", "grading rule for rows that name none: arith | gsm8k | math")
     suffix: str = option("", "text appended to every question")
     out: str = option("runs/chunk", "folder to write; an unfinished one is continued")
     plot: bool = option(False, "also draw importance along the chain (extra [report])")
-    _how = "thoughts and rollouts"
+    _how = group("Thoughts and rollouts")
     model: str = option(
-        "tiny", "model that rollouts continue: the base policy, a Hugging Face folder, or 'tiny'"
+        "tiny", "model that samples the rollouts: the base policy, a Hugging Face folder, or 'tiny'"
     )
     chunker: str = option(
-        "", "who cuts thoughts; empty: llm, or tags for the embedded model", ("", "llm", "paragraphs", "tags")
+        "",
+        "how chains are cut into thoughts; empty: llm, or tags for the embedded model",
+        ("", "llm", "paragraphs", "tags"),
     )
     completer: str = option(
         "",
-        "who writes short thoughts; empty: llm, or block (their own text) for the embedded model",
+        "how short thoughts are written; empty: llm, or block (their own text) for the embedded model",
         ("", "llm", "block"),
     )
-    rollouts: int = option(8, "continuations behind every prefix (N)")
-    temperature: float = option(0.7, "of the rollouts")
-    max_tokens: int = option(0, "of one rollout; 0: 200 for the embedded model, else 4096")
-    decay: float = option(0.25, "δ: what a thought loses that does not raise the accuracy (Eq. 1)")
+    rollouts: int = option(8, "continuations of every prefix (N)", low=1)
+    temperature: float = option(0.7, "sampling temperature of the rollouts", low=0)
+    max_tokens: int = option(0, "length limit of a rollout; 0: 200 for the embedded model, else 4096", low=0)
+    decay: float = option(
+        0.25, "δ: what a thought loses that does not raise the accuracy (Eq. 1)", above=0, below=1
+    )
     prompts: str = option(
         "",
         "JSON file with the role prompts and the two requests; empty: the model folder's, else the built-in",
     )
-    _instruct = "instruct model"
-    instruct_model: str = option("", "model that chunks and completes; empty: the one of the rollouts")
-    instruct_max_tokens: int = option(7120, "of one of its answers")
-    instruct_temperature: float = option(0.1, "of its answers, up to 5 per request")
-    _run = "run"
+    _instruct = group("Instruct model")
+    instruct_model: str = option("", "model that chunks and completes; empty: --model")
+    instruct_max_tokens: int = option(7120, "length limit of one of its answers", low=1)
+    instruct_temperature: float = option(
+        0.1, "sampling temperature of its answers, of which there are up to 5 per request", low=0
+    )
+    _run = group("Run")
     seed: int = option(42, "seed of every sampled token")
     items_per_batch: int = option(
-        8, "items in progress on a rank: a kill loses at most their unfinished work"
+        8, "items in progress on a rank: a kill loses at most their unfinished work", low=1
     )
-    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "bfloat16 on CUDA, float32 on CPU", ("auto", "float32", "bfloat16"))
+    device: str = option("auto", "device", ("auto", "cpu", "cuda"))
+    dtype: str = option(
+        "auto", "compute dtype; auto: bfloat16 on CUDA, float32 on CPU", ("auto", "float32", "bfloat16")
+    )
 
 
 # Role prompts are put in when the files are written, anew each time; the wording of requests decides, and is
@@ -78,14 +78,8 @@ FREE_TO_CHANGE = {"limit", "plot", "out", "prompts", "items_per_batch", "device"
 
 
 def parse_options(argv: list[str]) -> Options:
-    if asks_for_help(argv):
-        usage = "usage: torchrun --nproc_per_node=N chunk.py --data FILE --model DIR [--key value …]"
-        show_help("\n".join([usage, *options_help(Options)]))
-    options = Options(**read_options(argv, Options))
-    require_at_least(1, options, "rollouts", "items_per_batch", "instruct_max_tokens")
-    require_at_least(0, options, "limit", "max_tokens", "temperature", "instruct_temperature")
-    if not 0 < options.decay < 1:
-        raise UserError(f"--decay {options.decay} is outside (0, 1)")
+    usage = "torchrun --nproc_per_node=N chunk.py --data FILE --model DIR [--key value …]"
+    options = parse_as(Options, argv, usage)
     tiny = options.model == "tiny"
     return replace(
         options,
@@ -112,12 +106,12 @@ from tqdm import tqdm
 
 from thinkrl import arith, require_own_kernels
 from thinkrl.checkpoint import load_model
-from thinkrl.config import exit_with_error
 from thinkrl.distributed import World, from_main, raise_on_all_ranks, start, stop
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.longshort import thoughts
 from thinkrl.longshort.conversation import Prompts, load_prompts
 from thinkrl.longshort.thoughts import Rejected, Thought
+from thinkrl.options import exit_with_error
 from thinkrl.problems import data_files, load_problems, messages, read_rows, text_field
 from thinkrl.runs import open_out, write_json
 from thinkrl.sampler import Sampler

@@ -12,20 +12,12 @@ problems.
 from dataclasses import dataclass
 
 from thinkrl import UserError
-from thinkrl.config import (
-    asks_for_help,
-    command_line,
-    option,
-    options_help,
-    read_options,
-    require_at_least,
-    show_help,
-)
+from thinkrl.options import command_line, group, option, parse_as
 
 
 @dataclass(frozen=True)
 class Options:
-    _what = "what to answer"
+    _what = group("What to answer")
     model: str = option("tiny", "Hugging Face folder, or 'tiny', the embedded model")
     long: str = option("", "folder of the long-thought policy: together with --short, a conversation")
     short: str = option("", "folder of the short-thought policy")
@@ -33,38 +25,32 @@ class Options:
     prompt: str = option("", "answer this and print it")
     data: str = option("", "evaluate on: 'arith' (held out) | FILE.jsonl | FILE.parquet | hub:owner/name")
     source: str = option("", "grading rule of --prompt and of rows that name none: arith | gsm8k | math")
-    limit: int = option(0, "at most this many problems; 0: all")
+    limit: int = option(0, "at most this many problems; 0: all", low=0)
     system: str = option("", "system message")
     suffix: str = option("", "text appended to every question")
-    _how = "how"
-    n: int = option(1, "completions per problem")
+    _how = group("How")
+    n: int = option(1, "completions per problem", low=1)
     max_tokens: int = option(
-        0, "completion limit, per turn of a conversation; 0: 200 for the embedded model, else 2048"
+        0,
+        "completion length limit, per turn of a conversation; 0: 200 for the embedded model, else 2048",
+        low=0,
     )
-    max_turns: int = option(5, "exchanges per conversation")
+    max_turns: int = option(5, "exchanges (one long and one short turn) per conversation", low=1)
     prompts: str = option(
         "", "JSON file with the two role prompts; empty: the long model folder's, else the built-in ones"
     )
-    temperature: float = option(1.0, "0 is greedy")
+    temperature: float = option(1.0, "sampling temperature; 0 is greedy", low=0)
     seed: int = option(42, "seed of every sampled token")
-    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "bfloat16 on CUDA, float32 on CPU", ("auto", "float32", "bfloat16"))
+    device: str = option("auto", "device", ("auto", "cpu", "cuda"))
+    dtype: str = option(
+        "auto", "compute dtype; auto: bfloat16 on CUDA, float32 on CPU", ("auto", "float32", "bfloat16")
+    )
     out: str = option("", "also write every completion on --data to this JSONL file")
 
 
 def parse_options(argv: list[str]) -> Options:
-    if asks_for_help(argv):
-        show_help(
-            "\n".join(
-                [
-                    "usage: torchrun --nproc_per_node=N -- sample.py --prompt TEXT | --data FILE [--key value …]",
-                    *options_help(Options),
-                ]
-            )
-        )
-    options = Options(**read_options(argv, Options))
-    require_at_least(1, options, "n", "max_turns")
-    require_at_least(0, options, "limit", "max_tokens", "temperature")
+    usage = "torchrun --nproc_per_node=N -- sample.py --prompt TEXT | --data FILE [--key value …]"
+    options = parse_as(Options, argv, usage)
     if bool(options.prompt) == bool(options.data):
         raise UserError("give either --prompt TEXT or --data FILE")
     if options.prompt and (options.base or options.out):
@@ -89,12 +75,13 @@ from tqdm import tqdm
 
 from thinkrl import require_own_kernels
 from thinkrl.checkpoint import load_model
-from thinkrl.config import embedded, exit_with_error
+from thinkrl.config import embedded
 from thinkrl.distributed import World, gather, start, stop
 from thinkrl.evaluate import aes, summarise
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.longshort import protocol as longshort
 from thinkrl.longshort.conversation import shared_prompts
+from thinkrl.options import exit_with_error
 from thinkrl.problems import held_out_problems
 from thinkrl.rollout import EVALUATION, rollout
 from thinkrl.sampler import Sampler

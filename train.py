@@ -8,10 +8,11 @@ A preset decides who writes the trajectory and how the advantage is filled. Belo
 one is running.
 """
 
-from thinkrl.config import command_line
+from thinkrl.config import parse
+from thinkrl.options import command_line
 
 if __name__ == "__main__":  # before torch is imported: --help and misspelt options answer at once
-    CONFIG = command_line("train.py")
+    CONFIG = command_line("train.py", parse)
 
 import math
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from torch import Tensor
 from kernels.logprob import linear_logprob
 from thinkrl import UserError, require_own_kernels
 from thinkrl.checkpoint import load_model, read_config
-from thinkrl.config import Config, as_dict, exit_with_error
+from thinkrl.config import Config, as_dict
 from thinkrl.distributed import World, gather, global_max, global_sum, run_and_exit, shard, start, stop
 from thinkrl.evaluate import summarise, summary_table
 from thinkrl.grpo import importance_weight, loss_count, policy_loss
@@ -45,6 +46,7 @@ from thinkrl.longshort.conversation import load_prompts, require_prompts
 from thinkrl.longshort.preset import LongShort
 from thinkrl.metrics import DEFINITIONS, Log, Stopwatch, Tally, require_sinks
 from thinkrl.model import Transformer
+from thinkrl.options import exit_with_error
 from thinkrl.presets import Grpo
 from thinkrl.problems import Stream, held_out_problems, load_problems, subsample
 from thinkrl.rollout import EVALUATION, LABELS, TRAINING, require_room, rollout

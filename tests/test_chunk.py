@@ -320,9 +320,9 @@ def test_ranks_meet_after_every_batch(tmp_path):
     [
         (["--rollout", "4"], "unknown option '--rollout' \\(did you mean 'rollouts'"),
         (["--rollouts", "0"], "--rollouts is 0"),
-        (["--limit", "-1"], "--limit is -1, it must be 0 or more"),
+        (["--limit", "-1"], "--limit is -1: it must be at least 0"),
         (["--temperature", "-0.5"], "--temperature is -0.5"),
-        (["--decay", "1"], "outside"),
+        (["--decay", "1"], "it must be above 0 and below 1"),
         (["--chunker", "paragraph"], "did you mean 'paragraphs'"),
     ],
 )

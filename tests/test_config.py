@@ -1,6 +1,7 @@
-"""Options: where a value comes from, and the sentence that a mistake gets."""
+"""Options: where a value comes from, which preset reads it, and the sentence that a mistake gets."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,22 @@ import pytest
 
 from helpers import ROOT
 from thinkrl import UserError, config
-from thinkrl.config import Config, exit_with_error, help_text, parse
+from thinkrl.aliases import ELSEWHERE, elsewhere
+from thinkrl.config import (
+    PRESETS,
+    Config,
+    as_dict,
+    fit_to_context,
+    overview,
+    parse,
+    preset_help,
+    preset_values,
+    readers,
+)
+from thinkrl.options import exit_with_error, group, option, parse_as, within
+from thinkrl.tools.docs import PAGES
+
+OPTIONS = [f for f in dataclasses.fields(Config) if f.metadata]
 
 
 def test_later_sources_win():
@@ -18,6 +34,20 @@ def test_later_sources_win():
     assert parse(["l2t"]).statistic == "return_sum"
     assert parse(["l2t", "--profile", "paper"]).statistic == "token_trunc_mean"
     assert parse(["l2t", "--profile", "paper", "--statistic", "return_sum"]).statistic == "return_sum"
+
+
+def test_the_preset_is_a_field():
+    grpo = dataclasses.replace(parse(["grpo"]), lr=1e-3)
+    assert grpo.preset == as_dict(grpo)["preset"] == "grpo"
+    assert parse([]).preset == "l2t"
+    assert parse(["--preset", "sft", "--data", "rows.jsonl"]).preset == "sft"
+
+
+def test_a_config_knows_what_was_given():
+    c = parse(["grpo", "--max_tokens", "7", "--wandb"])
+    assert c.given == {"max_tokens", "wandb"}
+    assert "given" not in as_dict(c)
+    assert as_dict(c).keys() == {f.name for f in OPTIONS}
 
 
 def test_published_l2t_values_on_a_real_model():
@@ -33,6 +63,15 @@ def test_published_l2t_values_on_a_real_model():
     assert (c.problems_per_step * c.group_size, c.max_tokens, c.keep) == (256, 16384, 0.95)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("tiny", [False, True])
+@pytest.mark.parametrize("profile", config.PROFILE_VALUES)
+def test_every_default_is_allowed_by_its_field(preset, tiny, profile):
+    values = preset_values(preset, tiny, profile)
+    for f in OPTIONS:
+        assert within(f, values.get(f.name, f.default)), f.name
+
+
 def test_spellings_of_an_option():
     assert parse(["--max-tokens=7"]).max_tokens == parse(["--max_tokens", "7"]).max_tokens == 7
     assert parse(["--wandb"]).wandb and not parse(["--wandb", "false"]).wandb
@@ -40,46 +79,146 @@ def test_spellings_of_an_option():
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    "argv, sentence",
     [
-        (["--lrr", "1"], ["--lrr", "did you mean 'lr'"]),
-        (["grpoo"], ["grpoo", "did you mean 'grpo'"]),
-        (["--steps", "many"], ["--steps", "int", "'many'"]),
-        (["--steps"], ["--steps", "value"]),
-        (["stray", "grpo"], ["stray"]),
-        (["grpo", "stray"], ["stray"]),
-        (["--max_tokens", "0"], ["--max_tokens", "at least 1"]),
-        (["--group_size", "1"], ["--group_size", "--advantage_std none"]),
-        (["--top_p", "0.9"], ["--top_p", "temperature"]),
-        (["--temperature", "0"], ["--temperature"]),
-        (["l2t", "--gain", "forcd"], ["--gain", "did you mean 'forced'"]),
-        (["l2t", "--compression", "diagonal"], ["--compression", "did you mean 'diag'"]),
-        (["l2t", "--proxy", "svdd"], ["--proxy", "did you mean 'svd'"]),
-        (["l2t", "--rank_share", "1.5"], ["--rank_share", "(0, 1]"]),
-        (["l2t", "--rank_share", "0"], ["--rank_share", "(0, 1]"]),
-        (["l2t", "--episodes", "fixed:0"], ["--episodes", "fixed:N"]),
-        (["l2t", "--gain", "prm"], ["--prm"]),
-        (["sft"], ["--data"]),
-        (["longshort", "--rounds", "LXS"], ["--rounds", "X"]),
-        (["longshort", "--rounds", ""], ["--rounds", "empty"]),
-        (["longshort", "--steps", "9"], ["--steps", "--steps_per_round"]),
-        (["longshort", "--long", "L0"], ["--short"]),
-        (["l2t", "--length_penalty", "0.1"], ["--length_penalty", "train.py grpo"]),
-        (["grpo", "--profile", "paper"], ["--profile paper", "l2t"]),
-        (["l2t", "--temperature", "0.7"], ["--temperature 0.7", "--compression none"]),
-        (["--lr", "nan"], ["--lr", "'nan'"]),
-        (["--temperature", "inf"], ["--temperature", "'inf'"]),
-        (["--eval_every", "-1"], ["--eval_every", "negative"]),
-        (["--importance_cap", "-2"], ["--importance_cap", "negative"]),
-        (["--max_grad_norm", "0"], ["--max_grad_norm", "positive"]),
-        (["--fisher_decay", "3"], ["--fisher_decay", "between 0 and 1"]),
+        (["--lrr", "1"], "unknown option '--lrr' (did you mean 'lr'?): see --help"),
+        (["--qqq", "1"], "unknown option '--qqq': see --help"),
+        (
+            ["grpoo"],
+            "no preset 'grpoo' (did you mean 'grpo'?): it must be one of l2t, grpo, longshort, sft, prm",
+        ),
+        (["--steps", "many"], "--steps is 'many': it must be an integer"),
+        (["--steps", "1.5"], "--steps is '1.5': it must be an integer"),
+        (["--steps"], "option '--steps' needs a value"),
+        (["--wandb=maybe"], "--wandb is 'maybe': it must be true or false"),
+        (["--lr", "nan"], "--lr is 'nan': it must be a finite number"),
+        (["--temperature", "inf"], "--temperature is 'inf': it must be a finite number"),
+        (["grpo", "stray"], "unexpected argument 'stray': options are written --key value"),
+        (["--max_tokens", "0"], "--max_tokens is 0: it must be at least 1"),
+        (["--eval_every", "-1"], "--eval_every is -1: it must be at least 0"),
+        (["--temperature", "0"], "--temperature is 0: it must be above 0"),
+        (["--clip_low", "1.5"], "--clip_low is 1.5: it must be at least 0 and at most 1"),
+        (["--beta2", "1"], "--beta2 is 1: it must be at least 0 and below 1"),
+        (["--rank_share", "0"], "--rank_share is 0: it must be above 0 and at most 1"),
+        (
+            ["--gain", "forcd"],
+            "--gain is 'forcd': it must be one of forced, mc, continue, prm, none (did you mean 'forced'?)",
+        ),
+        (
+            ["--episodes", "fixed:0"],
+            "--episodes is 'fixed:0': it must be tags, paragraphs or fixed:N with N at least 1",
+        ),
+        (["longshort", "--rounds", "LXS"], "--rounds is 'LXS': it must be letters L and S, not X"),
+        (["longshort", "--rounds", ""], "--rounds is '': it must be letters L and S"),
+        (["grpo", "--group_size", "1"], "--group_size is 1: grpo compares the completions of a group, use 2"),
+        (["--gain", "prm"], "--gain prm needs --prm PATH, a step reward model made by train.py prm"),
+        (["sft"], "sft needs --data FILE.jsonl or an alpaca JSON list"),
+        (["longshort", "--long", "L0"], "longshort starts from both --long DIR and --short DIR, or, without"),
+        (["--temperature", "0.7"], "--temperature 0.7: the Fisher information in the penalty is that of"),
     ],
 )
-def test_a_mistake_gets_one_sentence(argv, words):
+def test_a_mistake_gets_one_sentence(argv, sentence):
     with pytest.raises(UserError) as mistake:
         parse(argv)
-    assert all(word in str(mistake.value) for word in words), mistake.value
+    assert str(mistake.value).startswith(sentence), mistake.value
     assert "\n" not in str(mistake.value)
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["grpo", "--beta", "0.04"], "--beta is read by l2t, not by grpo: TRL's beta is --kl_coef here"),
+        (["sft", "--beta", "0.04", "--data", "x"], "--beta is read by l2t, not by sft"),
+        (["l2t", "--length_penalty", "0.1"], "--length_penalty is read by grpo, not by l2t"),
+        (["grpo", "--profile", "paper"], "--profile is read by l2t, not by grpo"),
+        (["--rounds", "L"], "--rounds is read by longshort, not by l2t"),
+        (["sft", "--gain_samples", "2"], "--gain_samples is read by l2t and prm, not by sft"),
+        (
+            ["longshort", "--steps", "9"],
+            "--steps is read by grpo, l2t, sft and prm, not by longshort: "
+            "its length is --rounds times --steps_per_round",
+        ),
+    ],
+)
+def test_an_option_of_another_preset_is_refused(argv, sentence):
+    with pytest.raises(UserError) as mistake:
+        parse(argv)
+    assert str(mistake.value) == sentence
+
+
+def test_every_preset_sets_only_what_some_preset_reads():
+    for preset, values in config.PRESET_VALUES.items():
+        assert all(preset in readers(key) for key in values), preset
+    for values in config.PROFILE_VALUES.values():
+        assert all("l2t" in readers(key) for key in values)
+
+
+@pytest.mark.parametrize(
+    "argument, meant",
+    [
+        ("--num_generations", "TRL's num_generations is --group_size here"),
+        ("--num-generations=8", "TRL's num_generations is --group_size here"),
+        ("--learning_rate", "TRL's learning_rate is --lr here"),
+        (
+            "--loss_type",
+            "TRL's loss_type dapo / grpo / dr_grpo is --aggregate token / sequence / constant here",
+        ),
+        ("--actor_rollout_ref.rollout.n=8", "verl's rollout.n is --group_size here"),
+        ("--rollout_n", "verl's rollout.n is --group_size here"),
+        ("actor_rollout_ref.actor.kl_loss_coef=0.1", "verl's kl_loss_coef is --kl_coef here"),
+        ("+data.max_response_length=7", "verl's data.max_response_length is --max_tokens here"),
+        ("--top_p", "training samples from the whole distribution"),
+        ("--top_k", "training samples from the whole distribution"),
+    ],
+)
+def test_names_of_other_libraries_are_known(argument, meant):
+    with pytest.raises(UserError, match=meant.replace("(", r"\(").replace(".", r"\.")):
+        parse(["grpo", argument])
+
+
+def test_the_table_of_other_names_points_at_options():
+    names = {f.name for f in OPTIONS}
+    for here, trl, verl in ELSEWHERE:
+        pointed = [word.strip(",") for word in here.split() if word.startswith("--")]
+        assert pointed and all(word.removeprefix("--") in names for word in pointed), here
+        for name in filter(None, f"{trl}, {verl}".split(", ")):
+            assert here in elsewhere(name.split()[0]), name
+
+
+@pytest.mark.parametrize(
+    "argv, context, limits, said",
+    [
+        (["l2t"], 32768, (16384, 2048), ""),
+        (
+            ["l2t"],
+            8192,
+            (6144, 2048),
+            "--max_tokens 6144 (default 16384): lowered to the model's context of 8192",
+        ),
+        (["l2t", "--gain", "continue"], 8192, (3072, 2048), "--max_tokens 3072"),  # and its continuation
+        (["l2t", "--max_tokens", "9000"], 8192, (9000, 2048), ""),  # refused later, by require_room
+        (["prm"], 4096, (1536, 2048), "--max_tokens 1536 (default 2048)"),
+        (["longshort"], 8192, (1024, 2048), ""),
+        (
+            ["longshort"],
+            2048,
+            (512, 512),
+            "--max_tokens 512 (default 1024), --partner_max_tokens 512 (default 2048): lowered",
+        ),
+        (["longshort", "--partner_max_tokens", "900"], 2048, (512, 900), "--max_tokens 512 (default 1024)"),
+        (["sft", "--data", "rows.jsonl"], 100, (2048, 2048), ""),  # nothing is sampled
+    ],
+)
+def test_a_default_is_lowered_to_the_context_and_what_was_given_is_not(argv, context, limits, said):
+    config, line = fit_to_context(parse([*argv, "--model", "some/folder"]), context)
+    assert (config.max_tokens, config.partner_max_tokens) == limits
+    assert line.startswith(said) and bool(line) == bool(said)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_embedded_model_has_room_for_its_defaults(preset):
+    config = parse([preset, "--data", "arith"])
+    assert fit_to_context(config, 1024) == (config, "")
 
 
 def test_the_papers_spelling_of_the_rounds():
@@ -108,14 +247,29 @@ def test_help_comes_once_from_all_ranks(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_group_of_one_is_fine_without_std():
-    assert parse(["--group_size", "1", "--advantage_std", "none"]).group_size == 1
+def test_the_overview_names_every_preset_and_option():
+    words = overview().split()
+    assert all(words.count(f"--{f.name}") == 1 for f in OPTIONS if f.name != "preset")
+    assert set(PRESETS) <= set(words)
 
 
-def test_help_names_every_option_once():
-    lines = help_text().splitlines()
-    for f in dataclasses.fields(Config):
-        assert sum(line.startswith(f"  --{f.name} ") for line in lines) == 1
+@pytest.mark.parametrize("preset", PRESETS)
+def test_help_of_a_preset_lists_what_it_reads(preset, capsys):
+    with pytest.raises(SystemExit):
+        parse([preset, "--help"])
+    text = capsys.readouterr().out
+    assert text == preset_help(preset) + "\n"
+    for f in OPTIONS:
+        assert text.count(f"  --{f.name} ") == (preset in readers(f.name) and f.name != "preset"), f.name
+
+
+def test_help_of_a_preset_shows_its_values():
+    lines = {line.split()[0]: line for line in preset_help("l2t").splitlines() if line.startswith("  --")}
+    assert lines["--max_tokens"].endswith("(default 16384; tiny 200)")
+    assert lines["--kl_coef"].endswith("(default 0.001; tiny 0.0)")
+    assert lines["--alpha"].endswith("(default 0.8)")
+    assert lines["--dtype"].endswith("[auto|float32|bfloat16] (default auto)")
+    assert "default" not in lines["--name"]
 
 
 def test_help_does_not_import_torch():
@@ -124,6 +278,52 @@ def test_help_does_not_import_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize("program", ["train", "sample", "chunk"])
+def test_console_commands_start_the_programs_from_any_folder(program, tmp_path):
+    """`python -m chunk` would not: Python has a module of that name until 3.12."""
+    code = f"import sys; sys.argv = ['thinkrl-{program}', '--help']\nfrom thinkrl.cli import {program}; {program}()"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and f"{program}.py" in run.stdout.splitlines()[0], run.stderr
+
+
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse([]).lr = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    _what = group("What")
+    n: int = option(1, "completions", low=1)
+    _how = group("How")
+    greedy: bool = option(False, "take the most probable token")
+
+
+def test_a_program_without_presets(capsys):
+    assert parse_as(Options, ["--n", "3", "--greedy"], "sample.py") == Options(3, True)
+    with pytest.raises(UserError, match="--n is 0: it must be at least 1"):
+        parse_as(Options, ["--n", "0"], "sample.py")
+    with pytest.raises(SystemExit):
+        parse_as(Options, ["--help"], "sample.py [--key value …]", notes=["", "and so on"])
+    assert capsys.readouterr().out.splitlines() == [
+        "usage: sample.py [--key value …]",
+        "",
+        "What:",
+        "  --n INT                           completions (default 1)",
+        "",
+        "How:",
+        "  --greedy BOOL                     take the most probable token (default false)",
+        "",
+        "and so on",
+    ]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_made_from_the_code_are_up_to_date(name):
+    assert (ROOT / "docs" / name).read_text() == PAGES[name](), f"docs/{name} is out of date: run `make docs`"

@@ -9,22 +9,24 @@ from helpers import ROOT
 
 LAYERS = {
     0: ["kernels"],
-    1: ["config", "types", "distributed", "metrics", "runs"],
+    1: ["options", "aliases", "config", "types", "distributed", "metrics", "runs"],
     2: ["model", "checkpoint", "tokenizer", "problems", "arith", "grading", "pages"],
     3: ["sampler", "rollout", "grpo", "sft"],
     4: ["learner", "evaluate", "presets"],
     5: ["l2t", "longshort"],
     6: ["tools"],
-    7: ["train", "sample", "chunk"],
+    7: ["train", "sample", "chunk", "cli"],
 }
 # Inside a folder, from the bottom up: a module sees those before it.
 INSIDE = {
     "l2t": ["episodes", "prm", "gain", "compression", "credit", "preset"],
     "longshort": ["conversation", "thoughts", "protocol", "preset"],
-    "tools": ["report", "compare", "pipeline", "bench"],
+    "tools": ["docs", "report", "compare", "pipeline", "bench"],
 }
 # Within a layer, modules do not see each other, but for these.
 SIDEWAYS = {
+    ("config", "options"),
+    ("config", "aliases"),
     ("metrics", "distributed"),
     ("runs", "config"),
     ("runs", "distributed"),

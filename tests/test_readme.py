@@ -2,15 +2,7 @@
 
 from pathlib import Path
 
-from thinkrl.metrics import DEFINITIONS
-
 README = (Path(__file__).parent.parent / "README.md").read_text()
-
-
-def test_every_metric_is_explained_as_defined():
-    for key, meaning in DEFINITIONS.items():
-        escaped = meaning.replace("|", "\\|")
-        assert f"| `{key}` | {escaped} |" in README, key
 
 
 def test_files_that_are_named_exist():

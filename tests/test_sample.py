@@ -133,10 +133,10 @@ def test_a_base_that_is_never_right(data, capsys):
 @pytest.mark.parametrize(
     "argv, sentence",
     [
-        (["--prompt", "1*1?", "--n", "0"], "--n is 0, it must be at least 1"),
-        (["--prompt", "1*1?", *TALK, "--max_turns", "0"], "--max_turns is 0, it must be at least 1"),
-        (["--data", "arith", "--limit", "-1"], "--limit is -1, it must be 0 or more"),
-        (["--prompt", "1*1?", "--temperature", "-1"], "--temperature is -1.0"),
+        (["--prompt", "1*1?", "--n", "0"], "--n is 0: it must be at least 1"),
+        (["--prompt", "1*1?", *TALK, "--max_turns", "0"], "--max_turns is 0: it must be at least 1"),
+        (["--data", "arith", "--limit", "-1"], "--limit is -1: it must be at least 0"),
+        (["--prompt", "1*1?", "--temperature", "-1"], "--temperature is -1:"),
         (["--prompt", "1*1?", "--data", "arith"], "give either --prompt TEXT or --data FILE"),
         (["--prompt", "1*1?", "--base", "tiny"], "--base and --out are for --data FILE"),
         (["--prompt", "1*1?", "--long", "tiny"], "a conversation needs both"),

@@ -1,57 +1,56 @@
-"""One flat frozen dataclass holds every option; `train.py --help` is printed from it.
+"""Every option of train.py, as one flat frozen dataclass; `train.py --help` and docs/options.md are made from it.
 
 Where a value comes from, later wins: the field's default < the preset < the embedded model's own small values
 (when `--model tiny`) < `--profile` < the command line. The resolved result is saved as
-runs/<name>/config.json. Nothing here imports torch, so that --help and mistakes answer at once.
+runs/<name>/config.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import os
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NoReturn
+import textwrap
+from dataclasses import dataclass
+from typing import Any
 
 from thinkrl import UserError
+from thinkrl.aliases import elsewhere
+from thinkrl.options import asks_for_help, group, groups, help_line, nearest, option, read_options, show_help
 
-PRESETS = ("l2t", "grpo", "longshort", "sft", "prm")
+PRESETS = {
+    "l2t": "GRPO with a reward per episode: information gain minus a compression penalty (arXiv 2505.10425)",
+    "grpo": "the baseline: one reward per completion, compared within its group",
+    "longshort": "two policies that write one answer in turns and are trained in turns (arXiv 2505.11827)",
+    "sft": "supervised fine-tuning: next-token loss on the completions of rows",
+    "prm": "a step reward model from Monte Carlo labels, for the gain of l2t",
+}
 DEFAULT_PRESET = "l2t"
+RL = ("grpo", "l2t", "longshort")
+SAMPLING = (*RL, "prm")
 ROLE_OF = {"L": "long", "S": "short"}
-
-
-def option(default, help: str, choices: tuple[str, ...] | None = None):
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-def group(title: str):
-    """A heading in --help: a class attribute that is not a field."""
-    return title
 
 
 @dataclass(frozen=True)
 class Config:
-    preset = DEFAULT_PRESET  # set by parse(); not an option of its own
+    preset: str = option(DEFAULT_PRESET, "what is trained, and how", tuple(PRESETS), presets=tuple(PRESETS))
+    given: frozenset[str] = frozenset()  # options set on the command line; not an option
 
-    _run = group("run")
-    name: str = option("", "name of the run folder; empty: a fresh one from preset and time")
-    runs_dir: str = option("runs", "where run folders live")
-    seed: int = option(42, "seed of data order and of every sampled token")
+    _run = group("Run", tuple(PRESETS))
+    name: str = option("", "name of the run folder; empty: a new one from preset and time")
+    runs_dir: str = option("runs", "parent of the run folders")
+    seed: int = option(42, "seed of the data order and of every sampled token")
     resume: str = option(
-        "never", "auto: continue the unfinished run of this configuration | never | PATH of a run folder"
+        "never", "auto: continue the unfinished run with the same options | never | PATH of a run folder"
     )
-    save_every: int = option(100, "optimizer steps between checkpoints; 0: only at the end")
-    keep_checkpoints: int = option(2, "how many step checkpoints stay on disk")
-    eval_every: int = option(0, "optimizer steps between held-out evaluations; 0: only before and after")
-    log_groups: int = option(1, "groups per step written to samples.jsonl")
+    save_every: int = option(100, "optimizer steps between checkpoints; 0: only at the end", low=0)
+    keep_checkpoints: int = option(2, "checkpoints kept on disk", low=1)
+    eval_every: int = option(
+        0, "optimizer steps between evaluations; 0: only before and after training", low=0, presets=RL
+    )
+    log_groups: int = option(1, "groups per step written to samples.jsonl", low=0, presets=RL)
     wandb: bool = option(False, "also log to Weights & Biases (extra [wandb])")
     tensorboard: bool = option(False, "also log to TensorBoard (extra [tensorboard])")
 
-    _model = group("model and data")
+    _model = group("Model and data", tuple(PRESETS))
     model: str = option(
         "tiny", "Hugging Face folder (Qwen2/2.5, Qwen3, Llama 3.x), or 'tiny', the embedded model"
     )
@@ -59,138 +58,174 @@ class Config:
         "arith", "'arith' (built in) | FILE.jsonl | FILE.parquet (verl layout) | hub:owner/name"
     )
     eval_data: str = option(
-        "", "held-out problems, same forms; empty: arith's own held-out set, else no evaluation"
+        "", "held-out problems, same forms; empty: the held-out set of arith, else no evaluation", presets=RL
     )
-    eval_problems: int = option(500, "at most this many held-out problems")
-    eval_samples: int = option(1, "completions per held-out problem at the sampling temperature")
-    system: str = option("", "system message put before every problem that brings none")
-    suffix: str = option("", "text appended to every question; empty: the instruction of its grading rule")
-    source: str = option("", "grading rule for rows that name none: arith | gsm8k | math")
-    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
+    eval_problems: int = option(500, "number of held-out problems, at most", low=0, presets=RL)
+    eval_samples: int = option(
+        1, "completions per held-out problem, at the sampling temperature", low=1, presets=RL
+    )
+    system: str = option(
+        "", "system message for problems that bring none of their own", presets=("grpo", "l2t", "prm")
+    )
+    suffix: str = option(
+        "", "text appended to every question; empty: the instruction of its grading rule", presets=SAMPLING
+    )
+    source: str = option("", "grading rule of rows that name none: arith | gsm8k | math", presets=SAMPLING)
+    device: str = option("auto", "device", ("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto",
-        "compute dtype; master weights stay fp32; auto: bfloat16 on CUDA, float32 on CPU",
+        "compute dtype, master weights are float32 always; auto: bfloat16 on CUDA, float32 on CPU",
         ("auto", "float32", "bfloat16"),
     )
 
-    _rollout = group("rollout")
-    problems_per_step: int = option(64, "problems per optimizer step, over all ranks (rows for sft and prm)")
-    group_size: int = option(8, "completions per problem (G)")
-    max_tokens: int = option(2048, "completion length limit")
-    temperature: float = option(1.0, "sampling temperature; log-probs are taken at the same temperature")
-    top_p: float = option(1.0, "must stay 1: truncated sampling would bias the log-probs that training needs")
-    kv_pages: int = option(0, "KV pages of 16 tokens in the sampler; 0: as many as a full step needs, or fit")
+    _rollout = group("Rollout", SAMPLING)
+    problems_per_step: int = option(
+        64, "problems (sft: rows) per optimizer step, over all ranks", low=1, presets=tuple(PRESETS)
+    )
+    group_size: int = option(8, "completions per problem (G)", low=1)
+    max_tokens: int = option(2048, "completion length limit, in tokens", low=1)
+    temperature: float = option(
+        1.0, "sampling temperature; log-probs are taken at the same temperature", above=0
+    )
+    kv_pages: int = option(
+        0, "KV pages of 16 tokens in the sampler; 0: as many as a step needs or memory holds", low=0
+    )
 
-    _objective = group("objective")
-    advantage_std: str = option("sample", "divisor of group advantages", ("sample", "population", "none"))
-    clip_low: float = option(0.2, "lower clip of the ratio, 1 - clip_low")
-    clip_high: float = option(0.2, "upper clip of the ratio, 1 + clip_high")
-    kl_coef: float = option(0.0, "weight of the k3 KL to the frozen start policy; 0: no reference is held")
+    _objective = group("Objective", RL)
+    advantage_std: str = option(
+        "sample", "standard deviation that divides a group's advantages", ("sample", "population", "none")
+    )
+    clip_low: float = option(0.2, "ε of the lower clip of the ratio, 1 - ε", low=0, high=1)
+    clip_high: float = option(0.2, "ε of the upper clip of the ratio, 1 + ε", low=0)
+    kl_coef: float = option(
+        0.0, "weight of the k3 KL to the reference, the start policy; 0: no reference is held", low=0
+    )
     aggregate: str = option(
         "token",
-        "mean over tokens | over sequences' token means | sum over problems·G·max_tokens",
+        "loss is a mean over tokens | over sequences' token means | a sum over problems·G·max_tokens",
         ("token", "sequence", "constant"),
     )
     level: str = option("token", "ratio per token, or one per sequence (GSPO)", ("token", "sequence"))
-    updates_per_rollout: int = option(1, "optimizer steps on the same rollout; 1 is exactly on-policy")
-    importance_cap: float = option(0.0, "cap of truncated importance weights trainer/sampler; 0: off")
+    updates_per_rollout: int = option(1, "optimizer steps per rollout; 1 is exactly on-policy", low=1)
+    importance_cap: float = option(
+        0.0, "cap of the truncated importance weights trainer/sampler; 0: no weights", low=0
+    )
     length_penalty: float = option(
-        0.0, "control: price per completion token in the reward of a correct completion"
+        0.0,
+        "control: penalty per completion token in the reward of a correct completion",
+        low=0,
+        presets=("grpo",),
     )
-    episode_price: float = option(0.0, "control: flat price per episode in the reward")
+    episode_price: float = option(0.0, "control: penalty per episode in the reward", low=0, presets=("grpo",))
 
-    _optimizer = group("optimizer")
-    steps: int = option(500, "optimizer steps")
-    lr: float = option(1e-6, "peak learning rate of AdamW")
-    schedule: str = option("constant", "after warm-up", ("constant", "cosine"))
-    warmup: float = option(0.05, "share of the steps with rising learning rate")
-    weight_decay: float = option(0.01, "AdamW weight decay, on matrices only")
-    beta1: float = option(0.9, "AdamW")
-    beta2: float = option(0.95, "AdamW")
-    max_grad_norm: float = option(1.0, "global gradient clip")
+    _optimizer = group("Optimizer", tuple(PRESETS))
+    steps: int = option(500, "optimizer steps", low=1, presets=("grpo", "l2t", "sft", "prm"))
+    lr: float = option(1e-6, "peak learning rate of AdamW", low=0)
+    schedule: str = option("constant", "learning rate after the warm-up", ("constant", "cosine"))
+    warmup: float = option(0.05, "share of the steps with rising learning rate", low=0, high=1)
+    weight_decay: float = option(0.01, "AdamW weight decay, on matrices only", low=0)
+    beta1: float = option(0.9, "AdamW β₁", low=0, below=1)
+    beta2: float = option(0.95, "AdamW β₂", low=0, below=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this global norm", above=0)
 
-    _memory = group("speed and memory")
+    _memory = group("Speed and memory", tuple(PRESETS))
     micro_batch_tokens: int = option(
-        16384, "token budget of one packed row; a longer sample gets a row of its own"
+        16384, "token budget of one packed row; a longer sample gets a row of its own", low=1
     )
-    replicate: int = option(1, "HSDP: number of replicas of the sharded model; 1: plain FSDP")
+    replicate: int = option(1, "HSDP: replicas of the sharded model; 1: plain FSDP", low=1)
     activation_checkpointing: bool = option(False, "recompute each block in the backward pass")
 
-    _l2t = group("l2t")
+    _l2t = group("L2T", ("l2t",))
     profile: str = option(
         "",
         "named settings: paper (Alg. 1 to the letter) | code (what the released scripts train) | grpo",
         ("", "paper", "code", "grpo"),
     )
-    alpha: float = option(0.8, "weight of the process reward (Eq. 5)")
-    beta: float = option(0.6, "weight of the compression penalty inside it (Eq. 3)")
+    alpha: float = option(0.8, "α, weight of the process reward (Eq. 5)", low=0)
+    beta: float = option(0.6, "β, weight of the compression penalty in the process reward (Eq. 3)", low=0)
     statistic: str = option(
-        "return_sum", "what is normalised in the group", ("return_sum", "token_trunc_mean")
+        "return_sum", "what is normalized in the group", ("return_sum", "token_trunc_mean")
     )
     credit: str = option(
         "uniform",
-        "how a completion's advantage is spread over its tokens",
+        "how a completion's advantage is distributed over its tokens",
         ("uniform", "guarded", "paper", "to_go"),
     )
-    keep: float = option(0.95, "central share that the truncated mean keeps (Alg. 1 l. 13)")
-    max_ratio: float = option(10.0, "clip of token reward over completion mean in guarded credit")
-    episodes: str = option("tags", "tags | paragraphs | fixed:N")
+    keep: float = option(
+        0.95, "central share of the rewards that the truncated mean keeps (Alg. 1 l. 13)", above=0, high=1
+    )
+    max_ratio: float = option(
+        10.0, "clip of a token's reward over its completion's mean in guarded credit", above=0
+    )
+    episodes: str = option(
+        "tags", "where episodes are split: tags | paragraphs | fixed:N", presets=("l2t", "grpo", "prm")
+    )
     gain: str = option(
         "forced",
-        "J_k: gold probability of a forced answer | M sampled forced answers | "
-        "M continuations to the end | step reward model | 0",
+        "J_k is the gold answer's probability in a forced answer | the accuracy of M sampled forced answers | "
+        "of M continuations to the end | a step reward model's score | 0",
         ("forced", "mc", "continue", "prm", "none"),
     )
-    gain_samples: int = option(4, "M of --gain mc and continue")
+    gain_samples: int = option(
+        4, "M of --gain mc, --gain continue and prm's labels", low=1, presets=("l2t", "prm")
+    )
     probe_prefix: str = option(
-        "", "answer-forcing text put before the gold answer; empty: by its grading rule"
+        "", "text that forces the answer, put before the gold answer; empty: by its grading rule"
     )
     probe_suffix: str = option(
         "", "terminator after the gold answer, part of the probability; empty: by its grading rule"
     )
-    prm: str = option("", "folder of the step reward model for --gain prm")
+    prm: str = option("", "folder of the step reward model of --gain prm")
     compression: str = option(
         "diag",
-        "C_k: PAC-Bayes with diagonal Fisher | the paper's Eq. 4 as printed | natural step | "
-        "drift from the start",
+        "C_k: PAC-Bayes with a diagonal Fisher | the paper's Eq. 4 as printed | natural gradient step | "
+        "drift from the start policy | 0",
         ("diag", "rank1", "natural", "drift", "none"),
     )
     proxy: str = option(
         "svd",
-        "parameters whose gradient the penalty sees: SVD core of the LM head | LM head | last "
-        "block's exact layers | a random 30 % of layers (slow: K backwards)",
+        "parameters whose gradient the penalty sees: SVD core of the LM head | LM head | exact layers of the "
+        "last block | a random 30 % of layers (slow: K backwards)",
         ("svd", "lm_head", "last_block", "layers"),
     )
-    rank_share: float = option(0.1, "rank of the SVD core as a share of the width, in (0, 1]")
-    refresh_every: int = option(50, "optimizer steps between SVD refreshes")
-    kappa: float = option(0.05, "what the mean completion pays in total normalised compression")
-    fisher_decay: float = option(0.95, "running average of the diagonal Fisher, per step")
+    rank_share: float = option(0.1, "rank of the SVD core as a share of the model's width", above=0, high=1)
+    refresh_every: int = option(50, "optimizer steps between refreshes of the SVD", low=1)
+    kappa: float = option(0.05, "κ, the total normalized compression of a completion, in the mean", low=0)
+    fisher_decay: float = option(
+        0.95, "decay per step of the running average of the diagonal Fisher", low=0, below=1
+    )
     released_sum: bool = option(
         False,
-        "as the released code sums: an episode's gain once per token from closing tag to "
-        "closing tag, the first one's not at all",
+        "sum as the released code does: an episode's gain once per token from closing tag to closing tag, "
+        "the first episode's not at all",
     )
-    malformed_penalty: float = option(0.0, "subtracted from the outcome when episode tags are malformed")
+    malformed_penalty: float = option(
+        0.0, "subtracted from the outcome reward of a completion with malformed episode tags", low=0
+    )
 
-    _longshort = group("longshort")
+    _longshort = group("Long⊗Short", ("longshort",))
     long: str = option("", "folder of the long-thought policy (L0), from train.py sft")
-    short: str = option("", "folder of the short-thought policy (S0)")
-    rounds: str = option("LLSLSL", "which role trains in each round")
-    steps_per_round: int = option(150, "optimizer steps per round")
-    max_turns: int = option(5, "long+short exchanges per conversation")
+    short: str = option("", "folder of the short-thought policy (S0), from train.py sft")
+    rounds: str = option("LLSLSL", "which role each round trains: L (long) or S (short)")
+    steps_per_round: int = option(150, "optimizer steps per round", low=1)
+    max_turns: int = option(5, "exchanges (one long and one short turn) per conversation", low=1)
     rollout: str = option(
         "full",
-        "full protocol, or the single exchange that the released code trains",
+        "the full protocol, or the single exchange that the released code trains",
         ("full", "single_exchange"),
     )
-    partner_temperature: float = option(0.3, "sampling temperature of the frozen partner")
-    partner_max_tokens: int = option(2048, "completion limit of the frozen partner, per turn")
-    format_coef: float = option(1.0, "λ, weight of the format reward (Eq. 9)")
-    length_coef: float = option(1.0, "µ at the end of a round; it rises linearly from 0")
+    partner_temperature: float = option(0.3, "sampling temperature of the frozen partner", low=0)
+    partner_max_tokens: int = option(2048, "completion length limit of the frozen partner, per turn", low=1)
+    format_coef: float = option(1.0, "λ, weight of the format reward (Eq. 9)", low=0)
+    length_coef: float = option(
+        1.0, "µ, weight of the length reward at the end of a round; it rises linearly from 0", low=0
+    )
     symmetric_length: bool = option(False, "length reward regardless of correctness")
     strict_format: bool = option(False, "the official format check, which rejects every '<'")
     prompts: str = option(
-        "", "JSON file with the two role prompts; empty: the model folder's, else the built-in ones"
+        "",
+        "JSON file with the two role prompts; empty: the model folder's, else the built-in ones",
+        presets=("longshort", "sft"),
     )
 
     def __getitem__(self, key: str):
@@ -228,7 +263,7 @@ PRESET_VALUES: dict[str, dict] = {
         problems_per_step=96,
         max_tokens=1024,
     ),
-    "sft": dict(lr=1e-5, schedule="cosine", warmup=0.1, problems_per_step=64, group_size=1, data=""),
+    "sft": dict(lr=1e-5, schedule="cosine", warmup=0.1, problems_per_step=64, data=""),
     # l2t's prompt, or it would judge completions that l2t never sees
     "prm": dict(
         lr=1e-5, schedule="cosine", warmup=0.1, problems_per_step=32, group_size=8, system=EPISODES_SYSTEM
@@ -286,90 +321,82 @@ PROFILE_VALUES: dict[str, dict] = {
 }
 
 
-def parse(argv: list[str]) -> Config:
-    """`[PRESET] [--key value | --key=value | --flag …]` -> the resolved Config. Dashes and underscores are the same.
+# What takes the place of an option that a preset does not read.
+INSTEAD = {
+    ("longshort", "steps"): "its length is --rounds times --steps_per_round",
+    ("longshort", "system"): "its system messages are the role prompts, --prompts",
+}
 
-    Raises UserError for anything unknown or of the wrong type; prints the help and exits 0 for --help.
+
+def parse(argv: list[str]) -> Config:
+    """`[PRESET] [--key value | --key=value | --flag …]` -> the resolved Config.
+
+    Raises UserError for anything unknown, not allowed or contradictory; prints the help and exits 0 for --help.
     """
-    if asks_for_help(argv):
-        show_help(help_text())
-    preset = DEFAULT_PRESET
-    if argv and not argv[0].startswith("-"):
+    preset, named = DEFAULT_PRESET, bool(argv) and not argv[0].startswith("-")
+    if named:
         preset, *argv = argv
         if preset not in PRESETS:
             raise UserError(
-                f"unknown preset '{preset}'{nearest(preset, PRESETS)}: choose from {', '.join(PRESETS)}"
+                f"no preset '{preset}'{nearest(preset, PRESETS)}: it must be one of {', '.join(PRESETS)}"
             )
-    return resolve(preset, read_options(argv, Config))
+    if asks_for_help(argv):
+        show_help(preset_help(preset) if named else overview())
+    given = read_options(argv, Config, elsewhere)
+    return resolve(given.pop("preset", preset), given)
 
 
-def asks_for_help(argv: list[str]) -> bool:
-    return "--help" in argv or "-h" in argv
-
-
-def show_help(text: str) -> NoReturn:
-    """Print it once, whatever the number of ranks, and exit 0."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text)
-    sys.exit(0)
-
-
-def exit_with_error(program: str, mistake: Exception, status: int = 2) -> None:
-    """One sentence, from rank 0 if it can, no traceback, and the exit status: 2 for a user's mistake."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(
-            30
-        )  # rank 0, if it saw the same, speaks and exits; then torchrun ends this rank before it speaks too
-    print(f"{program}: {mistake}", file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
-def command_line(program: str, parse: Callable[[list[str]], object] = parse):
-    """What the program was started with. Entry points call it before they import torch, so that help comes
-    at once.
-    """
-    try:
-        return parse(sys.argv[1:])
-    except UserError as mistake:
-        exit_with_error(program, mistake)
-
-
-def resolve(preset: str, given: dict) -> Config:
-    """Stack defaults, preset, embedded values, profile and what the user gave; check what can be checked
-    without data.
-    """
-    values = dict(PRESET_VALUES[preset])
-    model = (
-        given.get("long") or given.get("model", "tiny")
-        if preset == "longshort"
-        else given.get("model", "tiny")
-    )
-    if embedded(model):
-        values |= EMBEDDED_VALUES[preset]
-    values |= PROFILE_VALUES[given.get("profile", "")]
-    config = Config(**(values | given))
+def resolve(preset: str, given: dict[str, Any]) -> Config:
+    """The Config of a preset and the values given on the command line, checked as far as no data is needed."""
+    for key in given:
+        require_read(preset, key)
+    model = (given.get("long") if preset == "longshort" else None) or given.get("model", Config.model)
+    values = preset_values(preset, embedded(model), given.get("profile", ""))
+    config = Config(**(values | given), preset=preset, given=frozenset(given))
     if preset == "longshort":  # the rounds say how long it takes, and each ends with an evaluation
-        if "steps" in given:
-            raise UserError(
-                "train.py longshort takes its length from --rounds and --steps_per_round: leave out --steps"
-            )
         rounds = config.rounds.replace(",", "")
-        length = len(schedule(rounds)) * config.steps_per_round
         config = dataclasses.replace(
-            config, rounds=rounds, steps=length, eval_every=config.eval_every or config.steps_per_round
+            config,
+            rounds=rounds,
+            steps=len(schedule(rounds)) * config.steps_per_round,
+            eval_every=config.eval_every or config.steps_per_round,
         )
-    object.__setattr__(config, "preset", preset)
     _check(config)
     return config
 
 
-def as_dict(config: Config) -> dict:
+def preset_values(preset: str, tiny: bool = False, profile: str = "") -> dict[str, Any]:
+    """What a preset sets, with the embedded model's values if `tiny`, and a profile's."""
+    return PRESET_VALUES[preset] | (EMBEDDED_VALUES[preset] if tiny else {}) | PROFILE_VALUES[profile]
+
+
+def fit_to_context(config: Config, context: int) -> tuple[Config, str]:
+    """Lower the completion limits that were not given to what a model's context, in tokens, holds.
+
+    A quarter of the context is kept for the prompt. In the rest there is room for a completion; for prm, and for l2t
+    with --gain continue, for its continuation too; for longshort, for three turns. Returns the config, and a line
+    that says what was lowered, or "". A limit that was given is left alone: `require_room` refuses it where it does
+    not fit.
+    """
+    continued = config.preset == "prm" or config.preset == "l2t" and config.gain == "continue"
+    limit = 3 * context // 4 // (3 if config.preset == "longshort" else 2 if continued else 1)
+    lowered = {
+        key: max(1, limit)
+        for key in ("max_tokens", "partner_max_tokens")
+        if config.preset in readers(key) and key not in config.given and config[key] > limit
+    }
+    said = ", ".join(f"--{key} {value} (default {config[key]})" for key, value in lowered.items())
+    line = f"{said}: lowered to the model's context of {context} tokens" if said else ""
+    return dataclasses.replace(config, **lowered), line
+
+
+def as_dict(config: Config) -> dict[str, Any]:
     """What config.json holds: the preset and every option."""
-    return {"preset": config.preset, **dataclasses.asdict(config)}
+    return {f.name: config[f.name] for f in dataclasses.fields(config) if f.metadata}
 
 
 def embedded(model: str) -> bool:
-    """Whether a checkpoint is the embedded model or descends from it: then its config.json says so."""
+    """Whether a checkpoint is the embedded model or was trained from it: then its config.json says so."""
     if model == "tiny":
         return True
     try:
@@ -379,108 +406,58 @@ def embedded(model: str) -> bool:
         return False
 
 
-def _check(config: Config) -> None:
-    """Contradictions that need no file to be seen."""
+def readers(key: str) -> tuple[str, ...]:
+    """The presets that read an option."""
+    return next(
+        f.metadata["presets"] or heading.presets
+        for heading, fields in groups(Config)
+        for f in fields
+        if f.name == key
+    )
 
-    def refuse(when: bool, sentence: str) -> None:
+
+def require_read(preset: str, key: str) -> None:
+    """Raise UserError for an option that this preset would ignore, with what is probably meant."""
+    presets, meant = readers(key), INSTEAD.get((preset, key), "")
+    if preset in presets:
+        return
+    if key == "beta" and preset in readers("kl_coef"):
+        meant = "TRL's beta is --kl_coef here"
+    listed = " and ".join([", ".join(presets[:-1]), presets[-1]][-len(presets) :])
+    raise UserError(f"--{key} is read by {listed}, not by {preset}{meant and f': {meant}'}")
+
+
+def _check(config: Config) -> None:
+    """Contradictions between options. What a single value must be stands at its field."""
+
+    def refuse(when: Any, sentence: str) -> None:
         if when:
             raise UserError(sentence)
 
-    require_at_least(
-        1,
-        config,
-        "steps",
-        "problems_per_step",
-        "group_size",
-        "max_tokens",
-        "micro_batch_tokens",
-        "updates_per_rollout",
-        "steps_per_round",
-        "max_turns",
-        "gain_samples",
-        "eval_samples",
-        "refresh_every",
-        "partner_max_tokens",
-        "keep_checkpoints",
-        "replicate",
-    )
-    for key in ("max_grad_norm", "max_ratio"):
-        refuse(config[key] <= 0, f"--{key} is {config[key]}, it must be positive")
-    for key in (
-        "save_every",
-        "eval_every",
-        "eval_problems",
-        "log_groups",
-        "kv_pages",
-        "lr",
-        "weight_decay",
-        "clip_high",
-        "kl_coef",
-        "importance_cap",
-        "kappa",
-        "malformed_penalty",
-    ):
-        refuse(config[key] < 0, f"--{key} is {config[key]}, it must not be negative")
-    for key in ("warmup", "beta1", "beta2", "fisher_decay", "clip_low"):
-        refuse(not 0 <= config[key] <= 1, f"--{key} is {config[key]}, it must be between 0 and 1")
-    rl = config.preset in ("grpo", "l2t", "longshort")
+    c = config
     refuse(
-        rl and config.group_size == 1 and config.advantage_std != "none",
-        "--group_size 1 has no spread to divide by: use --group_size 2 or more, or --advantage_std none",
+        c.preset in RL and c.group_size == 1,
+        f"--group_size is 1: {c.preset} compares the completions of a group, use 2 or more",
     )
     refuse(
-        config.top_p != 1.0,
-        f"--top_p {config.top_p} is refused in training: the log-probs of a truncated "
-        "distribution are not the policy's; keep 1, use --temperature",
-    )
-    refuse(
-        rl and config.temperature <= 0,
-        f"--temperature {config.temperature}: training samples, it needs a temperature above 0",
-    )
-    refuse(
-        not 0 < config.rank_share <= 1,
-        f"--rank_share {config.rank_share} is outside (0, 1]: it is the rank of the "
-        "SVD core as a share of the model's width",
-    )
-    refuse(
-        config.gain == "prm" and config.preset == "l2t" and not config.prm,
+        c.preset == "l2t" and c.gain == "prm" and not c.prm,
         "--gain prm needs --prm PATH, a step reward model made by train.py prm",
     )
     refuse(
-        config.preset != "grpo" and (config.length_penalty or config.episode_price),
-        "--length_penalty and --episode_price are controls: they belong to train.py grpo",
-    )
-    refuse(config.preset != "l2t" and config.profile, f"--profile {config.profile} is one of train.py l2t")
-    refuse(
-        config.preset == "l2t" and config.temperature != 1 and config.compression != "none",
-        f"--temperature {config.temperature}: the Fisher information behind the penalty is that of tokens sampled at "
+        c.preset == "l2t" and c.temperature != 1 and c.compression != "none",
+        f"--temperature {c.temperature}: the Fisher information in the penalty is that of tokens sampled at "
         "temperature 1; keep it, or use --compression none",
     )
-    refuse(not 0 < config.keep <= 1, f"--keep {config.keep} is outside (0, 1]")
+    refuse(c.preset == "sft" and not c.data, "sft needs --data FILE.jsonl or an alpaca JSON list")
     refuse(
-        config.preset == "sft" and not config.data,
-        "train.py sft needs --data FILE.jsonl or an alpaca JSON list",
+        bool(c.long) != bool(c.short),
+        "longshort starts from both --long DIR and --short DIR, or, without them, twice from --model",
     )
+    kind, _, n = c.episodes.partition(":")
     refuse(
-        config.preset == "longshort" and bool(config.long) != bool(config.short),
-        "train.py longshort starts from both --long DIR and --short DIR, or, without them, twice from --model",
+        c.episodes not in ("tags", "paragraphs") and not (kind == "fixed" and n.isdigit() and int(n)),
+        f"--episodes is '{c.episodes}': it must be tags, paragraphs or fixed:N with N at least 1",
     )
-    name = config.episodes
-    refuse(
-        name not in ("tags", "paragraphs")
-        and not (name.startswith("fixed:") and name[6:].isdigit() and int(name[6:])),
-        f"--episodes {name}: choose tags, paragraphs or fixed:N with N at least 1",
-    )
-
-
-def require_at_least(least: int, options: object, *keys: str) -> None:
-    """Raise UserError for the first of these options that is less, or no number. Shared by all entry
-    points.
-    """
-    for key in keys:
-        value = getattr(options, key)
-        if not value >= least:
-            raise UserError(f"--{key} is {value}, it must be {f'at least {least}' if least else '0 or more'}")
 
 
 def schedule(rounds: str) -> list[str]:
@@ -490,95 +467,47 @@ def schedule(rounds: str) -> list[str]:
     unknown = sorted(set(rounds) - set(ROLE_OF))
     if unknown or not rounds:
         raise UserError(
-            f"--rounds {rounds!r}: {'unknown letter ' + ', '.join(unknown) if unknown else 'empty'}; "
-            "L trains the long role, S the short one"
+            f"--rounds is '{rounds}': it must be letters L and S"
+            + (f", not {', '.join(unknown)}" if unknown else "")
         )
     return [ROLE_OF[letter] for letter in rounds]
 
 
-def read_options(argv: list[str], schema: type) -> dict:
-    """Parse `--key value` pairs against a dataclass whose fields were made by option(). Shared by all
-    entry points.
-    """
-    fields = {f.name: f for f in dataclasses.fields(schema)}
-    given: dict = {}
-    queue = list(argv)
-    while queue:
-        word = queue.pop(0)
-        if not word.startswith("--"):
-            raise UserError(f"unexpected argument '{word}': options are written --key value")
-        key, equals, text = word[2:].partition("=")
-        key = key.replace("-", "_")
-        if key not in fields:
-            raise UserError(f"unknown option '--{key}'{nearest(key, fields)}: see --help")
-        f = fields[key]
-        if not equals:
-            if _type(f) == "bool" and (not queue or queue[0].startswith("--")):
-                text = "true"
-            elif not queue:
-                raise UserError(f"option '--{key}' needs a value")
-            else:
-                text = queue.pop(0)
-        given[key] = _value(f, text)
-    return given
+USAGE = "usage: torchrun --nproc_per_node=N train.py"
 
 
-def _type(f: dataclasses.Field) -> str:
-    return f.type if isinstance(f.type, str) else f.type.__name__
-
-
-def _value(f: dataclasses.Field, text: str):
-    choices = f.metadata["choices"]
-    if choices and text not in choices:
-        raise UserError(
-            f"--{f.name} '{text}' is unknown{nearest(text, choices)}: choose from "
-            f"{', '.join(c for c in choices if c)}"
-        )
-    try:
-        if _type(f) == "bool":
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
-                text.lower()
-            ]
-        value = {"int": int, "float": float, "str": str}[_type(f)](text)
-        if _type(f) == "float" and not math.isfinite(value):
-            raise ValueError
-        return value
-    except (ValueError, KeyError):
-        raise UserError(f"--{f.name} expects {_type(f)}, got '{text}'") from None
-
-
-def nearest(word: str, known) -> str:
-    """' (did you mean X?)' or ''."""
-    match = difflib.get_close_matches(word, [k for k in known if k], n=1, cutoff=0.5)
-    return f" (did you mean '{match[0]}'?)" if match else ""
-
-
-def help_text() -> str:
-    lines = [
-        "usage: torchrun --nproc_per_node=N train.py [PRESET] [--key value …]",
-        "",
-        f"PRESET: {' | '.join(PRESETS)}   (default {DEFAULT_PRESET})",
-        "Defaults below are the fields' own; a preset, the embedded model and a profile set others. A run's config.json says",
-        "what it resolved.",
+def overview() -> str:
+    """train.py --help: the presets, and the names of the options."""
+    lines = [f"{USAGE} [PRESET] [--key value …]", "", "PRESET is one of"]
+    lines += [
+        f"  {name:<10} {text}{' (default)' if name == DEFAULT_PRESET else ''}"
+        for name, text in PRESETS.items()
     ]
-    return "\n".join(lines + options_help(Config))
+    for heading, fields in groups(Config):
+        if not heading.title:  # the preset
+            continue
+        names = " ".join(f"--{f.name}" for f in fields)
+        lines += [
+            "",
+            f"{heading.title}:",
+            *textwrap.wrap(names, 100, initial_indent="  ", subsequent_indent="  "),
+        ]
+    return "\n".join(
+        [*lines, "", "train.py PRESET --help explains the options of a preset, with the values it uses."]
+    )
 
 
-def options_help(schema: type) -> list[str]:
-    """One line per option, under its group's heading, from the dataclass itself."""
-    lines: list[str] = []
-    fields = {f.name: f for f in dataclasses.fields(schema)}
-    for name, value in vars(schema).items():
-        if name.startswith("_") and not name.startswith("__") and isinstance(value, str):
-            lines += ["", f"{value}:"]
-        if name in fields:
-            f = fields[name]
-            choices = (
-                f"  [{'|'.join(c for c in f.metadata['choices'] if c)}]" if f.metadata["choices"] else ""
-            )
-            shown = repr(f.default) if isinstance(f.default, str) else f.default
-            lines.append(
-                f"  --{name} {_type(f).upper()}".ljust(36)
-                + f"{f.metadata['help']}{choices} (default {shown})"
-            )
-    return lines
+def preset_help(preset: str) -> str:
+    """train.py PRESET --help: what the preset reads, with its values."""
+    own, tiny = preset_values(preset), preset_values(preset, tiny=True)
+    lines = [f"{USAGE} {preset} [--key value …]", "", f"{preset}: {PRESETS[preset]}"]
+    lines += [
+        "Defaults are those of this preset; tiny: those for the embedded model (--model tiny), where they differ."
+    ]
+    for heading, fields in groups(Config):
+        read = [f for f in fields if f.name != "preset" and preset in readers(f.name)]
+        lines += ["", f"{heading.title}:"] * bool(read)
+        for f in read:
+            default, small = (values.get(f.name, f.default) for values in (own, tiny))
+            lines.append(help_line(f, default, small if small != default else None))
+    return "\n".join(lines)

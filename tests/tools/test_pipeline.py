@@ -98,9 +98,9 @@ def test_all_stages_and_continuing(tmp_path, capfd):
 
 
 def test_a_wrong_schedule_before_anything_runs():
-    with pytest.raises(pipeline.UserError, match="unknown letter X"):
+    with pytest.raises(pipeline.UserError, match="letters L and S, not X"):
         parse(["--rounds", "LXS"])
-    with pytest.raises(pipeline.UserError, match="--sft_steps is 0, it must be at least 1"):
+    with pytest.raises(pipeline.UserError, match="--sft_steps is 0: it must be at least 1"):
         parse(["--sft_steps", "0"])
 
 

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from thinkrl.config import asks_for_help, command_line, option, options_help, read_options, show_help
+from thinkrl.options import command_line, option, parse_as
 from thinkrl.runs import ROOT, finished, torchrun, write_json
 
 # What is compared, and what each control separates.
@@ -42,27 +42,17 @@ RECIPES = {
 @dataclass(frozen=True)
 class Options:
     seeds: str = option("1,2,3", "comma-separated")
-    steps: int = option(100, "optimizer steps of every run")
-    eval_every: int = option(50, "steps between evaluations, for the figure")
+    steps: int = option(100, "optimizer steps of every run", low=1)
+    eval_every: int = option(50, "steps between evaluations, for the figure", low=0)
     only: str = option("", "comma-separated recipe names; empty: all")
     runs_dir: str = option("runs/compare", "where the runs and the summary go")
-    jobs: int = option(2, "runs at a time, one core each")
+    jobs: int = option(2, "runs at a time, one core each", low=1)
 
 
 def parse(argv: list[str]) -> Options:
-    if asks_for_help(argv):
-        show_help(
-            "\n".join(
-                [
-                    "usage: python -m thinkrl.tools.compare [--key value …]",
-                    *options_help(Options),
-                    "",
-                    "recipes:",
-                    *(f"  {name:<24}{arguments}" for name, arguments in RECIPES.items()),
-                ]
-            )
-        )
-    return Options(**read_options(argv, Options))
+    recipes = (f"  {name:<24}{arguments}" for name, arguments in RECIPES.items())
+    usage = "python -m thinkrl.tools.compare [--key value …]"
+    return parse_as(Options, argv, usage, notes=["", "recipes:", *recipes])
 
 
 def run_all(jobs: list[tuple[str, list[str]]], folder: Path, at_once: int) -> None:

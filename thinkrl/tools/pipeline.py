@@ -21,19 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from thinkrl import UserError
-from thinkrl.config import (
-    asks_for_help,
-    command_line,
-    exit_with_error,
-    option,
-    options_help,
-    read_options,
-    require_at_least,
-    schedule,
-    show_help,
-)
+from thinkrl.config import schedule
 from thinkrl.evaluate import aes
 from thinkrl.longshort.protocol import pair_name
+from thinkrl.options import command_line, exit_with_error, option, parse_as
 from thinkrl.runs import ROOT, finished, open_out, torchrun, write_json
 
 
@@ -42,30 +33,25 @@ class Options:
     out: str = option(
         "runs/longshort", "folder of the stages and of summary.json; an unfinished one is continued"
     )
-    ranks: int = option(2, "processes of every torchrun")
+    ranks: int = option(2, "processes of every torchrun", low=1)
     seed: int = option(42, "of every stage")
-    chains: int = option(800, "built-in long chains to chunk")
+    chains: int = option(800, "built-in long chains to chunk", low=1)
     rollout_tokens: int = option(
-        40, "limit of a Monte-Carlo rollout: what a prefix is worth to a policy that must be brief"
+        40,
+        "token limit of a Monte Carlo rollout: what a prefix is worth to a policy that must be brief",
+        low=1,
     )
-    sft_steps: int = option(200, "optimizer steps of each cold start")
-    rounds: str = option("LLSLSL", "which role trains in each round")
-    steps_per_round: int = option(20, "optimizer steps per round")
-    eval_problems: int = option(500, "held-out problems, at most 500")
+    sft_steps: int = option(200, "optimizer steps of each cold start", low=1)
+    rounds: str = option("LLSLSL", "which role each round trains: L (long) or S (short)")
+    steps_per_round: int = option(20, "optimizer steps per round", low=1)
+    eval_problems: int = option(500, "held-out problems, at most 500", low=1)
 
 
 FREE_TO_CHANGE = {"out", "ranks"}
 
 
 def parse(argv: list[str]) -> Options:
-    if asks_for_help(argv):
-        show_help(
-            "\n".join(["usage: python -m thinkrl.tools.pipeline [--key value …]", *options_help(Options)])
-        )
-    options = Options(**read_options(argv, Options))
-    require_at_least(
-        1, options, "ranks", "chains", "rollout_tokens", "sft_steps", "steps_per_round", "eval_problems"
-    )
+    options = parse_as(Options, argv, "python -m thinkrl.tools.pipeline [--key value …]")
     schedule(options.rounds)
     return options
 

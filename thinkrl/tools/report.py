@@ -24,9 +24,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from thinkrl import UserError
-from thinkrl.config import Config, exit_with_error
+from thinkrl.config import Config
 from thinkrl.l2t.episodes import trace
 from thinkrl.metrics import DEFINITIONS
+from thinkrl.options import exit_with_error
 from thinkrl.tokenizer import Tokenizer
 
 CURVES = ("reward", "accuracy", "tokens", "loss", "entropy", "grad_norm", "mismatch")

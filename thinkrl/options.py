@@ -1,0 +1,229 @@
+"""Options of every program: fields of a frozen dataclass, read from the command line, printed by --help.
+
+    @dataclass(frozen=True)
+    class Options:
+        _how = group("how")
+        n: int = option(1, "completions per problem", low=1)
+
+    options = parse_as(Options, sys.argv[1:], usage="torchrun sample.py [--key value …]")
+
+A field carries its help text and what its value must be, so that every program refuses a bad value in the same
+words. Nothing here imports torch: --help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+from thinkrl import UserError
+
+T = TypeVar("T")
+BOOL = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+KINDS = {"int": "an integer", "float": "a finite number", "bool": "true or false", "str": "text"}
+
+
+def option(
+    default,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    presets: tuple[str, ...] | None = None,
+) -> Any:
+    """A field of an options class.
+
+    choices        the texts that it may be; "" is never shown
+    low, high      bounds that the value may equal
+    above, below   bounds that it may not equal
+    presets        those that read it; None: those of its group
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "low": low,
+            "high": high,
+            "above": above,
+            "below": below,
+            "presets": presets,
+        },
+    )
+
+
+class Group(NamedTuple):
+    """A heading over the options that follow it: a class attribute without annotation, so not a field."""
+
+    title: str
+    presets: tuple[str, ...]  # that read its options, unless an option says otherwise; (): not by preset
+
+
+def group(title: str, presets: tuple[str, ...] = ()) -> Group:
+    return Group(title, presets)
+
+
+def groups(schema: type) -> Iterator[tuple[Group, list[dataclasses.Field]]]:
+    """Each heading of an options class with its options, in the order of the source."""
+    fields = {f.name: f for f in dataclasses.fields(schema) if f.metadata}
+    title, own = group(""), []
+    for name, value in vars(schema).items():
+        if isinstance(value, Group):
+            if own:
+                yield title, own
+            title, own = value, []
+        elif name in fields:
+            own.append(fields[name])
+    if own:
+        yield title, own
+
+
+def parse_as(schema: type[T], argv: list[str], usage: str, notes: Iterable[str] = ()) -> T:
+    """The options of a program that has no presets. --help prints usage, options and notes, and exits 0."""
+    if asks_for_help(argv):
+        lines = [f"usage: {usage}"]
+        for heading, fields in groups(schema):
+            lines += ["", f"{heading.title}:"] * bool(heading.title)
+            lines += [help_line(f, f.default) for f in fields]
+        show_help("\n".join([*lines, *notes]))
+    return schema(**read_options(argv, schema))
+
+
+def read_options(
+    argv: list[str], schema: type, elsewhere: Callable[[str], str] = lambda name: ""
+) -> dict[str, Any]:
+    """The values given as `--key value`, `--key=value` or, for a bool, `--key`. Dashes and underscores are the same.
+
+    elsewhere    what to say about a name that is no option here, if it is known from another library
+    Raises UserError for an unknown option and for a value that its field does not allow.
+    """
+    fields = {f.name: f for f in dataclasses.fields(schema) if f.metadata}
+    given: dict[str, Any] = {}
+    queue = list(argv)
+    while queue:
+        word = queue.pop(0)
+        key, equals, text = word.lstrip("-+").partition("=")
+        key = key.replace("-", "_")
+        if not word.startswith("--"):
+            raise UserError(
+                f"unexpected argument '{word}'{elsewhere(key) or ': options are written --key value'}"
+            )
+        if key not in fields:
+            raise UserError(
+                f"unknown option '--{key}'{elsewhere(key) or f'{nearest(key, fields)}: see --help'}"
+            )
+        f = fields[key]
+        if not equals:
+            if type_name(f) == "bool" and (not queue or queue[0].startswith("--")):
+                text = "true"
+            elif not queue:
+                raise UserError(f"option '--{key}' needs a value")
+            else:
+                text = queue.pop(0)
+        given[key] = _value(f, text)
+    return given
+
+
+def _value(f: dataclasses.Field, text: str):
+    kind, choices = type_name(f), f.metadata["choices"]
+    if choices and text not in choices:
+        raise UserError(f"--{f.name} is '{text}': it must be {requirement(f)}{nearest(text, choices)}")
+    try:
+        value = BOOL[text.lower()] if kind == "bool" else {"int": int, "float": float, "str": str}[kind](text)
+    except (ValueError, KeyError):
+        raise UserError(f"--{f.name} is '{text}': it must be {KINDS[kind]}") from None
+    if kind == "float" and not math.isfinite(value):
+        raise UserError(f"--{f.name} is '{text}': it must be {KINDS[kind]}")
+    if not within(f, value):
+        raise UserError(f"--{f.name} is {text}: it must be {requirement(f)}")
+    return value
+
+
+def within(f: dataclasses.Field, value) -> bool:
+    """Whether a value is one of the field's choices and inside its bounds."""
+    choices, low, high, above, below = (
+        f.metadata[key] for key in ("choices", "low", "high", "above", "below")
+    )
+    return (
+        (choices is None or value in choices)
+        and (low is None or value >= low)
+        and (high is None or value <= high)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
+
+
+def requirement(f: dataclasses.Field) -> str:
+    """What a value must be, in words: "at least 0 and below 1", "one of token, sequence"; "" if anything goes."""
+    if f.metadata["choices"]:
+        return "one of " + ", ".join(choice for choice in f.metadata["choices"] if choice)
+    words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
+    return " and ".join(
+        f"{word} {f.metadata[key]}" for key, word in words.items() if f.metadata[key] is not None
+    )
+
+
+def type_name(f: dataclasses.Field) -> str:
+    return f.type if isinstance(f.type, str) else f.type.__name__
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' (did you mean 'X'?)' or ''."""
+    match = difflib.get_close_matches(word, [k for k in known if k], n=1)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def help_line(f: dataclasses.Field, default: Any, tiny: Any = None) -> str:
+    """One option for --help. tiny: the embedded model's default, where it is another one."""
+    choices = f.metadata["choices"]
+    parts = [f.metadata["help"]]
+    if choices:
+        parts.append(f"[{'|'.join(choice for choice in choices if choice)}]")
+    if default != "" or tiny is not None:
+        parts.append(f"(default {shown(default)}{'' if tiny is None else f'; tiny {shown(tiny)}'})")
+    return f"  --{f.name} {type_name(f).upper()}".ljust(36) + " ".join(parts)
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed, in quotes if it is empty or has spaces; a long text is cut."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = str(value) if len(str(value)) <= 40 else f"{value[:37]}…"
+    return text if text and " " not in text else repr(text)
+
+
+def asks_for_help(argv: list[str]) -> bool:
+    return "--help" in argv or "-h" in argv
+
+
+def show_help(text: str) -> NoReturn:
+    """Print it once, whatever the number of ranks, and exit 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+    sys.exit(0)
+
+
+def exit_with_error(program: str, mistake: Exception, status: int = 2) -> NoReturn:
+    """Print one sentence, from rank 0 if it can, without a traceback, and exit; status 2 is a user's mistake."""
+    if os.environ.get("RANK", "0") != "0":
+        # if rank 0 saw the same, it prints and exits now, and torchrun ends this rank before it prints too
+        time.sleep(30)
+    print(f"{program}: {mistake}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def command_line(program: str, parse: Callable[[list[str]], T]) -> T:
+    """What the program was started with. Entry points call it before they import torch."""
+    try:
+        return parse(sys.argv[1:])
+    except UserError as mistake:
+        exit_with_error(program, mistake)

@@ -1,0 +1,103 @@
+"""The pages that are made from the code: docs/options.md and docs/metrics.md.   `make docs`
+
+python -m thinkrl.tools.docs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from thinkrl.aliases import ELSEWHERE
+from thinkrl.config import PRESETS, PROFILE_VALUES, Config, preset_values, readers
+from thinkrl.metrics import DEFINITIONS
+from thinkrl.options import groups, requirement, shown
+from thinkrl.runs import ROOT
+
+
+def options_page() -> str:
+    """docs/options.md: every option of train.py, what presets and profiles set, and what TRL and verl call it."""
+    parts = [
+        "# Options of train.py",
+        "Made from the code by `make docs`; do not edit. `train.py PRESET --help` shows the options of one preset.",
+        table(["preset", "what it trains"], [[f"`{name}`", text] for name, text in PRESETS.items()]),
+        "Where a value comes from, later wins: the default below, the preset, the embedded model's own values (with\n"
+        "`--model tiny`), `--profile`, the command line. An option that a preset does not read is refused. The\n"
+        "`config.json` of a run holds the resolved values.",
+    ]
+    for heading, fields in groups(Config):
+        if heading.title:
+            rows = [[f"`--{f.name}`", code(f.default), read_by(f.name), meaning(f)] for f in fields]
+            parts += [f"## {heading.title}", table(["option", "default", "read by", "meaning"], rows)]
+    profiles = [
+        [f"`{name}`", ", ".join(f"`--{key} {shown(value)}`" for key, value in values.items())]
+        for name, values in PROFILE_VALUES.items()
+        if name
+    ]
+    parts += [
+        "## Values that presets set",
+        "Where the embedded model has its own, it follows in brackets.",
+        table(["option", *PRESETS], preset_rows()),
+        "## Profiles of l2t",
+        table(["`--profile`", "sets"], profiles),
+        "## What other libraries call it",
+        table(["here", "TRL", "verl"], [[cell and f"`{cell}`" for cell in row] for row in ELSEWHERE]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def metrics_page() -> str:
+    """docs/metrics.md: every key of metrics.jsonl, and what a healthy run shows."""
+    return "\n\n".join(
+        [
+            "# Metrics",
+            "Made from the code by `make docs`; do not edit.",
+            "The keys of `runs/NAME/metrics.jsonl`, one line per optimizer step. Means are over the whole step and all\n"
+            "ranks. A meaning that begins with the name of a preset is logged by that preset only.",
+            table(["key", "meaning"], [[f"`{key}`", text] for key, text in DEFINITIONS.items()]),
+            "Healthy: `mismatch` below 1e-5 in float32 and 1e-2 in bfloat16; `clip_fraction` 0 with one update per\n"
+            "rollout; `entropy` falling slowly, not to 0 in the first steps; `zero_groups` well below 1; `truncated`\n"
+            "near 0.\n",
+        ]
+    )
+
+
+def preset_rows() -> Iterable[list[str]]:
+    """A row for each option that some preset sets, one cell per preset; empty where a preset does not read it."""
+    values = {name: (preset_values(name), preset_values(name, tiny=True)) for name in PRESETS}
+    for f in dataclasses.fields(Config):
+        readers_of = readers(f.name) if f.metadata else ()
+        if any(f.name in values[name][1] for name in readers_of):
+            cells = []
+            for name in PRESETS:
+                default, tiny = (code(own.get(f.name, f.default)) for own in values[name])
+                cell = default if tiny == default else f"{default} ({tiny or 'empty'})"
+                cells.append(cell if name in readers_of else "")
+            yield [f"`--{f.name}`", *cells]
+
+
+def read_by(key: str) -> str:
+    presets = readers(key)
+    others = [name for name in PRESETS if name not in presets]
+    return ", ".join(presets) if len(others) > 1 else f"all but {others[0]}" if others else "all"
+
+
+def meaning(f: dataclasses.Field) -> str:
+    return "; ".join(part for part in (f.metadata["help"], requirement(f)) if part)
+
+
+def code(value: Any) -> str:
+    return "" if value == "" else f"`{shown(value)}`"
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *escaped])
+
+
+PAGES = {"options.md": options_page, "metrics.md": metrics_page}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (ROOT / "docs" / name).write_text(page())
