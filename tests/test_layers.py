@@ -11,7 +11,7 @@ LAYERS = {
     0: ["kernels"],
     1: ["options", "aliases", "config", "types", "distributed", "metrics", "runs"],
     2: ["model", "checkpoint", "tokenizer", "problems", "arith", "grading", "pages"],
-    3: ["sampler", "rollout", "grpo", "sft"],
+    3: ["sampler", "rollout", "grpo", "length", "sft"],
     4: ["learner", "evaluate", "presets"],
     5: ["l2t", "longshort"],
     6: ["tools"],
@@ -34,6 +34,7 @@ SIDEWAYS = {
     ("problems", "grading"),
     ("problems", "arith"),
     ("rollout", "sampler"),
+    ("length", "grpo"),
     ("presets", "learner"),
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}

@@ -2,10 +2,16 @@
 
     A_pg    = (r_pg - mean_g r_p) / (std_g r_p + eps)                                           DSMath §4.1.2
     ratio_t = exp(logprob_t - old_logprob_t)
-    l_t     = -weight_t min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coef k3_t
+    l_t     = -weight_t surrogate_t + kl_coef k3_t
     loss    = sum_t l_t                          / tokens of the step         aggregate="token"      DAPO Eq. 8
               sum_s 1/n_s sum_{t in s} l_t       / sequences of the step      aggregate="sequence"   DSMath Eq. 3
               sum_t l_t                          / a constant                 aggregate="constant"   Dr.GRPO
+
+    surrogate_t, where sg stops the gradient and p = exp(logprob):
+    "clip"    min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)                          DSMath Eq. 3
+    "cispo"   sg(clip(ratio, 1 - clip_low, 1 + clip_high)) A logprob                            CISPO, 2506.13585
+    "sapo"    4 / tau sigmoid(tau (ratio - 1)) A,   tau = 1 if A > 0 else 1.05                  SAPO, 2511.20347
+    "dppo"    ratio A, or 0 where p - p_old > clip_high (A > 0) or < -clip_low (A < 0)          DPPO, 2602.04879
 
 Choices, first: 1. A loss is a sum over a denominator. The caller counts the denominator once per optimizer
 step, over all packs and all
@@ -22,35 +28,88 @@ Letters: T tokens of S sequences in one row, P problems, G attempts at each.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 LOG_RATIO_LIMIT = 20.0
+ADVANTAGE_STD = ("sample", "population", "none", "batch", "mean")
+SURROGATES = ("clip", "cispo", "sapo", "dppo")
+SAPO_TAU = (1.0, 1.05)  # of gains and of losses
 
 
-def group_advantages(reward: Tensor, std: str = "sample", eps: float = 1e-6) -> Tensor:
+def group_advantages(
+    reward: Tensor,
+    std: str = "sample",
+    eps: float = 1e-6,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Tensor:
     """Advantage of each attempt over its group's mean, reward [P, G] -> [P, G] in the reward's dtype. DSMath §4.1.2.
 
-    std: what the difference is divided by, plus eps: "sample" (over G - 1, as in verl and TRL), "population"
-    (over G), or "none" (Dr.GRPO: not divided). Statistics are taken in fp64, and a group whose max - min is
-    within 1e-6 of its largest |reward| gets exactly 0: a difference that small is rounding, and dividing by
-    its std would turn it into a full-sized reward. Raises ValueError for a group of one with a std, which
-    would be 0 (or undefined) whatever the reward.
+    std: what the difference is divided by, plus eps:
+        "sample"       the group's std over G - 1, as in verl and TRL
+        "population"   the group's std over G
+        "none"         nothing (Dr.GRPO)
+        "batch"        one std for all groups, that of the differences over P G - 1 (DLER, REINFORCE++-baseline). TRL's
+                       scale_rewards="batch" is another: the std of the rewards themselves
+        "mean"         the group's mean, without eps, for rewards of at least 0 (MaxRL, 2602.02710); 0 where the mean is 0
+    reduce sums a tensor over ranks; only "batch" calls it, and every rank must.
+
+    Statistics are taken in fp64, and a group whose max - min is within 1e-6 of its largest |reward| gets exactly 0:
+    a difference that small is rounding, and dividing by its std would turn it into a full-sized reward. Raises
+    ValueError for a group of one where a statistic is divided by (its differences are 0 whatever the reward), and
+    for "mean" with a negative reward.
     """
-    if std not in ("sample", "population", "none"):
-        raise ValueError(f'std must be "sample", "population" or "none", not {std!r}')
+    if std not in ADVANTAGE_STD:
+        raise ValueError(f"std must be one of {', '.join(ADVANTAGE_STD)}, not {std!r}")
     group_size = reward.shape[1]
     if group_size == 1 and std != "none":
         raise ValueError(
             'a group of 1 has no standard deviation: use group_size of at least 2, or std="none"'
         )
     r = reward.double()
+    if std == "mean" and (r < 0).any():
+        raise ValueError('std="mean" needs rewards of at least 0')
+    mean = r.mean(1, keepdim=True)
     spread = r.amax(1, keepdim=True) - r.amin(1, keepdim=True)
-    advantage = r - r.mean(1, keepdim=True)
-    if std != "none":
-        advantage = advantage / (r.std(1, correction=int(std == "sample"), keepdim=True) + eps)
     tied = spread <= 1e-6 * r.abs().amax(1, keepdim=True)
-    return torch.where(tied, 0.0, advantage).to(reward.dtype if reward.is_floating_point() else torch.float32)
+    advantage = torch.where(tied, 0.0, r - mean)
+    if std in ("sample", "population"):
+        advantage = advantage / (r.std(1, correction=int(std == "sample"), keepdim=True) + eps)
+    elif std == "mean":
+        advantage = advantage / torch.where(tied, 1.0, mean)
+    elif std == "batch":
+        advantage = advantage / (batch_std(advantage, reduce) + eps)
+    return advantage.to(reward.dtype if reward.is_floating_point() else torch.float32)
+
+
+def batch_std(centred: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
+    """Sample std of values whose groups are centred, [P, G] -> scalar fp64, over all ranks that `reduce` sums over."""
+    values = centred.double()
+    squares, count = reduce(
+        torch.stack([values.square().sum(), torch.tensor(float(values.numel())).double()])
+    )
+    return (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def gdpo_advantages(
+    rewards: Sequence[Tensor],
+    weights: Sequence[float],
+    eps: float = 1e-6,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Tensor:
+    """Several rewards, each normalised in its group before they are added: [P, G] each -> [P, G] fp64. GDPO, 2601.05242.
+
+        A = a / (std a + eps),   a = sum_k weights_k group_advantages(rewards_k),   std over the batch
+
+    A reward of small spread then counts as much as its weight says, and is not drowned by a larger one. As TRL's
+    "normalize_then_sum" (there eps = 1e-4); verl takes the batch's mean and std over tokens, so that long answers weigh more.
+    """
+    if len(rewards) != len(weights):
+        raise ValueError(f"{len(rewards)} rewards need as many weights, not {len(weights)}")
+    total = sum(w * group_advantages(r.double(), eps=eps) for r, w in zip(rewards, weights))
+    return total / (batch_std(total, reduce) + eps)
 
 
 def kl_k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
@@ -62,13 +121,18 @@ def kl_k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
     return (torch.expm1(d) - d).clamp(min=0)  # expm1 may be one ulp low, where the value is below fp32 anyway
 
 
-def importance_weight(logprob_trainer: Tensor, logprob_sampler: Tensor, cap: float) -> Tensor:
-    """Truncated importance weights min(trainer / sampler, cap) [T], without gradient.
+def importance_weight(
+    logprob_trainer: Tensor, logprob_sampler: Tensor, cap: float, low: float = 0.0
+) -> Tensor:
+    """Importance weights trainer / sampler [T], without gradient: truncated, min(w, cap), or masked.
 
     They correct the loss for a sampler whose numerics differ from the trainer's. Both at the sampling
-    temperature.
+    temperature. With `low` above 0 they are IcePop's (2510.18855): w where low <= w <= cap, 0 elsewhere.
     """
-    return (logprob_trainer - logprob_sampler).detach().exp().clamp(max=cap)
+    weight = (logprob_trainer - logprob_sampler).detach().exp()
+    if low > 0:
+        return torch.where((weight >= low) & (weight <= cap), weight, 0.0)
+    return weight.clamp(max=cap)
 
 
 def loss_count(mask: Tensor, cu_seqlens: Tensor, aggregate: str = "token") -> Tensor:
@@ -97,21 +161,30 @@ def policy_loss(
     kl_coef: float = 0.0,
     aggregate: str = "token",
     level: str = "token",
+    surrogate: str = "clip",
     denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Clipped policy loss of one packed row, to be minimised, and its statistics.
+    """Policy loss of one packed row, to be minimised, and its statistics.
 
     logprob, old_logprob, advantage, mask, ref_logprob, weight: [T] fp32 or fp64; cu_seqlens: int32 [S+1].
     old_logprob    the policy before its first update on this rollout; None: it has not moved, ratio exactly 1
     weight         importance weights (`importance_weight`): they multiply the surrogate, never the KL
+    surrogate      "clip", "cispo", "sapo" or "dppo", as above. The clips bound the ratio; under "dppo" the change of
+                   probability; sapo has none. TRL's CISPO has no lower bound and caps at epsilon_high: clip_low=1,
+                   clip_high=epsilon_high - 1
     level          "token", or "sequence" for GSPO: the geometric mean of a sequence's ratios stands in for each of them
     denominator    the whole step's count over all packs and ranks; None: this row's own. Taken as at least 1
     Returns (loss, stats), stats = {name: (sum, count)}, both scalar tensors to be added over packs and ranks:
-    ratio, advantage_abs, clip_fraction (tokens whose gradient the clip removed), kl_old (k3 against old_logprob) and,
-    with a reference, kl. Raises ValueError for an unknown option and for a KL without a reference.
+    ratio, advantage_abs, clip_fraction (tokens whose gradient the clip removed, or bounded under "cispo"), kl_old (k3
+    against old_logprob) and, with a reference, kl. Raises ValueError for an unknown option, for a KL without a
+    reference, and for ratios per sequence without the clip.
     """
     if level not in ("token", "sequence"):
         raise ValueError(f'level must be "token" or "sequence", not {level!r}')
+    if surrogate not in SURROGATES:
+        raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, not {surrogate!r}")
+    if level == "sequence" and surrogate != "clip":
+        raise ValueError(f'surrogate {surrogate!r} is one of tokens, level="sequence" goes with "clip"')
     if aggregate not in ("token", "sequence", "constant"):
         raise ValueError(f'aggregate must be "token", "sequence" or "constant", not {aggregate!r}')
     if aggregate == "constant" and denominator is None:
@@ -133,9 +206,23 @@ def policy_loss(
         # GSPO Eq. 14: the value is the sequence's ratio, the gradient flows through each token's own log-prob
         log_ratio = own(_to_tokens(mean, cu_seqlens, len(mask))) + logprob - logprob.detach()
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    surrogate = torch.minimum(ratio * advantage, clipped * advantage)  # DSMath Eq. 3
-    token_loss = -surrogate if weight is None else -own(weight) * surrogate
+    if surrogate == "clip":
+        gain = torch.minimum(
+            ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
+        )  # DSMath Eq. 3
+        clipped = gain < ratio * advantage
+    elif surrogate == "cispo":
+        bounded = ratio.clamp(1 - clip_low, 1 + clip_high).detach()
+        gain, clipped = bounded * advantage * logprob, bounded != ratio
+    elif surrogate == "sapo":
+        tau = torch.where(advantage > 0, *advantage.new_tensor(SAPO_TAU))
+        gain = 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
+        clipped = torch.zeros_like(unmasked)
+    else:
+        moved = logprob.exp() - old_logprob.exp()
+        clipped = (advantage > 0) & (moved > clip_high) | (advantage < 0) & (moved < -clip_low)
+        gain = torch.where(clipped, 0.0, ratio * advantage)
+    token_loss = -gain if weight is None else -own(weight) * gain
     kl = None if ref_logprob is None else kl_k3(logprob, own(ref_logprob))
     if kl_coef:
         token_loss = token_loss + kl_coef * kl
@@ -151,7 +238,7 @@ def policy_loss(
         stats = {
             "ratio": (own(ratio).sum(), count),
             "advantage_abs": (advantage.abs().sum(), count),
-            "clip_fraction": ((surrogate < ratio * advantage).sum().float(), count),
+            "clip_fraction": (clipped.sum().float(), count),
             "kl_old": (kl_k3(logprob, old_logprob).sum(), count),
         }
         if kl is not None:
