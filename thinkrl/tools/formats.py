@@ -1,0 +1,80 @@
+"""Numbers and text as a report shows them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+SHARES = {"accuracy", "truncated", "zero_groups", "clip_fraction", "malformed", "format"}  # shown in per cent
+
+# Control characters as their pictures; characters that change the direction of the text around them by name.
+DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+VISIBLE = (
+    {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+    | {0x7F: 0x2421}
+    | {ord(c): f"⟨U+{ord(c):04X}⟩" for c in DIRECTIONS}
+    | {code: f"⟨U+{code:04X}⟩" for code in range(0x80, 0xA0)}
+)
+
+
+def visible(value) -> str:
+    """Any value as text without control characters, so that it cannot change how its surroundings are shown."""
+    return str(value).translate(VISIBLE)
+
+
+def finite(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def number(value: float | None, key: str = "", sign: bool = False) -> str:
+    """Three digits, a true minus, per cent for the shares of SHARES; an en dash for what is not there."""
+    if not finite(value):
+        return "–"
+    plus = "+" if sign else ""
+    if key in SHARES:
+        text = f"{100 * value:{plus}.1f} %"
+    elif abs(value) >= 999.5:
+        text = f"{value:{plus},.0f}"
+    else:
+        text = f"{value:{plus}.{'1f' if key == 'tokens' else '3g'}}"  # means of tokens line up in a table
+    return text.replace("-", "−")
+
+
+def change(before: float | None, after: float | None, key: str) -> tuple[str, str]:
+    """(verdict, text): accuracy in points, anything else relative to its start; ("", "") without both.
+
+    The verdict is "good", "bad" or "same": accuracy should rise, tokens should fall.
+    """
+    if not (finite(before) and finite(after)) or not (key in SHARES or before):
+        return "", ""
+    verdict = "same" if after == before else "good" if (after > before) == (key in SHARES) else "bad"
+    difference = after - before if key in SHARES else after / before - 1
+    return verdict, f"{100 * difference:+.1f}{'' if key in SHARES else ' %'}".replace("-", "−")
+
+
+def tick(value: float, key: str = "") -> str:
+    """A number on an axis."""
+    return re.sub(r"\.0(?= %|$)", "", number(value, key))
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Two to four round numbers in [low, high], low < high."""
+    unit = 10.0 ** (math.floor(math.log10(high - low)) - 1)
+    for step in (factor * unit for factor in (2, 5, 10, 20, 50)):
+        numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+        if len(numbers) <= 4:
+            break
+    return [i * step for i in numbers]
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
