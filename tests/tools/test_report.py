@@ -1,366 +1,368 @@
+"""The page as a document: what it holds, that it asks for nothing, and that what a run says stays text."""
+
+import base64
+import hashlib
 import json
+import re
 import runpy
 import sys
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
-import torch
 
-import train
-from thinkrl.config import as_dict, parse
-from thinkrl.metrics import DEFINITIONS, Log
-from thinkrl.tokenizer import Tokenizer
-from thinkrl.tools.report import HOVERED, _chart, _smooth, _ticks, write_report
-from thinkrl.types import Problem, Trajectory, Turn
-
-ROOT = Path(__file__).parent.parent.parent
-TINY = ROOT / "thinkrl" / "assets" / "tiny"
-PARTS = [
-    "<think><episode_1>2+3=5</episode_1>",
-    "<episode_2>5*2=10</episode_2>",
-    "<episode_3>10 ok</episode_3></think><answer>10</answer>",
-]
-EPISODES = dict(
-    J=[0.25, 0.5, 0.25, 1.0],
-    compression=[0.004, 0.002, 0.001],
-    penalty=[0.04, 0.02, 0.01],
-    process_reward=[0.25, -0.5, 1.0],
-    malformed=False,
+from helpers import ROOT
+from report_runs import (
+    Page,
+    episodes,
+    evaluation,
+    new_chains,
+    new_run,
+    result,
+    row,
+    with_tokenizer,
+    write_evaluations,
+    write_summary,
 )
-VOID = {"meta", "line", "polyline", "circle", "rect"}
+from thinkrl import UserError
+from thinkrl.metrics import DEFINITIONS
+from thinkrl.tools.report import LIMIT, group_of, step_set, write_report
+
+CSS = (ROOT / "thinkrl" / "assets" / "report.css").read_text()
 
 
-class Page(HTMLParser):
-    """Elements as (tag, attributes, text), in order; fails where tags do not balance."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.open, self.elements, self.source = [], [], path.read_text(encoding="utf-8")
-        self.feed(self.source)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        element = [tag, dict(attributes), ""]
-        self.elements.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append([tag, dict(attributes), ""])
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()[0] == tag
-
-    def handle_data(self, data):
-        for element in self.open:
-            element[2] += data
-
-    def all(self, tag: str, kind: str = "") -> list[tuple[dict, str]]:
-        return [
-            (a, text)
-            for t, a, text in self.elements
-            if t == tag and set(kind.split()) <= set(a.get("class", "").split())
-        ]
-
-    def texts(self, tag: str, kind: str = "") -> list[str]:
-        return [text for _, text in self.all(tag, kind)]
+def page_of(*logs, **options) -> Page:
+    return Page(write_report(*[log.folder for log in logs], **options))
 
 
-def new_run(folder: Path, *options: str) -> Log:
-    config = parse(list(options) or ["l2t"])
-    (folder / "run").mkdir()
-    (folder / "run" / "config.json").write_text(json.dumps(as_dict(config)))
-    return Log(folder / "run", True, 0, 10)
-
-
-def with_tokenizer(log: Log, step: int = 10, source: Path = TINY) -> Tokenizer:
-    folder = log.folder / "checkpoints" / f"step_{step}" / "hf"
-    folder.mkdir(parents=True)
-    Tokenizer(source).save(folder)
-    return Tokenizer(folder)
-
-
-def sample(
-    text: str, sample: int = 0, question="What is (2+3)*2?", answer="10", roles=("policy",), **extra
-) -> dict:
-    """A row of samples.jsonl as train.py writes it."""
-    tokenizer = Tokenizer(TINY)
-    turns = [
-        Turn(role, [1], tokenizer.encode(part), [], "stop") for role, part in zip(roles, text.split("|"))
-    ]
-    right = answer == "10"
-    t = Trajectory(
-        Problem(7, question, "10", level="two steps"),
-        sample,
-        turns,
-        text,
-        answer,
-        float(right),
-        float(right),
-        extra,
-    )
-    return train.describe(t, torch.full((t.tokens,), 0.5))
-
-
-def summary(accuracy: float, tokens: float, level: float) -> dict:
-    own = {
-        "completions": 4,
-        "accuracy": accuracy,
-        "tokens": tokens,
-        "by_level": {
-            "": {"accuracy": 0.0, "tokens": 0.0},
-            "easy": {"completions": 2, "accuracy": level, "tokens": 2 * tokens},
-        },
-    }
-    return own | {"greedy": own | {"accuracy": 1.0, "tokens": 10.0}}
+def whole_run(folder, name="run", *options: str):
+    log = new_run(folder, *options, name=name)
+    episodes(log, with_tokenizer(log))
+    for step in range(1, 4):
+        log.step({key: 0.5 + 0.1 * step for key in DEFINITIONS} | {"step": step})
+        log.samples(step + 1, [row("5" * step)])
+    write_summary(log, before=result(0.5, 40), after=result(0.75, 30, 3))
+    write_evaluations(log, evaluation("before", 0, [True, False]), evaluation("after", 3, [True, True]))
+    return log
 
 
 def test_the_page_is_whole_and_asks_for_nothing(tmp_path):
-    log = new_run(tmp_path)
-    with_tokenizer(log)
-    for step in range(1, 4):
-        log.step(dict.fromkeys(DEFINITIONS, 0.5) | {"step": step})
-        log.samples(step, [sample("".join(PARTS), ends=[1, 2, 3], **EPISODES)])
-    (log.folder / "summary.json").write_text(
-        json.dumps({"before": summary(0.5, 40, 0.5), "after": summary(0.75, 30, 1.0)})
+    log = whole_run(tmp_path)
+    page = page_of(log)
+    assert not list(log.folder.glob("*.tmp"))
+    assert re.findall("[a-z]+://[^\"']*", page.source) == ["http://www.w3.org/2000/svg"], (
+        "the name of SVG, no address"
     )
-    path = write_report(log.folder)
-    page = Page(path)
-    assert path == log.folder / "report.html" and not list(log.folder.glob("*.tmp"))
-    assert "://" not in page.source and not {"script", "link", "img", "iframe"} & {
-        tag for tag, _, _ in page.elements
-    }
+    assert not {"link", "img", "iframe", "base", "form"} & {tag for tag, _, _ in page.elements}
+    assert all(a["href"].startswith("#") for a, _ in page.all("a"))
     assert not any(
-        name.startswith("on") or name in ("src", "href") for _, a, _ in page.elements for name in a
+        name.startswith("on") or name in ("src", "style") for _, a, _ in page.elements for name in a
     )
-    assert any(
-        a.get("content") == "default-src 'none'; style-src 'unsafe-inline'" for a, _ in page.all("meta")
+    sections = [a["id"] for a, _ in page.all("section")]
+    assert sections == ["results", "curves", "before-after", "completions", "configuration"]
+    assert [a["href"] for a, _ in page.all("a")] == [f"#{section}" for section in sections], (
+        "a table of contents"
     )
-    drawn = page.texts("figcaption")
-    assert sorted(drawn) == sorted(words for key, words in DEFINITIONS.items() if key != "step"), (
-        "every curve, with its definition"
-    )
+    assert set(page.texts("figcaption")) >= {words for key, words in DEFINITIONS.items() if key != "step"}
 
 
-def test_episodes_are_coloured_by_what_they_were_paid(tmp_path):
+def test_the_policy_allows_this_style_sheet_and_this_script_and_nothing_else(tmp_path):
+    page = page_of(whole_run(tmp_path))
+    (policy,) = [a["content"] for a, _ in page.all("meta") if "http-equiv" in a]
+    names = {}
+    for kind, text in (("style", page.all("style")[0][1]), ("script", page.all("script")[1][1])):
+        names[kind] = "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    assert policy == (
+        f"default-src 'none'; style-src '{names['style']}'; script-src '{names['script']}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    assert len(page.all("script")) == 2 and page.all("script")[0][0]["type"] == "application/json"
+
+
+def test_curves_are_grouped_the_plain_ones_first_and_constants_last(tmp_path):
     log = new_run(tmp_path)
-    tokenizer = with_tokenizer(log)
-    lengths = [len(tokenizer.encode(part)) for part in PARTS]
-    ends = [sum(lengths[: k + 1]) for k in range(3)]
-    log.samples(1, [sample("".join(PARTS) + "5", ends=ends, **EPISODES)])
-    page = Page(write_report(log.folder))
-    spans = page.all("span", "ep")
-    assert [text for _, text in spans] == PARTS
-    assert page.texts("pre") == ["".join(PARTS) + "5"], "what follows the last episode is there too"
-    # Square roots of 0.25, 0.5 and 1.0 over the largest, 1.0.
-    colours = [(a["class"], a["style"]) for a, _ in spans]
-    assert colours == [("ep plus", "--w:0.50"), ("ep minus", "--w:0.71"), ("ep plus", "--w:1.00")]
-    assert spans[1][0]["data-tip"] == (
-        f"episode 2 of 3 · {lengths[1]} tokens\nJ 0.5 → 0.25 · fitting gain −0.25\n"
-        "compression 0.002 raw · 0.02 normalised\nprocess reward −0.5 · advantage +0.5"
-    )
-    assert page.texts("p", "legend")[0].startswith("−1+1")
-    assert page.texts("span", "badge") == ["✓ 10"]
-    assert f"{ends[-1] + 1} tokens" in page.texts("span", "chip")
+    for step in range(1, 4):
+        varying = dict.fromkeys(DEFINITIONS, float(step)) | {"kl": 0.0, "lr": 0.5, "loss": float("nan")}
+        log.step(varying | {"step": step})
+    page = page_of(log)
+    groups = ["Results", "Optimisation", "L2T", "Long⊗Short", "Step reward model", "Time"]
+    assert page.texts("summary")[:6] == groups
+    assert page.texts("summary")[-2] == "Constant"
+    assert page.texts("h4")[:4] == ["reward", "accuracy", "tokens", "truncated"]
+    rows = page.texts("tr")
+    assert f"loss never finite {DEFINITIONS['loss']}" in rows and f"kl 0 {DEFINITIONS['kl']}" in rows
+    assert set(page.data["curves"]) == set(DEFINITIONS) - {"step", "kl", "lr", "loss"}
+    assert page.data["curves"]["reward"] == [[[1, 2, 3], [1.0, 2.0, 3.0]]], "the values behind the pointer"
 
 
-def test_without_a_tokenizer_the_text_is_plain(tmp_path):
-    log = new_run(tmp_path)
-    log.samples(1, [sample("".join(PARTS), ends=[3, 6, 9], **EPISODES)])
-    page = Page(write_report(log.folder))
+def test_a_metric_s_group_follows_its_definition():
     assert (
-        page.texts("pre") == ["".join(PARTS)] and not page.all("span", "ep") and not page.all("p", "legend")
+        group_of("fitting_gain") == "l2t"
+        and group_of("turns") == "longshort"
+        and group_of("label_error") == "prm"
     )
-
-
-def test_a_character_in_two_tokens_belongs_to_the_later_episode(tmp_path):
-    """Byte-level tokens: é is two of them, and the cut goes between."""
-    from tokenizers import Tokenizer as Raw
-    from tokenizers import decoders, models, pre_tokenizers
-
-    raw = Raw(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    raw.pre_tokenizer, raw.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        decoders.ByteLevel(),
+    assert (
+        group_of("probe_seconds") == "time"
+        and group_of("loss") == "optimisation"
+        and group_of("unheard_of") == "more"
     )
-    source = tmp_path / "bytes"
-    source.mkdir()
-    raw.save(str(source / "tokenizer.json"))
-    log = new_run(tmp_path)
-    tokenizer = with_tokenizer(log, source=source)
-    row = sample("") | {"ends": [2, 4], "process_reward": [1.0, -1.0]}
-    row["turns"][0]["completion"] = tokenizer.encode("aéb")
-    log.samples(1, [row])
-    assert Page(write_report(log.folder)).texts("span", "ep") == ["a", "éb"]
-
-
-def test_model_text_is_data(tmp_path):
-    log = new_run(tmp_path)
-    evil = "</pre><script>alert(\"1\")</script><b onclick='x'>&amp;\x00\x1b"
-    log.samples(1, [sample(evil, question=evil, answer=evil, note=evil) | {"text": evil + "\ud800"}])
-    page = Page(write_report(log.folder))
-    seen = evil.replace("\x00", "␀").replace("\x1b", "␛")
-    assert page.texts("pre") == [seen + "?"], "half a surrogate pair cannot be written"
-    assert page.texts("span", "badge") == [f"✗ {seen}"] and page.texts("div", "question")[0].startswith(seen)
-    assert not page.all("script") and not any("onclick" in a for _, a, _ in page.elements)
-
-
-def test_first_middle_and_last_step_are_shown(tmp_path):
-    log = new_run(tmp_path)
-    for step in (1, 2, 3, 7, 20):
-        log.samples(step, [sample(f"{step}", i, answer=answer) for i, answer in enumerate(("10", None))])
-    page = Page(write_report(log.folder))
-    assert page.texts("h3", "step") == ["Step 1", "Step 3", "Step 20"] and page.texts("pre") == [
-        "1",
-        "1",
-        "3",
-        "3",
-        "20",
-        "20",
-    ]
-    assert page.texts("span", "badge")[:2] == ["✓ 10", "✗ no answer"] and "1 of 2 right" in page.texts(
-        "span", "chip"
-    )
-
-
-def test_turns_carry_their_roles(tmp_path):
-    log = new_run(tmp_path)
-    with_tokenizer(log)
-    log.samples(
-        1,
-        [
-            sample(
-                "<think>2+3=5</think>|5</rethink>|<answer>10",
-                roles=("long", "short", "long"),
-                format_reward=1.0,
-            )
-        ],
-    )
-    page = Page(write_report(log.folder))
-    assert page.texts("pre") == ["<think>2+3=5</think>", "5</rethink>", "<answer>10"]
-    assert [a["class"] for a, _ in page.all("div", "turn")] == ["turn long", "turn short", "turn long"]
-    assert "format reward 1" in page.texts("span", "chip")
 
 
 def test_before_and_after_by_level(tmp_path):
     log = new_run(tmp_path)
-    (log.folder / "summary.json").write_text(
-        json.dumps({"before": summary(0.5, 40, 0.5), "after": summary(0.75, 30, 0.25)})
-    )
-    page = Page(write_report(log.folder))
+    write_summary(log, before=result(0.5, 40), after=result(0.75, 30, 9, level=0.25))
+    page = page_of(log)
     rows = page.texts("tr")
-    assert rows[:3] == [
-        "sampledaccuracy, %tokens",
-        "all50.075.0+25.040.030.0−25.0 %",
-        "easy50.025.0−25.080.060.0−25.0 %",
-    ]
-    assert rows[4] == "all100.0100.0+0.010.010.0+0.0 %"
-    assert page.texts("dd") == ["75.0 %", "30.0", "100.0 %", "10.0"]
+    assert rows[:3] == ["sampled accuracy, % tokens", "all 50.0 75.0 +25.0 40.0 30.0 −25.0 %",
+                        "easy 50.0 25.0 −25.0 80.0 60.0 −25.0 %"]  # fmt: skip
+    assert rows[4] == "all 100.0 100.0 +0.0 10.0 10.0 +0.0 %"
+    assert page.texts("dd")[::2] == ["75.0 %", "30.0", "100.0 %", "10.0"]
     verdicts = [a["class"] for a, _ in page.all("span") if a.get("class") in ("good", "bad", "same")]
-    assert verdicts[4:9] == ["good", "good", "bad", "good", "same"], (
-        "accuracy should rise, tokens should fall"
+    assert verdicts[4:9] == ["good", "good", "bad", "good", "same"], "accuracy should rise, tokens fall"
+
+
+def test_evaluations_are_points_on_the_way(tmp_path):
+    log = new_run(tmp_path)
+    for step in (1, 2):
+        log.step({"step": step, "accuracy": 0.5, "tokens": 40.0 + step, "loss": 0.1})
+    write_summary(log, before=result(0.5, 40), step_5=result(0.6, 35, 5), after=result(0.75, 30, 9))
+    told = page_of(log).texts("title")
+    assert (
+        "sampled, step_5: 60.0 % with 35.0 tokens" in told
+        and "greedy, after: 100.0 % with 10.0 tokens" in told
+    )
+    assert [t for t in told if t.startswith("held-out")] == [
+        *[f"held-out, step {step}: {value}" for step, value in ((0, "50.0 %"), (5, "60.0 %"), (9, "75.0 %"))],
+        *[f"held-out, step {step}: {value}" for step, value in ((0, "40.0"), (5, "35.0"), (9, "30.0"))],
+    ]
+
+
+def test_accuracy_at_budgets_is_drawn_where_the_evaluation_has_it(tmp_path):
+    log = new_run(tmp_path)
+    before, after = result(0.5, 40), result(0.75, 30, 9)
+    write_summary(log, before=before, after=after)
+    assert "Accuracy at token budgets" not in page_of(log).texts("h3")
+    write_summary(
+        log,
+        before=before | {"budgets": [[8, 0.0], [16, 0.5]]},
+        after=after | {"budgets": [[8, 0.25], [16, 0.75]]},
+    )
+    page = page_of(log)
+    assert "Accuracy at token budgets" in page.texts("h3")
+    assert {"before, 16 tokens: 50.0 %", "after, 16 tokens: 75.0 %"} <= set(page.texts("title"))
+
+
+def test_histograms_of_length_and_reward(tmp_path):
+    log = new_run(tmp_path)
+    write_evaluations(log, evaluation("before", 0, [True, False]), evaluation("after", 9, [True, True]))
+    write_summary(log, before=result(0.5, 40), after=result(0.75, 30, 9))
+    for step in range(1, 9):
+        log.samples(step, [row("5", answer="10" if step > 4 else None)])
+    told = page_of(log).texts("title")
+    assert "10 to 10.1 before: 50.0 % after: 50.0 %" in told, "10 and 11 tokens"
+    assert any(
+        t.startswith("1 to") and t.endswith("first quarter: 0.0 % last quarter: 100.0 %") for t in told
     )
 
 
-def test_every_evaluation_stands_on_the_curves(tmp_path):
-    log = new_run(tmp_path, "longshort")
-    for step in (1, 2):
-        log.step({"step": step, "accuracy": 0.5, "tokens": 40.0, "loss": 0.1})
-    evaluations = {
-        when: {"step": step} | summary(0.5, 40, 0.5) for step, when in enumerate(("before", "L1⊗S0", "after"))
+def test_rounds_of_longshort(tmp_path):
+    log = new_run(tmp_path, "longshort", "--rounds", "LS", "--steps_per_round", "2")
+    talk = {
+        "turns": {"min": 1, "mean": 1.5, "max": 3},
+        "long_tokens": 10.0,
+        "short_tokens": 30.0,
+        "ended": {"answered": 0.9},
     }
-    (log.folder / "summary.json").write_text(json.dumps(evaluations))
-    page = Page(write_report(log.folder))
-    assert [title for title in page.texts("title") if title.startswith("held-out")] == [
-        f"held-out, step {step}: {value}" for value in ("50.0 %", "40.0") for step in (0, 1, 2)
+    names = {"before": (0.5, 0), "L1⊗S0": (0.6, 2), "after": (0.75, 4)}
+    write_summary(log, **{name: result(a, 40, step) | talk for name, (a, step) in names.items()})
+    rows = page_of(log).texts("tr")
+    assert "before 50.0 % 40.0 10.0 30.0 1 / 1.5 / 3 90.0 % +0 100.0 % 10.0" in rows
+    assert "L1⊗S0 long 60.0 % 40.0 10.0 30.0 1 / 1.5 / 3 90.0 % +0.6 100.0 % 10.0" in rows, "0 + 3·0.2"
+    assert any(text.startswith("after short 75.0 %") for text in rows)
+
+
+def test_several_runs_side_by_side(tmp_path):
+    logs = [whole_run(tmp_path, "a"), whole_run(tmp_path, "b", "l2t", "--lr", "0.5")]
+    page = page_of(*logs)
+    assert write_report(*[log.folder for log in logs]) == tmp_path / "report.html" and page.data["runs"] == [
+        "a",
+        "b",
     ]
+    assert "a 50.0 75.0 +25.0 40.0 30.0 −25.0 % +1.75 3 2 s" in page.texts("tr"), "AES: .25 + 3·.5"
+    assert [text for _, text in page.all("h1")] == ["2 runs"] and len(page.texts("label", "run")) == 2
+    assert {"a, after: 75.0 % with 30.0 tokens", "b, after: 75.0 % with 30.0 tokens"} <= set(
+        page.texts("title")
+    )
+    assert [len(lines) for lines in page.data["curves"].values()] == [2] * len(page.data["curves"])
+    assert {group["run"] for group in page.data["training"]} == {0, 1}
+    assert page.data["columns"] == ["a, before", "a, after", "b, after"]
+    assert [text.split()[:4] for text in page.texts("tr", "differ")] == [["lr", "0.0002", "0.5", "1e-06"]]
 
 
-def test_options_that_differ_and_no_others(tmp_path):
+def test_chains_of_chunk(tmp_path):
+    page = Page(write_report(new_chains(tmp_path)))
+    assert [a["id"] for a, _ in page.all("section")] == ["chains"] and len(page.data["chains"]) == 2
+    assert (
+        "thought 2: importance −0.25" in page.texts("title")
+        and "2 of 3 rows kept" in page.texts("p", "facts")[0]
+    )
+
+
+def test_a_tag_in_a_model_s_text_is_text(tmp_path):
+    log = new_run(tmp_path)
+    evil = "</pre></script><script>alert(\"1\")</script><b onclick='x'>&amp;<!--\x00\x1b"
+    log.samples(1, [row("5", question=evil, answer=evil, note=evil, level=evil) | {"text": evil + "\ud800"}])
+    write_evaluations(log, evaluation("before", 0, [True], text=evil))
+    write_summary(log, before=result(0.5, 40) | {"by_level": {evil: {"accuracy": 0.5, "tokens": 1.0}}})
+    page = page_of(log)
+    seen = evil.replace("\x00", "␀").replace("\x1b", "␛")
+    group = page.data["training"][0]
+    assert group["q"] == group["rows"][0]["answer"] == group["rows"][0]["notes"]["note"] == seen
+    assert page.data["held_out"][0]["cells"][0]["turns"][0]["pieces"] == [seen]
+    assert any(text.startswith(seen) for text in page.texts("tr")), "a level's name"
+    assert len(page.all("script")) == 2 and not any("onclick" in a for _, a, _ in page.elements)
+
+
+def test_a_page_is_never_larger_than_its_limit(tmp_path):
+    log = new_run(tmp_path)
+    with_tokenizer(log)
+    rows = [row("<think>5*2=10</think>" * 500, sample=i) for i in range(4)]
+    for step in range(1, 121):
+        log.samples(step, rows)
+    write_evaluations(log, evaluation("before", 0, [True] * 300, text="5*2=10 " * 2000))
+    path = write_report(log.folder)
+    page = Page(path)
+    assert 0.8 * LIMIT < path.stat().st_size <= LIMIT < 5_000_000
+    shown = [group["step"] for group in page.data["training"]]
+    assert shown[0] == 1 and shown[-1] == 120 and len(shown) < 120
+    about = " ".join(page.texts("p", "about"))
+    assert (
+        f"{len(shown)} of 120 logged steps are on this page" in about and "of 300 fit on this page" in about
+    )
+    chosen = Page(write_report(log.folder, steps={7, 8}))
+    assert [group["step"] for group in chosen.data["training"]] == [7, 8]
+
+
+def test_options_that_differ_versions_and_command_line(tmp_path):
     log = new_run(tmp_path, "grpo", "--model", "some/model", "--lr", "0.5", "--steps", "500")
-    page = Page(write_report(log.folder))
-    assert page.texts("tr") == ["optionheredefault", 'model"some/model""tiny"', "lr0.51e-06"]
+    launch = {
+        "started": "2026-01-01 10:00",
+        "step": 0,
+        "command": "train.py grpo --lr 0.5",
+        "hardware": "2 CPU cores",
+        "versions": {"torch": "2.13.0"},
+    }
+    (log.folder / "environment.json").write_text(json.dumps([launch, launch | {"step": 100}]))
+    page = page_of(log)
+    changed = page.texts("tr")[:3]
+    assert changed[0] == "option here default meaning" and changed[1].startswith('model "some/model" "tiny"')
+    assert changed[2].startswith("lr 0.5 1e-06")
+    assert page.texts("dd")[:3] == ["train.py grpo --lr 0.5", "2 CPU cores", "torch 2.13.0"]
+    assert page.texts("dt")[-1].endswith("from step 100")
 
 
 def test_an_unfinished_run_and_one_that_has_just_begun(tmp_path):
     log = new_run(tmp_path, "grpo")
-    assert "step 0 of 200" in Page(write_report(log.folder)).texts("p", "eyebrow")[0]
+    page = page_of(log)
+    assert "step 0 of 200" in page.texts("p", "eyebrow")[0] and "reload every" in page.texts("p", "live")[0]
     log.step({"step": 1, "loss": float("nan"), "reward": 0.5})
-    log.samples(1, [sample("5")])
-    for name in ("metrics", "samples"):
-        with (log.folder / f"{name}.jsonl").open("a") as file:
-            file.write('{"step": 2, "rew')
-    (log.folder / "summary.json").write_text(json.dumps({"before": summary(0.5, 40, 0.5)}))
-    page = Page(write_report(log.folder))
-    assert "step 1 of 200" in page.texts("p", "eyebrow")[0] and page.texts("h3", "step") == ["Step 1"]
-    never = [text for text in page.texts("figcaption") if text.startswith("never finite")]
-    assert never == ["never finite: " + DEFINITIONS["loss"]]
-    assert "all50.0–40.0–" in page.texts("tr")
+    write_summary(log, before=result(0.5, 40))
+    page = page_of(log)
+    assert "step 1 of 200" in page.texts("p", "eyebrow")[0] and "all 50.0 – 40.0 –" in page.texts("tr")
 
 
 def test_an_sft_run(tmp_path):
     log = new_run(tmp_path, "sft", "--data", "rows.jsonl")
     for step in (1, 2):
         log.step({"step": step, "loss": 2.0 / step, "tokens": 3.5, "seconds": 31.0})
-    (log.folder / "summary.json").write_text('{"after": {"loss": 1.0}}')
-    page = Page(write_report(log.folder))
-    assert page.texts("p", "eyebrow") == ["thinkrl · sft · finished"] and page.texts("dd") == ["1", "3.5"]
+    write_summary(log, after={"loss": 1.0})
+    page = page_of(log)
+    assert page.texts("p", "eyebrow") == ["thinkrl · sft · finished"] and page.texts("dd")[::2] == [
+        "1",
+        "3.5",
+    ]
     assert page.texts("p", "facts")[0].endswith("64 rows a step · 1 min 2 s")
-    assert page.texts("h2") == ["Curves", "Options"]
+    assert page.texts("h2") == ["Results", "Curves", "Configuration"]
 
 
-def test_the_newest_checkpoint_has_the_tokenizer(tmp_path):
-    log = new_run(tmp_path)
-    with_tokenizer(log, 10)
-    with_tokenizer(log, 9)
-    (log.folder / "checkpoints" / "step_9" / "hf" / "tokenizer.json").write_text("damaged: must not be read")
-    (log.folder / "checkpoints" / "step_11.tmp" / "hf").mkdir(parents=True)
-    log.samples(1, [sample("5+5", ends=[3], process_reward=[1.0])])
-    assert Page(write_report(log.folder)).texts("span", "ep") == ["5+5"]
-
-
-def test_a_curve_by_hand():
-    chart = _chart("loss", [(1, 4.0), (2, 0.0), (3, 2.0)], [(0, 2.0)])
-    # 320 x 140, margins 4 left, 40 right, 8 top, 18 bottom: steps 0..3 over 276, values 4..0 over 114.
-    assert 'class="raw" points="96.0,8.0 188.0,122.0 280.0,65.0"' in chart
-    assert '<circle cx="4.0" cy="65.0" r="3.5"/><title>held-out, step 0: 2</title>' in chart
-    assert "<title>step 2: 0</title>" in chart and "<b>2</b>" in chart
-    flat = _chart("tokens", [(1, 12.0), (2, 12.0)])
-    assert 'class="raw" points="4.0,65.0 280.0,65.0"' in flat, "a constant runs through the middle"
-    assert "5.0,65.0" not in _chart("kl", [(1, 0.0)]) and 'points="4.0,65.0"' in _chart("kl", [(1, 0.0)])
-    long = _chart("loss", [(i, float(i % 7)) for i in range(10_000)])
-    assert long.count("<rect") <= HOVERED
-
-
-def test_ticks_are_few_and_round():
-    assert _ticks(0.0, 1.0) == [0.0, 0.5, 1.0]
-    assert _ticks(30.0, 60.0) == [30.0, 40.0, 50.0, 60.0]
-    for low, high in ((0.123, 0.124), (-5e-7, 3e-6), (17.0, 9000.0), (99.99, 100.01)):
-        ticks = _ticks(low, high)
-        assert 2 <= len(ticks) <= 4 and low - 1e-9 <= ticks[0] and ticks[-1] <= high + 1e-9
-
-
-def test_the_running_mean_is_centred():
-    points = [(i, float(i)) for i in range(40)]
-    assert _smooth(points)[10:12] == [(10, 10.0), (11, 11.0)] and _smooth(points)[0] == (0, 1.0)
-    assert _smooth(points[:19]) == points[:19], "a short run is not smoothed"
+def test_steps_on_the_command_line():
+    assert step_set("") is None and step_set("1,100-102") == {1, 100, 101, 102}
+    for wrong in ("a", "3-", "-3", "1,,2"):
+        with pytest.raises(UserError, match="is neither a step nor a range such as 100-120"):
+            step_set(wrong)
 
 
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     log = new_run(tmp_path)
-    monkeypatch.delitem(
-        sys.modules, "thinkrl.tools.report"
-    )  # -m runs a fresh copy, runpy warns about another
-    monkeypatch.setattr(sys, "argv", ["report", str(log.folder)])
-    runpy.run_module("thinkrl.tools.report", run_name="__main__")
-    assert capsys.readouterr().out.strip() == str(log.folder / "report.html")
-    for arguments, sentence in (
-        ([str(tmp_path)], f"{tmp_path} is not a run folder, it has no config.json"),
-        ([], "usage: python -m thinkrl.tools.report runs/NAME"),
-    ):
+    log.samples(1, [row("5")])
+    log.samples(2, [row("5")])
+
+    def run(*arguments: str) -> None:
+        monkeypatch.delitem(sys.modules, "thinkrl.tools.report", raising=False)  # -m runs a fresh copy
         monkeypatch.setattr(sys, "argv", ["report", *arguments])
+        runpy.run_module("thinkrl.tools.report", run_name="__main__")
+
+    run(str(log.folder))
+    assert capsys.readouterr().out.strip() == str(log.folder / "report.html")
+    run(str(log.folder), "--steps", "2", "--out", str(tmp_path / "two.html"))
+    assert [group["step"] for group in Page(tmp_path / "two.html").data["training"]] == [2]
+    for arguments, sentence in (
+        ([str(tmp_path / "no")], f"{tmp_path / 'no'} is not a run folder"),
+        ([], "usage: python -m thinkrl.tools.report RUN [RUN …]"),
+        ([str(log.folder), "--step", "2"], "--step"),
+    ):
         with pytest.raises(SystemExit) as end:
-            runpy.run_module("thinkrl.tools.report", run_name="__main__")
-        assert end.value.code == 2 and capsys.readouterr().err == f"thinkrl.tools.report: {sentence}\n"
+            run(*arguments)
+        assert end.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def themes() -> list[dict[str, str]]:
+    """The style sheet's colours, light and dark, by name."""
+    found: list[dict[str, str]] = []
+    for block in re.findall(r":root \{([^}]*)\}", CSS):
+        found.append(
+            (found[0] if found else {}) | dict(re.findall(r"--([\w-]+):\s*([^;]+?)\s*(?:;|$)", block))
+        )
+    return found
+
+
+def rgb(value: str) -> list[float]:
+    return (
+        [int(value[i : i + 2], 16) for i in (1, 3, 5)]
+        if value[0] == "#"
+        else [float(x) for x in value.split()]
+    )
+
+
+def contrast(a: list[float], b: list[float]) -> float:
+    """WCAG 2.2: (lighter + 0.05) / (darker + 0.05) of relative luminances."""
+
+    def luminance(colour: list[float]) -> float:
+        linear = [c / 255 / 12.92 if c <= 10.31475 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(a), luminance(b)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_the_contrast_of_black_on_white_is_21():
+    assert (
+        round(contrast(rgb("#000000"), rgb("#ffffff")), 6) == 21
+        and contrast(rgb("#777777"), rgb("#777777")) == 1
+    )
+    assert round(contrast(rgb("#767676"), rgb("#ffffff")), 2) == 4.54, (
+        "the darkest grey's neighbour that passes AA"
+    )
+
+
+@pytest.mark.parametrize("theme", themes(), ids=["light", "dark"])
+def test_contrast_is_wcag_aa(theme):
+    texts = ["ink", "soft", "accent", "good", "bad", "long", "short", *(f"run-{i}" for i in range(8))]
+    assert {"paper", "card", *texts} <= theme.keys() and len(themes()) == 2
+    for under in ("paper", "card"):
+        for name in texts:
+            assert contrast(rgb(theme[name]), rgb(theme[under])) >= 4.5, f"{name} on {under}"
+    for tint in ("plus", "minus"):  # behind an episode at full strength
+        alpha = float(theme["tint"])
+        behind = [alpha * a + (1 - alpha) * b for a, b in zip(rgb(theme[tint]), rgb(theme["card"]))]
+        for name in ("ink", "tag"):
+            assert contrast(rgb(theme[name]), behind) >= 4.5, f"{name} on {tint}"
+        assert contrast(rgb(theme[tint]), rgb(theme["paper"])) >= 3, "a bar of a figure"

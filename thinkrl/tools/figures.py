@@ -83,7 +83,9 @@ class Axes:
 
 def text(x: float, y: float, anchor: str, words: str, kind: str = "") -> Markup:
     kind = Markup(' class="{}"').format(kind) if kind else ""
-    return Markup('<text{} x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(kind, x, y, anchor, words)
+    return Markup('<text{} x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
+        kind, x, y, anchor, words
+    )
 
 
 def _rule(x1: float, y1: float, x2: float, y2: float) -> Markup:
@@ -189,7 +191,9 @@ def accuracy_at_budgets(lines: Sequence[tuple[str, str, Points]]) -> Markup:
     """Each line is (class, label, [(token budget, accuracy), …])."""
     budgets = sorted({b for _, _, points in lines for b, _ in points})
     axes = Axes(460, 300, (budgets[0], budgets[-1]), (0.0, 1.0), log=budgets[0] > 0)
-    shown = [b for i, b in enumerate(budgets) if i == 0 or axes.at(b, 0)[0] - axes.at(budgets[i - 1], 0)[0] > 14]
+    shown = [
+        b for i, b in enumerate(budgets) if i == 0 or axes.at(b, 0)[0] - axes.at(budgets[i - 1], 0)[0] > 14
+    ]
     parts = [axes.frame(shown, "accuracy", "tokens at most", "accuracy")]
     for kind, label, points in lines:
         parts.append(axes.line(points, f"path {kind}"))
@@ -228,9 +232,9 @@ def histogram(samples: Sequence[tuple[str, str, Sequence[float]]], x_title: str)
         values = "\n".join(f"{label}: {number(s, 'accuracy')}" for (_, label, _), s in zip(samples, column))
         title = f"{number(k * size)} to {number((k + 1) * size)}\n{values}"
         parts.append(
-            Markup('<rect class="bin" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{}</title></rect>').format(
-                x0, axes.top, x1 - x0, axes.height - axes.top - axes.bottom, title
-            )
+            Markup(
+                '<rect class="bin" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{}</title></rect>'
+            ).format(x0, axes.top, x1 - x0, axes.height - axes.top - axes.bottom, title)
         )
     return axes.svg(f"histogram: {x_title}", *parts)
 
@@ -248,7 +252,11 @@ def importance_by_place(chains: Sequence[dict]) -> Markup:
     lines = [("run run-0", "importance", means("importance")), ("run run-1", "accuracy", means("accuracies"))]
     low, high = padded([y for *_, points in lines for _, y in points], 0.05)
     axes = Axes(460, 240, (1, longest), (min(0.0, low), high))
-    parts = [axes.frame([1, *(t for t in ticks(1, longest) if t > 1)], "", "place of the thought", "mean over chains")]
+    parts = [
+        axes.frame(
+            [1, *(t for t in ticks(1, longest) if t > 1)], "", "place of the thought", "mean over chains"
+        )
+    ]
     for kind, label, points in lines:
         parts.append(axes.line(points, f"path {kind}"))
         for x, y in points:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+
+from markupsafe import Markup
 
 SHARES = {"accuracy", "truncated", "zero_groups", "clip_fraction", "malformed", "format"}  # shown in per cent
 
@@ -20,6 +23,11 @@ VISIBLE = (
 def visible(value) -> str:
     """Any value as text without control characters, so that it cannot change how its surroundings are shown."""
     return str(value).translate(VISIBLE)
+
+
+def script_json(value) -> Markup:
+    """JSON that can stand inside a script element: without '<', so that nothing in it can close the element."""
+    return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def finite(value) -> bool:

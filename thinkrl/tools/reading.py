@@ -33,6 +33,11 @@ class TrainingRun:
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     @property
+    def seconds(self) -> float:
+        """Wall-clock of all steps."""
+        return sum(row.get("seconds", 0) for row in self.metrics)
+
+    @property
     def finished(self) -> bool:
         return "after" in self.summary
 

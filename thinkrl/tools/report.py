@@ -22,33 +22,48 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
 from thinkrl import UserError
-from thinkrl.config import Config, asks_for_help, exit_with_error, option, options_help, read_options, show_help
+from thinkrl.config import (
+    Config,
+    asks_for_help,
+    exit_with_error,
+    option,
+    options_help,
+    read_options,
+    show_help,
+)
 from thinkrl.evaluate import aes
 from thinkrl.metrics import DEFINITIONS
 from thinkrl.tools import figures, rows
-from thinkrl.tools.formats import SHARES, change, duration, finite, number, visible
+from thinkrl.tools.formats import SHARES, change, duration, finite, number, script_json, visible
 from thinkrl.tools.reading import Chains, TrainingRun, open_folders
 
 ASSETS = Path(__file__).parent.parent / "assets"
 LIMIT = 4_800_000  # bytes of a page at most
 ROLES = {"L": "long", "S": "short"}
 GROUPS = {
-    "results": "reward accuracy tokens truncated zero_groups label_error",
+    "results": "reward accuracy tokens truncated zero_groups",
     "optimisation": "loss grad_norm entropy kl clip_fraction mismatch lr",
     "l2t": "",
     "longshort": "",
     "prm": "",
     "time": "seconds tokens_per_second rollout_seconds probe_seconds penalty_seconds probe_tokens penalty_tokens",
 }
-TITLES = {"results": "Results", "optimisation": "Optimisation", "time": "Time", "more": "More", "l2t": "L2T", "longshort": "Long⊗Short", "prm": "Step reward model"}
+TITLES = {
+    "results": "Results",
+    "optimisation": "Optimisation",
+    "time": "Time",
+    "more": "More",
+    "l2t": "L2T",
+    "longshort": "Long⊗Short",
+    "prm": "Step reward model",
+}
 
 
 def write_report(*folders: Path, out: Path | None = None, steps: set[int] | None = None) -> Path:
@@ -79,7 +94,7 @@ def render(runs: list[TrainingRun], chains: list[Chains], steps: set[int] | None
         lstrip_blocks=True,
         finalize=lambda value: value if isinstance(value, Markup) else visible(value),
     )
-    environment.filters |= {"number": number, "duration": duration, "json": json_text, "literal": literal}
+    environment.filters |= {"number": number, "duration": duration, "json": script_json, "literal": literal}
     environment.tests["share"] = lambda key: key in SHARES
     template = environment.get_template("report.html")
     style, script = ((ASSETS / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
@@ -109,7 +124,15 @@ def render(runs: list[TrainingRun], chains: list[Chains], steps: set[int] | None
     return template.render(given | shown)
 
 
-NOTHING = {"data": {}, "lengths": "", "rewards": "", "steps_left_out": [], "tables": [], "columns": [], "shown": {}}
+NOTHING = {
+    "data": {},
+    "lengths": "",
+    "rewards": "",
+    "steps_left_out": [],
+    "tables": [],
+    "columns": [],
+    "shown": {},
+}
 
 
 def completions(
@@ -122,14 +145,16 @@ def completions(
         for key, metric in group["metrics"].items()
     }
     data = {"runs": [run.name for run in runs], "shares": sorted(SHARES), "curves": lines}
-    room -= len(json_text(data).encode())
+    room -= len(script_json(data).encode())
     columns, tables, problems = rows.held_out(runs, int(0.4 * room))
-    room -= len(json_text(problems).encode())
+    room -= len(script_json(problems).encode())
     shares = len(runs) + len(chains)
     annotated = [chain for i, folder in enumerate(chains) for chain in rows.chains(folder, i, room // shares)]
-    room -= len(json_text(annotated).encode())
+    room -= len(script_json(annotated).encode())
     groups = [
-        group for i, run in enumerate(runs) for group in rows.training_groups(run, i, room // len(runs), steps)
+        group
+        for i, run in enumerate(runs)
+        for group in rows.training_groups(run, i, room // len(runs), steps)
     ]
     on_page = {(group["run"], group["step"]) for group in groups}
     left_out = [(run, len(run.logged_steps), sum(r == i for r, _ in on_page)) for i, run in enumerate(runs)]
@@ -142,12 +167,6 @@ def completions(
         "steps_left_out": [entry for entry in left_out if entry[2] < entry[1]],
         "shown": {"held_out": len(problems), "training": len(groups), "chains": len(annotated)},
     }
-
-
-def json_text(value) -> Markup:
-    """JSON that can stand inside a script element: no '<', so nothing in it can close the element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c"))
 
 
 def literal(value) -> str:
@@ -172,7 +191,9 @@ def tiles(run: TrainingRun) -> list[dict]:
         a, b = (r if decoding == "sampled" else r.get("greedy", {}) for r in (run.before, run.after))
         for key in ("accuracy", "tokens"):
             if key in a or key in b:
-                out.append({"name": f"{key}, {decoding}", "key": key, "before": a.get(key), "after": b.get(key)})
+                out.append(
+                    {"name": f"{key}, {decoding}", "key": key, "before": a.get(key), "after": b.get(key)}
+                )
     if not out and run.metrics:
         first, last = run.metrics[0], run.metrics[-1]
         keys = [key for key in ("loss", "reward", "accuracy", "tokens") if key in last]
@@ -187,7 +208,10 @@ def levels(run: TrainingRun) -> list[dict]:
         a, b = (r if decoding == "sampled" else r.get("greedy", {}) for r in (run.before, run.after))
         by_level = [r.get("by_level", {}) for r in (a, b)]
         names = sorted(name for name in by_level[0].keys() | by_level[1].keys() if name)
-        table = [("all", a, b), *((name, by_level[0].get(name, {}), by_level[1].get(name, {})) for name in names)]
+        table = [
+            ("all", a, b),
+            *((name, by_level[0].get(name, {}), by_level[1].get(name, {})) for name in names),
+        ]
         out.append({"decoding": decoding, "rows": table})
     return out
 
@@ -198,11 +222,7 @@ def compared(run: TrainingRun) -> dict:
     score = None
     if before.get("accuracy") and before.get("tokens") and "accuracy" in after:
         score = aes(after["accuracy"], after["tokens"], before["accuracy"], before["tokens"])
-    return {"run": run, "before": before, "after": after, "aes": score, "seconds": seconds(run)}
-
-
-def seconds(run: TrainingRun) -> float:
-    return sum(row.get("seconds", 0) for row in run.metrics)
+    return {"run": run, "before": before, "after": after, "aes": score}
 
 
 def round_table(run: TrainingRun) -> dict:
@@ -225,7 +245,9 @@ def frontier(runs: list[TrainingRun]) -> Markup | str:
     paths = []
     for i, run in enumerate(runs):
         for decoding in ("sampled", "greedy")[: 2 if len(runs) == 1 else 1]:
-            results = [(name, r if decoding == "sampled" else r.get("greedy", {})) for name, r in run.evaluations]
+            results = [
+                (name, r if decoding == "sampled" else r.get("greedy", {})) for name, r in run.evaluations
+            ]
             path = [(name, r["tokens"], r["accuracy"]) for name, r in results if "accuracy" in r]
             if path:
                 kind = figures.run_class(i) + " greedy" * (decoding == "greedy")
@@ -240,7 +262,9 @@ def budgets(runs: list[TrainingRun]) -> Markup | str:
         for name, result in (("before", run.before), ("after", run.after)):
             if result.get("budgets") and not (name == "before" and i):
                 label = f"{run.name}, {name}" if len(runs) > 1 else name
-                lines.append((figures.run_class(i) + " greedy" * (name == "before"), label, result["budgets"]))
+                lines.append(
+                    (figures.run_class(i) + " greedy" * (name == "before"), label, result["budgets"])
+                )
     return figures.accuracy_at_budgets(lines) if lines else ""
 
 
@@ -288,7 +312,11 @@ def curve_groups(runs: list[TrainingRun]) -> dict:
     for key in sorted(present, key=[*DEFINITIONS, *sorted(present)].index):
         lines = [[(r["step"], r[key]) for r in run.metrics if finite(r.get(key))] for run in runs]
         dots = [
-            [(r["step"], r[key]) for _, r in run.evaluations if key in ("accuracy", "tokens") and finite(r.get(key))]
+            [
+                (r["step"], r[key])
+                for _, r in run.evaluations
+                if key in ("accuracy", "tokens") and finite(r.get(key))
+            ]
             for run in runs
         ]
         if figures.constant(lines) and not any(dots):
@@ -340,7 +368,9 @@ def parse(argv: list[str]) -> tuple[list[Path], Options]:
         show_help("\n".join([usage, *options_help(Options)]))
     first = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
     if not first:
-        raise UserError("usage: python -m thinkrl.tools.report RUN [RUN …] [--steps 1,100-120] [--out FILE.html]")
+        raise UserError(
+            "usage: python -m thinkrl.tools.report RUN [RUN …] [--steps 1,100-120] [--out FILE.html]"
+        )
     return [Path(word) for word in argv[:first]], Options(**read_options(argv[first:], Options))
 
 
@@ -350,10 +380,11 @@ def step_set(text: str) -> set[int] | None:
         return None
     steps: set[int] = set()
     for part in text.split(","):
-        low, _, high = part.partition("-")
-        if not (low.isdecimal() and (high or low).isdecimal()):
+        low, dash, high = part.partition("-")
+        high = high if dash else low
+        if not (low.isdecimal() and high.isdecimal()):
             raise UserError(f"--steps {text}: '{part}' is neither a step nor a range such as 100-120")
-        steps.update(range(int(low), int(high or low) + 1))
+        steps.update(range(int(low), int(high) + 1))
     return steps
 
 

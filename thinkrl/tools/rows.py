@@ -7,14 +7,13 @@ the same in Python's and in the browser's strings; without a tokenizer it is one
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
 from thinkrl.l2t.episodes import trace
 from thinkrl.tokenizer import Tokenizer
-from thinkrl.tools.formats import finite, mean, visible
+from thinkrl.tools.formats import finite, mean, script_json, visible
 from thinkrl.tools.reading import Chains, TrainingRun
 
 LONGEST = 60_000  # characters of one turn that are shown: the first and the last halves of it
@@ -64,7 +63,9 @@ def completion(row: dict, tokenizer: Tokenizer | None) -> dict:
         "turns": [_turn(turn, tokenizer) for turn in turns],
     }
     if tokenizer is None or not turns:
-        out["turns"] = [{"role": "policy", "pieces": shortened([visible(row.get("text", ""))]), "n": out["n"]}]
+        out["turns"] = [
+            {"role": "policy", "pieces": shortened([visible(row.get("text", ""))]), "n": out["n"]}
+        ]
     elif len(turns) == 1:
         out["turns"][0] |= {"entropy": row["entropy"]} if "entropy" in row else {}
     if advantage:
@@ -72,7 +73,9 @@ def completion(row: dict, tokenizer: Tokenizer | None) -> dict:
         _spread_over_turns(advantage, turns, row.get("trained"), out["turns"])
     notes = {k: v for k, v in row.items() if k not in KNOWN and isinstance(v, (int, float, str))}
     if notes:
-        out["notes"] = {k.replace("_", " "): visible(v) if isinstance(v, str) else v for k, v in notes.items()}
+        out["notes"] = {
+            k.replace("_", " "): visible(v) if isinstance(v, str) else v for k, v in notes.items()
+        }
     if row.get("malformed"):
         out["malformed"] = True
     if row.get("ends") and tokenizer is not None:
@@ -92,7 +95,9 @@ def _turn(turn: dict, tokenizer: Tokenizer | None) -> dict:
     return out
 
 
-def _spread_over_turns(advantage: list[float], turns: list[dict], trained: str | None, out: list[dict]) -> None:
+def _spread_over_turns(
+    advantage: list[float], turns: list[dict], trained: str | None, out: list[dict]
+) -> None:
     """Give each turn that was trained its own part of a trajectory's token advantages, as [value, how often] pairs."""
     own = [k for k, turn in enumerate(turns) if trained in (None, turn["role"])]
     if "pieces" not in out[0] or sum(len(turns[k]["completion"]) for k in own) != len(advantage):
@@ -115,14 +120,18 @@ def held_out(runs: Sequence[TrainingRun], budget: int) -> tuple[list[str], list[
     for run in runs:
         found: dict[str, dict] = {}
         for row in run.held_out():  # a repeated evaluation replaces what a kill left of it
-            found.setdefault(row["when"], {})[row["decoding"], row["problem"], row["question"], row["sample"]] = row
+            found.setdefault(row["when"], {})[
+                row["decoding"], row["problem"], row["question"], row["sample"]
+            ] = row
         names = sorted(found, key=lambda name: (next(iter(found[name].values()))["step"], name != "before"))
         for name in names[-1:] if columns else names[:1] + names[1:][-1:]:
             for (decoding, problem, question, _), row in found[name].items():
                 key = decoding, problem, question
                 cells.setdefault(key, {}).setdefault(len(columns), []).append(row)
             columns.append(f"{run.name}, {name}" if len(runs) > 1 else name)
-    problems = [_problem(*key, by_column) for key, by_column in cells.items() if len(by_column) == len(columns)]
+    problems = [
+        _problem(*key, by_column) for key, by_column in cells.items() if len(by_column) == len(columns)
+    ]
     kinds: dict[tuple, list[int]] = {}
     for i, problem in enumerate(problems):
         kinds.setdefault((problem["cells"][0]["right"], problem["cells"][-1]["right"]), []).append(i)
@@ -199,7 +208,7 @@ def fill(budget: int, order: Iterable[int], make: Callable[[int], list[dict]]) -
     out = {}
     for i in order:
         part = make(i)
-        budget -= len(json.dumps(part, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"))
+        budget -= len(script_json(part).encode("utf-8", "replace"))
         if out and budget < 0:
             break
         out[i] = part
@@ -225,19 +234,19 @@ def pieces(completion: list[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def shortened(parts: list[str]) -> list[str]:
-    """Pieces of a text that is too long for a page: as many pieces, the middle ones replaced by one note."""
-    length = sum(map(len, parts))
+    """As many pieces; of a text that is too long for a page, the middle ones are empty but for one note."""
+    length, half = sum(map(len, parts)), LONGEST // 2
     if length <= LONGEST:
         return parts
     note = f" […] {length - LONGEST:,} characters are left out here […] "
     if len(parts) == 1:
-        return [parts[0][: LONGEST // 2] + note + parts[0][-LONGEST // 2 :]]
-    out, reached = [], 0
-    for part in parts:
-        inside = LONGEST // 2 <= reached < length - LONGEST // 2
-        out.append("" if inside and note is None else note if inside else part)
-        note = None if inside else note
-        reached += len(part)
+        return [parts[0][:half] + note + parts[0][-half:]]
+    reached = [0, *accumulate(map(len, parts))]
+    out = [
+        part if end <= half or begin >= length - half else ""
+        for part, (begin, end) in zip(parts, pairwise(reached))
+    ]
+    out[out.index("")] = note
     return out
 
 
