@@ -24,7 +24,8 @@ from report_runs import (
 )
 from thinkrl import UserError
 from thinkrl.metrics import DEFINITIONS
-from thinkrl.tools.report import LIMIT, group_of, step_set, write_report
+from thinkrl.tools.report import LIMIT, step_set, write_report
+from thinkrl.tools.sections import group_of
 
 CSS = (ROOT / "thinkrl" / "assets" / "report.css").read_text()
 

@@ -209,7 +209,11 @@ def test_a_completion_has_its_episodes_its_figure_and_its_tip(browser, page):
     assert [round(22 + 110 * (1 - J), 1) for J in EPISODES["J"]] == heights
     browser.run(
         """const box = document.querySelectorAll("#completions .ep")[1];
-        box.scrollIntoView({ block: "center" }); box.dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));"""
+        box.scrollIntoView({ block: "center" });
+        return new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => {  // when it has come to rest
+          box.dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+          done();
+        })));"""
     )
     tip = text(browser, ".tip")
     assert tip.startswith("episode 2 of 3 · ") and "J 0.5 → 0.25 · fitting gain −0.25" in tip

@@ -181,7 +181,7 @@ def test_columns_of_several_runs(tmp_path):
 
 def test_thoughts_of_a_chain(tmp_path):
     (folder,) = open_folders([new_chains(tmp_path)])
-    first, _ = rows.chains(folder, 0, 10**6)
+    first, _ = rows.annotated_chains(folder, 0, 10**6)
     assert first["thoughts"] == ["two", "three", "four"] and first["R"] == [0.1, -0.25, 0.3]
     assert list(accumulate(first["lengths"])) == [5, 8, 10] and first["labels"][1] == "short"
 

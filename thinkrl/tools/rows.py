@@ -172,7 +172,7 @@ def _cell(rows: list[dict]) -> dict:
     } | ({"share": f"{right} of {len(rows)}"} if len(rows) > 1 else {})
 
 
-def chains(folder: Chains, i: int, budget: int) -> list[dict]:
+def annotated_chains(folder: Chains, i: int, budget: int) -> list[dict]:
     """Chains of chunk.py, evenly spread ones up to `budget` bytes: texts, labels and importance of their thoughts."""
 
     def chain(k: int) -> list[dict]:
