@@ -300,7 +300,6 @@ def describe(t: Trajectory, advantage: Tensor) -> dict:
                 "prompt": turn.prompt,
                 "completion": turn.completion,
                 "finish_reason": turn.finish_reason,
-                "logprobs": [round(value, 4) for value in turn.logprobs],
             }
             for turn in t.turns
         ],

@@ -101,7 +101,10 @@ def trajectory(
 def row(*arguments, **options) -> dict:
     """A row of samples.jsonl as train.py writes it."""
     t = trajectory(*arguments, **options)
-    return train.describe(t, torch.full((t.tokens,), 0.5))
+    out = train.describe(t, torch.full((t.tokens,), 0.5))
+    for turn, written in zip(t.turns, out["turns"]):
+        written["logprobs"] = turn.logprobs
+    return out
 
 
 def episodes(log: Log, tokenizer: Tokenizer) -> None:

@@ -21,7 +21,18 @@ LAYERS = {
 INSIDE = {
     "l2t": ["episodes", "prm", "gain", "compression", "credit", "preset"],
     "longshort": ["conversation", "thoughts", "protocol", "preset"],
-    "tools": ["docs", "formats", "reading", "figures", "rows", "sections", "report", "compare", "pipeline", "bench"],
+    "tools": [
+        "docs",
+        "formats",
+        "reading",
+        "figures",
+        "rows",
+        "sections",
+        "report",
+        "compare",
+        "pipeline",
+        "bench",
+    ],
 }
 # Within a layer, modules do not see each other, but for these.
 SIDEWAYS = {

@@ -307,7 +307,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert [group["step"] for group in Page(tmp_path / "two.html").data["training"]] == [2]
     for arguments, sentence in (
         ([str(tmp_path / "no")], f"{tmp_path / 'no'} is not a run folder"),
-        ([], "usage: python -m thinkrl.tools.report RUN [RUN …]"),
+        ([], "which runs? usage: python -m thinkrl.tools.report RUN [RUN …]"),
         ([str(log.folder), "--step", "2"], "--step"),
     ):
         with pytest.raises(SystemExit) as end:

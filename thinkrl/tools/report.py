@@ -22,7 +22,6 @@ import base64
 import hashlib
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +29,8 @@ import jinja2
 from markupsafe import Markup
 
 from thinkrl import UserError
-from thinkrl.config import asks_for_help, exit_with_error, option, options_help, read_options, show_help
 from thinkrl.metrics import DEFINITIONS
+from thinkrl.options import asks_for_help, command_line, exit_with_error, option, parse_as
 from thinkrl.tools.figures import importance_by_place, run_class, thin
 from thinkrl.tools.formats import SHARES, change, duration, number, script_json, visible
 from thinkrl.tools.reading import Chains, TrainingRun, open_folders
@@ -180,15 +179,11 @@ class Options:
 
 def parse(argv: list[str]) -> tuple[list[Path], Options]:
     """`RUN [RUN …] [--key value …]`. Raises UserError."""
-    if asks_for_help(argv):
-        usage = "usage: python -m thinkrl.tools.report RUN [RUN …] [--key value …]"
-        show_help("\n".join([usage, *options_help(Options)]))
-    first = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
-    if not first:
-        raise UserError(
-            "usage: python -m thinkrl.tools.report RUN [RUN …] [--steps 1,100-120] [--out FILE.html]"
-        )
-    return [Path(word) for word in argv[:first]], Options(**read_options(argv[first:], Options))
+    usage = "python -m thinkrl.tools.report RUN [RUN …] [--key value …]"
+    first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    if not first and not asks_for_help(argv):
+        raise UserError(f"which runs? usage: {usage}")
+    return [Path(word) for word in argv[:first]], parse_as(Options, argv[first:], usage)
 
 
 def step_set(text: str) -> set[int] | None:
@@ -205,13 +200,13 @@ def step_set(text: str) -> set[int] | None:
     return steps
 
 
-def main(argv: list[str]) -> None:
-    folders, chosen = parse(argv)
-    print(write_report(*folders, out=Path(chosen.out) if chosen.out else None, steps=step_set(chosen.steps)))
+def main(folders: list[Path], options: Options) -> None:
+    out = Path(options.out) if options.out else None
+    try:
+        print(write_report(*folders, out=out, steps=step_set(options.steps)))
+    except UserError as mistake:
+        exit_with_error("thinkrl.tools.report", mistake)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as mistake:
-        exit_with_error("thinkrl.tools.report", mistake)
+    main(*command_line("thinkrl.tools.report", parse))

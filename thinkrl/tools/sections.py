@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from markupsafe import Markup
 
-from thinkrl.config import ROLE_OF, Config
+from thinkrl.config import ROLE_OF, Config, readers
 from thinkrl.evaluate import aes
 from thinkrl.metrics import DEFINITIONS
 from thinkrl.tools.figures import (
@@ -204,9 +204,13 @@ def group_of(key: str) -> str:
 
 
 def options(runs: list[TrainingRun]) -> dict:
-    """Options that some run has different from their defaults, as (name, help, default, values), and all others."""
+    """Options that some run's preset reads: those that some run has different from their defaults, and the others."""
+    presets = {run.config["preset"] for run in runs}
+    known = {"name"} | ({"preset"} if len(presets) == 1 else set())  # stand at the top of the page
     changed, rest = [], []
     for field in fields(Config):
+        if not field.metadata or field.name in known or not presets & set(readers(field.name)):
+            continue
         values = [run.config.get(field.name) for run in runs]
         row = {"name": field.name, "help": field.metadata["help"], "default": field.default, "values": values}
         row["differ"] = len({json.dumps(value) for value in values}) > 1
