@@ -9,7 +9,15 @@ import transformers
 
 from thinkrl import UserError
 from thinkrl.checkpoint import load_model
-from thinkrl.model import ModelConfig, Rope, Transformer, inverse_frequencies, make_rotate, sequence_positions
+from thinkrl.model import (
+    ModelConfig,
+    Rope,
+    Transformer,
+    fast_linear,
+    inverse_frequencies,
+    make_rotate,
+    sequence_positions,
+)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -235,3 +243,17 @@ def raw_config(architecture: str) -> dict:
 
 def tiny(architecture: str) -> ModelConfig:
     return ModelConfig.from_hf(raw_config(architecture))
+
+
+def test_the_fast_product_is_the_plain_one():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in [(64, 300), (200, 300)])
+    exact = x.double() @ weight.double().T
+    with torch.inference_mode():
+        fast = fast_linear(x, weight)
+    # Either sums 300 products in some order of its own: both are within a few roundings of the largest partial sum.
+    assert (fast - exact).abs().max() < 300**0.5 * 2.0**-23 * exact.abs().max()
+    with torch.inference_mode():  # oneDNN has no bf16 product for a processor without AVX-512
+        fast = fast_linear(x.bfloat16(), weight.bfloat16()).double()
+    bf16_exact = x.bfloat16().double() @ weight.bfloat16().double().T
+    assert (fast - bf16_exact).abs().max() <= 2.0**-8 * bf16_exact.abs().max()

@@ -16,11 +16,16 @@ its `tokens`, and K/V is `filled` for some of them, never for the last one: the 
 = 0; a preempted sequence falls back to 0; a decoding sequence is one token behind; a fork at `cut` shares the
 K/V of its first cut - 1 tokens and feeds token cut - 1 again, because the hidden state that predicts what
 follows the cut is not in the cache.
+
+When pages run out, `PagePool.reserve` takes them from sequences that can be recomputed: first a decode loop
+preempts a row, then the `idle` forks lose theirs.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -29,7 +34,7 @@ from thinkrl.types import UserError
 
 
 class OutOfPages(RuntimeError):
-    """No page is free now. The sampler answers it by preempting a sequence."""
+    """No page is free now."""
 
 
 class PagePool:
@@ -45,12 +50,10 @@ class PagePool:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        # Zeros, not empty: a masked position has probability 0, and 0 times a NaN left in memory would be
-        # NaN.
+        # Zeros, not empty: a masked position has probability 0, and 0 times a NaN left in memory is NaN.
         shape = (2, num_layers, num_pages, page_size, num_kv_heads, head_dim)
-        if (
-            torch.device(device).type == "cpu"
-        ):  # numpy's zeros take no memory until they are written to, torch's do
+        if torch.device(device).type == "cpu":
+            # numpy's zeros take no memory until they are written to, torch's do
             zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
             self.storage = torch.from_numpy(zeros).view(dtype).view(shape)
         else:
@@ -59,9 +62,12 @@ class PagePool:
         self.page_size = page_size
         self.num_pages = num_pages
         self.references = [0] * num_pages
-        self.handles: set[Pages] = (
-            set()
-        )  # every sequence that holds pages, so that a failed call can give all of them back
+        # every sequence that holds pages, so that a failed call can give all of them back
+        self.handles: set[Pages] = set()
+        # forks kept for later: they may lose their pages, and are recomputed from their tokens when used
+        self.idle: weakref.WeakSet[Pages] = weakref.WeakSet()
+        # what can free a page for the given sequence, asked last first: the decode loops in progress
+        self.preempters: list[Callable[[Pages], bool]] = []
         self._free = list(range(num_pages - 1, -1, -1))
 
     @property
@@ -103,6 +109,30 @@ class PagePool:
             self.references[page] -= 1
             if self.references[page] == 0:
                 self._free.append(page)
+
+    def reserve(self, pages: Pages, length: int) -> bool:
+        """`pages.reserve(length)`, preempting other sequences where no page is free. True if the table changed.
+
+        The preempted sequence may be `pages` itself, which is then released. Raises UserError when no
+        sequence can be preempted.
+        """
+        while pages in self.handles:
+            try:
+                return pages.reserve(length)
+            except OutOfPages:
+                if not (any(preempt(pages) for preempt in reversed(self.preempters)) or self._forget_idle()):
+                    raise UserError(
+                        f"a sequence of {length} tokens finds no free KV page: it and forks hold all "
+                        f"{self.num_pages}; release forks earlier or raise num_pages"
+                    ) from None
+        return False
+
+    def _forget_idle(self) -> bool:
+        """Free the pages of the idle forks; False if they hold none."""
+        holding = [pages for pages in self.idle if pages.table]
+        for pages in holding:
+            pages.forget()
+        return bool(holding)
 
     def release_all_but(self, kept: set[Pages]) -> None:
         """Release every sequence that is not in `kept`."""

@@ -33,8 +33,8 @@ from thinkrl.grpo import policy_loss
 from thinkrl.l2t.compression import Proxy
 from thinkrl.l2t.episodes import Episodes
 from thinkrl.l2t.gain import Gain, Probe
-from thinkrl.model import ModelConfig, Transformer
-from thinkrl.sampler import Sampler, fast_linear
+from thinkrl.model import ModelConfig, Transformer, fast_linear
+from thinkrl.sampler import Sampler
 from thinkrl.types import Turn
 
 VOCABULARY, PROMPTS, SAMPLES, TOKENS = 4096, 8, 8, 128
