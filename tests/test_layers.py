@@ -32,6 +32,7 @@ INSIDE = {
         "compare",
         "pipeline",
         "bench",
+        "plan",
     ],
 }
 # Within a layer, modules do not see each other, but for these.
