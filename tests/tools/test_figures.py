@@ -1,13 +1,13 @@
 import re
 
 from thinkrl.tools.figures import (
-    DRAWN,
     accuracy_against_tokens,
     accuracy_at_budgets,
     constant,
     curve,
     histogram,
     importance_by_place,
+    points_of_a_line,
     running_mean,
     thin,
 )
@@ -42,9 +42,13 @@ def test_the_running_mean_is_centred():
 def test_a_long_curve_keeps_its_peaks():
     points = [(i, 0.0) for i in range(10_000)]
     points[1234], points[7777] = (1234, 9.0), (7777, -3.0)
-    thinned = thin(points)
-    assert len(thinned) <= DRAWN and {(1234, 9.0), (7777, -3.0)} <= set(thinned)
-    assert thinned == sorted(thinned) and thin(points[:50]) == points[:50]
+    thinned = thin(points, 400)
+    assert len(thinned) <= 400 and {(1234, 9.0), (7777, -3.0)} <= set(thinned)
+    assert thinned == sorted(thinned) and thin(points[:50], 50) == points[:50]
+
+
+def test_many_runs_share_the_points():
+    assert [points_of_a_line(runs) for runs in (1, 5, 10, 50)] == [400, 400, 200, 40]
 
 
 def test_what_never_changes_is_constant():

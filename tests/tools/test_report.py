@@ -242,6 +242,21 @@ def test_a_page_is_never_larger_than_its_limit(tmp_path):
     assert [group["step"] for group in chosen.data["training"]] == [7, 8]
 
 
+def test_many_runs_fit_and_more_are_refused(tmp_path):
+    values = {key: 0.123456 for key in DEFINITIONS}
+    lines = [
+        json.dumps({key: v * (1 + step % 7) for key, v in values.items()} | {"step": step})
+        for step in range(1, 501)
+    ]
+    for i in range(64):
+        log = new_run(tmp_path, name=f"{i:02}")
+        (log.folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    assert write_report(tmp_path).stat().st_size < 5_000_000
+    new_run(tmp_path, name="one_more")
+    with pytest.raises(UserError, match="65 runs are too many for one page"):
+        write_report(tmp_path)
+
+
 def test_options_that_differ_versions_and_command_line(tmp_path):
     log = new_run(tmp_path, "grpo", "--model", "some/model", "--lr", "0.5", "--steps", "500")
     launch = {

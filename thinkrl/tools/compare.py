@@ -5,7 +5,8 @@
 
 Each run is `torchrun --nproc_per_node=1 train.py …` on a core of its own. A finished run is not repeated, so
 a comparison can be cut short and continued, or given more seeds. Ends with a table, runs/compare/summary.json
-(recipe -> lists with one entry per seed) and runs/compare/accuracy_tokens.svg.
+(recipe -> lists with one entry per seed), runs/compare/report.html with all runs, and, if matplotlib is installed,
+runs/compare/accuracy_tokens.svg.
 """
 
 from __future__ import annotations
@@ -20,6 +21,21 @@ from pathlib import Path
 
 from thinkrl.options import command_line, option, parse_as
 from thinkrl.runs import ROOT, finished, torchrun, write_json
+from thinkrl.tools.report import write_report
+
+COLOURS = [
+    "#2a5aa5",
+    "#b3541e",
+    "#1f7a4d",
+    "#7a4fb0",
+    "#a8325c",
+    "#0f7683",
+    "#6f6a0e",
+    "#5b5f66",
+    "#d08c2e",
+    "#4a9cc7",
+    "#9a6b4b",
+]
 
 # What is compared, and what each control separates.
 RECIPES = {
@@ -175,65 +191,40 @@ def _cell(values: list[float], percent: bool) -> str:
     return f"{_mean(values) * scale:.1f} ± {spread:.1f}"
 
 
-def figure(results: dict[str, dict], path: Path) -> None:
-    """Accuracy over mean tokens at T = 1 as training goes on, averaged over seeds: up and to the left is
-    better.
+def draw(results: dict[str, dict], path: Path) -> str:
+    """Draw accuracy over mean tokens at T = 1 as training goes on, a path per recipe, averaged over seeds. Returns
+    what to tell the user: the path, or what is missing.
     """
-    width, height, left, bottom = 720, 440, 60, 50
-    curves = {
-        name: [tuple(map(_mean, zip(*points))) for points in zip(*result["curve"])]
-        for name, result in results.items()
-    }
-    tokens = [p[2] for curve in curves.values() for p in curve]
-    accuracy = [p[1] for curve in curves.values() for p in curve]
-    (t0, t1), (a0, a1) = (
-        (min(tokens) * 0.95, max(tokens) * 1.02),
-        (min(accuracy) - 0.02, min(1.0, max(accuracy) + 0.02)),
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError:
+        return "none, it needs matplotlib: pip install 'thinkrl[report]'"
+    drawing = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = drawing.subplots()
+    ends = []
+    for i, (name, result) in enumerate(results.items()):
+        curve = [tuple(map(_mean, zip(*points))) for points in zip(*result["curve"])]
+        _, accuracy, tokens = zip(*curve)
+        (line,) = axes.plot(tokens, accuracy, color=COLOURS[i % len(COLOURS)], linewidth=2)
+        axes.plot(tokens[1:-1], accuracy[1:-1], "o", color=line.get_color(), markersize=4)
+        axes.plot(tokens[-1], accuracy[-1], "o", color=line.get_color(), markersize=8)
+        ends.append((accuracy[-1], tokens[-1], name, line.get_color()))
+    axes.plot(tokens[0], accuracy[0], "o", color="white", markeredgecolor="#5b5f66", markersize=9, zorder=3)
+    axes.annotate(
+        "before training", (tokens[0], accuracy[0]), (9, -4), textcoords="offset points", color="#5b5f66"
     )
-
-    def place(step: float, acc: float, tok: float) -> str:
-        x = left + (tok - t0) / (t1 - t0) * (width - left - 190)
-        y = height - bottom - (acc - a0) / (a1 - a0) * (height - bottom - 20)
-        return f"{x:.1f},{y:.1f}"
-
-    colours = [
-        "#1b6ca8",
-        "#c8452f",
-        "#3c8d40",
-        "#8d5ba6",
-        "#b8860b",
-        "#4d4d4d",
-        "#d97a9b",
-        "#2f9e9e",
-        "#7a5230",
-        "#9aa72f",
-        "#e0a100",
-    ]
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
-    for i in range(6):
-        tok, acc = t0 + (t1 - t0) * i / 5, a0 + (a1 - a0) * i / 5
-        (x, _), (_, y) = (place(0, a0, tok).split(","), place(0, acc, t0).split(","))
-        parts += [
-            f'<text x="{x}" y="{height - bottom + 18}" text-anchor="middle">{tok:.0f}</text>',
-            f'<text x="{left - 8}" y="{float(y) + 4}" text-anchor="end">{acc:.0%}</text>',
-            f'<line x1="{left}" x2="{width - 190}" y1="{y}" y2="{y}" stroke="#ddd"/>',
-        ]
-    middle = (left + width - 190) / 2
-    parts.append(
-        f'<text x="{middle}" y="{height - 10}" text-anchor="middle">mean completion tokens, T = 1</text>'
-    )
-    for i, (name, curve) in enumerate(curves.items()):
-        colour, dots = colours[i % len(colours)], [place(*p).split(",") for p in curve]
-        parts.append(
-            f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(",".join(d) for d in dots)}"/>'
-        )
-        parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in dots[:-1]]
-        parts.append(f'<circle cx="{dots[-1][0]}" cy="{dots[-1][1]}" r="6" fill="{colour}"/>')
-        parts.append(f'<text x="{width - 180}" y="{30 + 18 * i}" fill="{colour}">{name}</text>')
-    path.write_text("\n".join(parts + ["</svg>"]) + "\n")
+    gap, above = 0.035 * (axes.get_ylim()[1] - axes.get_ylim()[0]), float("inf")
+    for accuracy, tokens, name, colour in sorted(ends, reverse=True):  # from above, no label over another
+        above = min(accuracy, above - gap)
+        axes.annotate(name, (tokens, above), (9, -3), textcoords="offset points", color=colour, weight="bold")
+    axes.set(xlabel="mean tokens of a completion, T = 1", ylabel="accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e3e0d8")
+    axes.margins(x=0.12)
+    drawing.savefig(path, metadata={"Date": None})
+    return str(path)
 
 
 def main(options: Options) -> None:
@@ -259,8 +250,9 @@ def main(options: Options) -> None:
     write_json(
         folder / "summary.json", {"start": start_policy(next(iter(results)), seeds, folder), **results}
     )
-    figure(results, folder / "accuracy_tokens.svg")
-    print(table(results), f"\nsummary: {folder}/summary.json   figure: {folder}/accuracy_tokens.svg")
+    drawn = draw(results, folder / "accuracy_tokens.svg")
+    print(f"{table(results)}\nsummary: {folder}/summary.json\nfigure: {drawn}")
+    print(f"report: {write_report(folder)}")
 
 
 if __name__ == "__main__":

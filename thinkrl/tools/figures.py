@@ -17,7 +17,7 @@ from markupsafe import Markup
 from thinkrl.tools.formats import mean, number, tick, ticks
 
 COLOURS = 8  # of runs, in the style sheet; the next eight are dashed
-DRAWN = 400  # points of one line at most
+DRAWN = 400  # points of one line at most; of all runs' lines together at most five times as many
 
 Points = Sequence[tuple[float, float]]
 
@@ -113,10 +113,10 @@ def curve(key: str, lines: Sequence[Points], dots: Sequence[Points], steps: tupl
     for y in ticks(*axes.y):
         level = axes.at(steps[0], y)[1]
         scale += [_rule(0, level, right, level), text(axes.width, level + 3, "end", tick(y, key))]
-    drawn, marks = [], []
+    drawn, marks, most = [], [], points_of_a_line(len(lines))
     for i, (points, held_out) in enumerate(zip(lines, dots)):
-        drawn.append(axes.line(thin(points), f"raw {run_class(i)}"))
-        drawn.append(axes.line(thin(running_mean(points)), f"mean {run_class(i)}"))
+        drawn.append(axes.line(thin(points, most), f"raw {run_class(i)}"))
+        drawn.append(axes.line(thin(running_mean(points), most), f"mean {run_class(i)}"))
         for x, y in held_out:
             title = f"held-out, step {number(x)}: {number(y, key)}"
             marks.append(axes.disc(x, y, 3.5, f"mark {run_class(i)}", title))
@@ -149,7 +149,12 @@ def running_mean(points: Points) -> Points:
     return out if reach else points
 
 
-def thin(points: Points, most: int = DRAWN) -> Points:
+def points_of_a_line(runs: int) -> int:
+    """How many points a curve of so many runs can have, so that thirty curves of 64 runs still fit a page."""
+    return min(DRAWN, max(32, 5 * DRAWN // runs))
+
+
+def thin(points: Points, most: int) -> Points:
     """At most so many points that still show every peak: the lowest and the highest of equal stretches."""
     if len(points) <= most:
         return points

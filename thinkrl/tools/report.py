@@ -31,7 +31,7 @@ from markupsafe import Markup
 from thinkrl import UserError
 from thinkrl.metrics import DEFINITIONS
 from thinkrl.options import asks_for_help, command_line, exit_with_error, option, parse_as
-from thinkrl.tools.figures import importance_by_place, run_class, thin
+from thinkrl.tools.figures import importance_by_place, points_of_a_line, run_class, thin
 from thinkrl.tools.formats import SHARES, change, duration, number, script_json, visible
 from thinkrl.tools.reading import Chains, TrainingRun, open_folders
 from thinkrl.tools.rows import annotated_chains, held_out, training_groups
@@ -50,15 +50,20 @@ from thinkrl.tools.sections import (
 
 ASSETS = Path(__file__).parent.parent / "assets"
 LIMIT = 4_800_000  # bytes of a page at most
+MOST = 64  # runs on one page
 
 
 def write_report(*folders: Path, out: Path | None = None, steps: set[int] | None = None) -> Path:
     """Write the page of these folders and return its path, by default report.html in the one folder or above all.
 
     steps: the logged steps whose completions are shown; None: as many as fit, evenly spread. Raises UserError
-    if a folder holds no run.
+    if a folder holds no run, or if there are too many.
     """
     found = open_folders(list(folders))
+    if len(found) > MOST:
+        raise UserError(
+            f"{len(found)} runs are too many for one page, at most {MOST} can be told apart: name some"
+        )
     runs = [run for run in found if isinstance(run, TrainingRun)]
     chains = [folder for folder in found if isinstance(folder, Chains)]
     if out is None:
@@ -127,7 +132,9 @@ def completions(
 ) -> dict:
     """What the template shows of the completions: `data` for the script, histograms, and how much was left out."""
     lines = {
-        key: [[list(axis) for axis in zip(*thin(line))] for line in metric["lines"]]
+        key: [
+            [list(axis) for axis in zip(*thin(line, points_of_a_line(len(runs))))] for line in metric["lines"]
+        ]
         for group in curves["groups"]
         for key, metric in group["metrics"].items()
     }
