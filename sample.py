@@ -128,7 +128,7 @@ def two_policies(options: Options, world: World) -> Attempt:
     tokenizers = {role: Tokenizer(path) for role, path in paths.items()}
     longshort.require_same_tokenizer(tokenizers["long"], tokenizers["short"])
     prompts = shared_prompts(options.prompts, *paths.values())
-    voices = {
+    roles = {
         role: longshort.RoleSampler(
             Sampler(
                 load_model(path, compute_dtype(options, world), world.device),
@@ -137,20 +137,20 @@ def two_policies(options: Options, world: World) -> Attempt:
             ),
             options.temperature,
             limit(path, options),
+            prompts,
+            options.suffix,
         )
         for role, path in paths.items()
     }
 
     def attempt(problems: list[Problem], n: int) -> list[Trajectory]:
         return longshort.converse(
-            voices,
+            roles,
             problems,
-            prompts,
             group_size=n,
             max_turns=options.max_turns,
             seed=options.seed,
             address=(EVALUATION, 0),
-            suffix=options.suffix,
         )
 
     return attempt
@@ -163,10 +163,7 @@ def answer(options: Options, world: World) -> None:
         policy(options, world)([Problem(0, options.prompt, "0", source)], options.n) if world.main else []
     ):
         if options.long:
-            print(
-                longshort.transcript(t, colour=sys.stdout.isatty()),
-                f"\n[{t.tokens} tokens, {t.extra['ended']}]",
-            )
+            print(longshort.transcript(t, colour=sys.stdout.isatty()), f"\n[{t.tokens} tokens, {t.ended}]")
         else:
             print(f"{t.text}\n[{t.tokens} tokens, {t.turns[0].finish_reason}]")
 
@@ -223,9 +220,9 @@ def record(t: Trajectory) -> dict:
         "correct": t.correct,
         "tokens": t.tokens,
     }
-    if "texts" in t.extra:
-        turns = [{"role": turn.role, "text": text} for turn, text in zip(t.turns, t.extra["texts"])]
-        line |= {"turns": turns, "ended": t.extra["ended"]}
+    if isinstance(t, longshort.Conversation):
+        turns = [{"role": turn.role, "text": text} for turn, text in zip(t.turns, t.texts)]
+        line |= {"turns": turns, "ended": t.ended}
     return line
 
 

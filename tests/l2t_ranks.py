@@ -18,11 +18,11 @@ SMALL = ["l2t", "--group_size", "4", "--problems_per_step", "2", "--max_tokens",
 
 def main(out: str) -> None:
     world = start("cpu")
-    trajectories = L2T(parse(SMALL), world).rollout(
-        [PROBLEMS[i] for i in world.share(len(PROBLEMS))], 0, Tally()
-    )
+    preset, tally = L2T(parse(SMALL), world), Tally()
+    trajectories = preset.rollout([PROBLEMS[i] for i in world.share(len(PROBLEMS))], 0, tally)
+    preset.reward(trajectories, 0, tally)
     paid = {
-        name: sum(gather([t.extra[name] for t in trajectories]), []) for name in ("compression", "penalty")
+        name: sum(gather([getattr(t, name) for t in trajectories]), []) for name in ("compression", "penalty")
     }
     if world.main:
         torch.save(paid, out)

@@ -1,5 +1,5 @@
-"""Run under torchrun by test_distributed.py: replay recorded trajectories through train.update and write
-what came out.
+"""Run under torchrun by test_distributed.py: replay recorded samples through update.update and write what
+came out.
 """
 
 import itertools
@@ -8,13 +8,13 @@ import sys
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-import train
 from thinkrl.config import parse
 from thinkrl.distributed import run_and_exit, shard, start, stop
 from thinkrl.learner import Learner
 from thinkrl.metrics import Tally
 from thinkrl.model import ModelConfig, Transformer
-from thinkrl.types import Sample, pack
+from thinkrl.types import Sample
+from thinkrl.update import pack_evenly, update
 
 MODEL = ModelConfig(
     "Qwen2ForCausalLM",
@@ -75,18 +75,18 @@ def replay(world, shapes, budget: int, aggregate: str, level: str, cap: float, u
         "--lr",
         "0.01",
     ]
-    config = parse(["grpo", *options])
+    config = parse(["grpo", *options, "--micro_batch_tokens", str(budget)])
     policy = shard(Transformer.random(MODEL, seed=1), world, torch.float32)
     reference = shard(Transformer.random(MODEL, seed=2), world, torch.float32).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr)
     samples = recorded(shapes)
     mine = [samples[i] for i in world.share(len(samples))]
     tally = Tally()
-    packs = train.level(pack(mine, budget), world)
-    loss, grad_norm = train.update(
+    packs = pack_evenly(mine, config, world)
+    loss, grad_norm = update(
         Learner(policy, None, optimizer, None, reference), packs, config.lr, config, world, tally
     )
-    _, means = tally.reduce()
+    means = tally.reduce()
     weights = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {"loss": loss, "grad_norm": grad_norm, "means": means, "weights": weights, "packs": len(packs)}
 

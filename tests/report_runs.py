@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-import train
 from thinkrl.config import as_dict, parse
 from thinkrl.metrics import Log
 from thinkrl.tokenizer import Tokenizer
@@ -84,7 +83,7 @@ def with_tokenizer(log: Log, step: int = 10, source: Path = TINY) -> Tokenizer:
 
 
 def trajectory(
-    text: str, answer="10", question="What is (2+3)*2?", roles=("policy",), sample=0, **extra
+    text: str, answer="10", question="What is (2+3)*2?", roles=("policy",), sample=0
 ) -> Trajectory:
     """An attempt with one turn per role; turns are separated by "|" in `text`. Right if the answer is 10."""
     tokenizer = Tokenizer(TINY)
@@ -95,13 +94,13 @@ def trajectory(
         turn.logprobs = [-0.5] * len(turn.completion)
     right = float(answer == "10")
     problem = Problem(7, question, "10", level="two steps")
-    return Trajectory(problem, sample, turns, text, answer, right, right, extra)
+    return Trajectory(problem, sample, turns, text, answer, right, right)
 
 
-def row(*arguments, **options) -> dict:
-    """A row of samples.jsonl as train.py writes it."""
-    t = trajectory(*arguments, **options)
-    out = train.describe(t, torch.full((t.tokens,), 0.5))
+def row(text: str, answer="10", question="What is (2+3)*2?", roles=("policy",), sample=0, **method) -> dict:
+    """A row of samples.jsonl as train.py writes it, with the keys that a method adds."""
+    t = trajectory(text, answer, question, roles, sample)
+    out = t.record(torch.full((t.tokens,), 0.5)) | method
     for turn, written in zip(t.turns, out["turns"]):
         written["logprobs"] = turn.logprobs
     return out

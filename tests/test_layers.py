@@ -1,6 +1,10 @@
 """Imports go downward only. This table is the architecture."""
 
 import ast
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,16 +15,16 @@ LAYERS = {
     0: ["kernels"],
     1: ["options", "aliases", "config", "types", "distributed", "metrics", "runs"],
     2: ["model", "checkpoint", "tokenizer", "problems", "arith", "grading", "pages"],
-    3: ["paged_model", "decode", "sampler", "rollout", "grpo", "length", "sft"],
-    4: ["learner", "evaluate", "presets"],
+    3: ["paged_model", "decode", "sampler", "rollout", "grpo", "length"],
+    4: ["learner", "evaluate", "update", "session", "sft", "presets"],
     5: ["l2t", "longshort"],
     6: ["tools"],
     7: ["train", "sample", "chunk", "cli"],
 }
 # Inside a folder, from the bottom up: a module sees those before it.
 INSIDE = {
-    "l2t": ["episodes", "prm", "gain", "compression", "credit", "preset"],
-    "longshort": ["conversation", "thoughts", "protocol", "preset"],
+    "l2t": ["episodes", "prm", "prm_training", "gain", "compression", "credit", "preset"],
+    "longshort": ["conversation", "thoughts", "protocol", "cold_start", "preset"],
     "tools": [
         "docs",
         "formats",
@@ -50,7 +54,13 @@ SIDEWAYS = {
     ("sampler", "decode"),
     ("rollout", "sampler"),
     ("length", "grpo"),
+    ("update", "learner"),
+    ("session", "learner"),
+    ("sft", "learner"),
+    ("sft", "session"),
+    ("sft", "update"),
     ("presets", "learner"),
+    ("presets", "evaluate"),
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 FILES = {
@@ -110,3 +120,34 @@ def test_the_check_sees_an_upward_and_a_sideways_import(tmp_path):
     assert imported(file) == {"l2t.credit", "train"}
     assert not allowed("grpo", "l2t.credit") and not allowed("l2t.gain", "longshort.conversation")
     assert not allowed("l2t.episodes", "l2t.gain") and allowed("l2t.gain", "l2t.episodes")
+
+
+@pytest.mark.parametrize("folder", ["l2t", "longshort"])
+def test_without_a_paper_s_folder_grpo_still_trains(folder, tmp_path):
+    def ignore(path: str, names: list[str]) -> list[str]:
+        removed = [folder] if Path(path).name == "thinkrl" else []
+        return [name for name in names if name in ("__pycache__", *removed)]
+
+    for part in ("kernels", "thinkrl"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=ignore)
+    shutil.copy(ROOT / "train.py", tmp_path)
+    options = "--steps 1 --problems_per_step 2 --group_size 2 --max_tokens 20 --eval_problems 2 --name run"
+    done = subprocess.run(
+        [sys.executable, "train.py", "grpo", *options.split()],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "runs" / "run" / "checkpoints" / "step_1" / "hf" / "model.safetensors").exists()
+
+
+def test_train_imports_the_report_last():
+    """A run that cannot draw its report has trained all the same."""
+    tree = ast.parse((ROOT / "train.py").read_text())
+    users = [
+        f.name for f in tree.body if isinstance(f, ast.FunctionDef) and "thinkrl.tools" in ast.unparse(f)
+    ]
+    top = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert users == ["main"] and not any("thinkrl.tools" in line or "thinkrl.l2t" in line for line in top)

@@ -16,16 +16,19 @@ from thinkrl.arith import heldout
 from thinkrl.checkpoint import save_hf
 from thinkrl.config import parse
 from thinkrl.distributed import World, start
+from thinkrl.grpo import group_advantages
 from thinkrl.l2t import preset as preset_module
 from thinkrl.l2t.episodes import segment
 from thinkrl.l2t.prm import new_prm
 from thinkrl.learner import TINY
+from thinkrl.longshort.preset import LongShort
+from thinkrl.longshort.protocol import Conversation
 from thinkrl.metrics import DEFINITIONS, Tally
 from thinkrl.model import ModelConfig, Transformer
 from thinkrl.rollout import EVALUATION
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
-from thinkrl.types import Problem, pack
+from thinkrl.types import Problem
 
 PROBLEMS = heldout()[40:240:100]  # one of two digits, one of three
 
@@ -38,8 +41,9 @@ def world() -> World:
 def step_of(world, *argv: str):
     """One rollout of a preset with its advantages, at a fixed seed."""
     config = parse([*argv, "--group_size", "4", "--problems_per_step", "2", "--max_tokens", "100"])
-    preset, tally = {"grpo": train.Grpo, "l2t": train.L2T}[config.preset](config, world), Tally()
+    preset, tally = train.method(config.preset)(config, world), Tally()
     trajectories = preset.rollout(PROBLEMS, 0, tally)
+    preset.reward(trajectories, 0, tally)
     return preset, trajectories, preset.advantages(trajectories, 0, tally), tally
 
 
@@ -51,16 +55,14 @@ def default(world):
 def test_l2t_pays_every_episode(default):
     _, trajectories, advantages, tally = default
     for t, advantage in zip(trajectories, advantages):
-        K = len(t.extra["ends"])
-        assert t.extra["ends"][-1] == t.tokens == len(advantage) == len(t.extra["episode_ids"])
-        assert len(t.extra["J"]) == K + 1 and len(t.extra["compression"]) == len(t.extra["penalty"]) == K
-        assert all(0 <= j <= 1 for j in t.extra["J"]) and all(c > 0 for c in t.extra["compression"])
-        gains = [b - a for a, b in zip(t.extra["J"], t.extra["J"][1:])]
-        expected = [g - 0.6 * c for g, c in zip(gains, t.extra["penalty"])]
-        assert t.extra["process_reward"] == pytest.approx(expected)
-    paid = sum(sum(t.extra["penalty"]) for t in trajectories) / len(trajectories)
+        K = len(t.episodes)
+        assert t.episodes.ends[-1] + 1 == t.tokens == len(advantage) == len(t.episodes.ids)
+        assert len(t.J) == K + 1 and len(t.compression) == len(t.penalty) == K
+        assert ((t.J >= 0) & (t.J <= 1)).all() and (t.compression > 0).all()
+        torch.testing.assert_close(t.process_reward, t.J.diff() - 0.6 * t.penalty)
+    paid = sum(float(t.penalty.sum()) for t in trajectories) / len(trajectories)
     assert paid == pytest.approx(0.05), "the mean completion pays kappa"
-    known = tally.pairs.keys() & DEFINITIONS.keys()
+    known = (tally.pairs.keys() | tally.sums.keys()) & DEFINITIONS.keys()
     assert {
         "episodes",
         "malformed",
@@ -75,7 +77,7 @@ def test_l2t_pays_every_episode(default):
         "penalty_length_correlation",
         "advantage_max",
     } <= known
-    assert tally.pairs["penalty_tokens"][0] == 0, "the states that the sampler kept serve"
+    assert tally.sums["penalty_tokens"] == 0, "the states that the sampler kept serve"
 
 
 def test_rollouts_do_not_depend_on_the_preset(world, default):
@@ -93,9 +95,7 @@ def test_the_kernel_reaches_the_reward(world, default, monkeypatch):
         lambda x, g, cu, w, **more: whole(x, g, cu, w, **more).flip(0),
     )
     _, trajectories, _, _ = step_of(world, "l2t")
-    assert any(
-        t.extra["process_reward"] != u.extra["process_reward"] for t, u in zip(trajectories, default[1])
-    )
+    assert any(not torch.equal(t.process_reward, u.process_reward) for t, u in zip(trajectories, default[1]))
 
 
 def test_profile_grpo_is_grpo_to_the_bit(world):
@@ -129,13 +129,13 @@ def test_profile_grpo_is_grpo_to_the_bit(world):
 def test_every_option_changes_what_is_paid(world, default, options):
     _, trajectories, advantages, tally = step_of(world, "l2t", *options)
     assert all(a.isfinite().all() for a in advantages)
-    spent = {key: tally.pairs[key][0] for key in ("probe_tokens", "penalty_tokens")}
+    spent = {key: tally.sums.get(key, 0) for key in ("probe_tokens", "penalty_tokens")}
     assert (spent["penalty_tokens"] > 0) == (options[-1] in ("last_block", "layers")), (
         "other proxies use the sampler's states"
     )
-    assert spent["probe_tokens"] > default[3].pairs["probe_tokens"][0] or options[-1] != "continue", "dearer"
+    assert spent["probe_tokens"] > default[3].sums["probe_tokens"] or options[-1] != "continue", "dearer"
     if options == ["--compression", "drift"]:
-        assert all(c == 0 for t in trajectories for c in t.extra["compression"]), (
+        assert all((t.compression == 0).all() for t in trajectories), (
             "nothing has moved before the first step"
         )
         return
@@ -153,28 +153,36 @@ def test_profile_code_sums_gains_by_length(world, monkeypatch):
     preset, trajectories, _, _ = step_of(world, "l2t", "--profile", "code", "--prm", "x")
     for t in trajectories:
         prefixes = segment(t.turns[0].completion, preset.tokenizer).prefixes
-        K, lengths = len(t.extra["ends"]), [b - a for a, b in zip(prefixes, prefixes[1:])]
-        expected = [0.0] * K if t.extra["malformed"] else [0.0, *(n / K for n in lengths[1:])]
-        assert t.extra["process_reward"] == pytest.approx(expected, abs=1e-6)
-        assert t.reward == pytest.approx(t.outcome_reward - 0.01 * t.extra["malformed"])
+        K, lengths = len(t.episodes), [b - a for a, b in zip(prefixes, prefixes[1:])]
+        expected = [0.0] * K if t.episodes.malformed else [0.0, *(n / K for n in lengths[1:])]
+        assert t.process_reward.tolist() == pytest.approx(expected, abs=1e-6)
+        assert t.reward == pytest.approx(t.outcome_reward - 0.01 * t.episodes.malformed)
 
 
-def test_controls_price_length_and_episodes(world, default):
+def test_a_price_per_token_is_paid_by_the_correct(world):
     _, plain, _, _ = step_of(world, "grpo")
-    _, tokens, _, _ = step_of(world, "grpo", "--length_penalty", "0.01")
-    _, episodes, _, _ = step_of(world, "grpo", "--episode_price", "0.1")
-    for a, b, c, d in zip(plain, tokens, episodes, default[1]):
+    _, priced, _, _ = step_of(world, "grpo", "--length_penalty", "0.01")
+    for a, b in zip(plain, priced):
         assert b.reward == pytest.approx(a.outcome_reward * (1 - 0.01 * a.tokens))
-        assert c.reward == pytest.approx(a.outcome_reward - 0.1 * len(d.extra["ends"]))
 
 
-def test_an_l2t_step_trains(world, default):
-    preset, trajectories, advantages, tally = default
-    learner = preset.learner(0)
-    before = learner.policy.head_weight.full_tensor().clone()
-    packs = train.level(pack(preset.samples(trajectories, advantages, 0), 4096), world)
-    loss, grad_norm = train.update(learner, packs, 1e-3, preset.config, world, tally)
-    assert grad_norm > 0 and not torch.equal(before, learner.policy.head_weight.full_tensor())
+def test_flat_compression_is_grpo_with_a_fixed_price_per_episode(world):
+    options = ["--gain", "none", "--compression", "flat", "--alpha", "0.5", "--beta", "0.04"]
+    _, trajectories, advantages, _ = step_of(world, "l2t", *options)
+    returns = torch.tensor([t.outcome_reward - 0.02 * len(t.episodes) for t in trajectories])
+    expected = group_advantages(returns.view(-1, 4)).flatten()
+    assert len({len(t.episodes) for t in trajectories}) > 1
+    for advantage, value in zip(advantages, expected):
+        torch.testing.assert_close(advantage, value.expand(len(advantage)), rtol=1e-5, atol=1e-5)
+
+
+def test_an_l2t_step_trains(world):
+    options = ["--group_size", "4", "--problems_per_step", "2", "--max_tokens", "100", "--lr", "1e-3"]
+    preset, tally = train.method("l2t")(parse(["l2t", *options]), world), Tally()
+    policy = preset.learners["policy"].policy
+    before = policy.head_weight.full_tensor().clone()
+    _, _, numbers = train.train_step(preset, PROBLEMS, 0, world, tally)
+    assert numbers["grad_norm"] > 0 and not torch.equal(before, policy.head_weight.full_tensor())
 
 
 # Long⊗Short: the long role's round is steps 0 to 2, the short role's 3 to 5
@@ -182,10 +190,17 @@ def test_an_l2t_step_trains(world, default):
 SIX = [Problem(0, "2*3?", "6"), Problem(1, "1*6?", "6")]
 
 
-def pair_of(world, *argv: str) -> train.LongShort:
-    return train.LongShort(
+def pair_of(world, *argv: str) -> LongShort:
+    return LongShort(
         parse(["longshort", "--rounds", "LS", "--steps_per_round", "3", "--group_size", "2", *argv]), world
     )
+
+
+def rolled(pair: LongShort, problems: list[Problem], step: int) -> list[Conversation]:
+    """The conversations of a step, rewarded."""
+    talks = pair.rollout(problems, step, Tally())
+    pair.reward(talks, step, Tally())
+    return talks
 
 
 def listen(monkeypatch, pair, **texts: list[str]) -> list[tuple]:
@@ -234,7 +249,7 @@ def test_trained_role_partner_and_evaluation_are_sampled_differently(world, monk
     asked.clear()
     first, second = pair.attempt(SIX[:1], 2, 0.0, (EVALUATION, 0))
     assert asked == [("long", 0.0, 12), ("short", 0.0, 12)]
-    assert first.extra["texts"] == second.extra["texts"], "greedy"
+    assert first.texts == second.texts, "greedy"
 
 
 def test_brevity_is_paid_within_a_group_and_more_from_step_to_step(world, monkeypatch):
@@ -248,7 +263,7 @@ def test_brevity_is_paid_within_a_group_and_more_from_step_to_step(world, monkey
         long=["<think>1</think>", "<think>12</think>", "<think>1234</think>", "<think>12345</think>"],
         short=["<answer>2*3=6\n6</answer>", "<answer>6</answer>"],
     )
-    paid = [[t.reward for t in pair.rollout(SIX, step, Tally())] for step in range(6)]
+    paid = [[t.reward for t in rolled(pair, SIX, step)] for step in range(6)]
     assert paid[:3] == [[2, 2, 2, 2], [2.5, 1.5, 2.5, 1.5], [3, 1, 3, 1]]
     assert paid[3:] == [[2, 2, 2, 2], [1.5, 2.5, 1.5, 2.5], [1, 3, 1, 3]], (
         "µ is 0 again; now the short turns count"
@@ -275,7 +290,7 @@ def test_options_of_the_role_reward(world, monkeypatch, options, paid):
         long=["<think>1</think>", "<think><episode_1>1</episode_1></think>"],
         short=["<answer>5</answer>", "<answer>6</answer>"],
     )
-    assert [t.reward for t in pair.rollout(SIX[:1], 2, Tally())] == paid
+    assert [t.reward for t in rolled(pair, SIX[:1], 2)] == paid
 
 
 @pytest.mark.parametrize(
@@ -286,7 +301,7 @@ def test_how_long_a_conversation_goes_on(world, monkeypatch, options, turns, end
     pair = pair_of(world, *options.split())
     listen(monkeypatch, pair, long=["<think>1</think>"], short=["<answer>1</rethink>"])
     for talk in pair.rollout(SIX, 0, Tally()) + pair.attempt(SIX, 1, 0.0, (EVALUATION, 0)):
-        assert (len(talk.turns), talk.extra["ended"]) == (turns, ended)
+        assert (len(talk.turns), talk.ended) == (turns, ended)
 
 
 def test_the_learning_rate_starts_anew_with_every_round(world):
@@ -305,7 +320,7 @@ def test_roles_with_different_tokenizers_are_refused(world, tmp_path):
         pair_of(world, "--long", "tiny", "--short", str(tmp_path))
 
 
-def test_two_sizes_of_one_family_train_each_other(world, tmp_path):
+def test_two_sizes_of_one_family_train_each_other(world, tmp_path, monkeypatch):
     """The embedded model thinks, one a third as wide with random weights replies; each is trained for one
     step.
     """
@@ -326,6 +341,8 @@ def test_two_sizes_of_one_family_train_each_other(world, tmp_path):
         "16",
         "--kl_coef",
         "0.1",
+        "--lr",
+        "1e-3",
     )
     assert [pair.learners[role].policy.head_weight.shape for role in ("long", "short")] == [
         (72, 96),
@@ -335,15 +352,19 @@ def test_two_sizes_of_one_family_train_each_other(world, tmp_path):
     def weights(role: str) -> torch.Tensor:
         return pair.learners[role].policy.head_weight.full_tensor().clone()
 
-    for step, role, partner in ((0, "long", "short"), (3, "short", "long")):
-        tally, own, other, learner = Tally(), weights(role), weights(partner), pair.learner(step)
-        talks = pair.rollout(SIX, step, tally)
+    reward = pair.reward
+
+    def generous(talks, step, tally):
+        reward(talks, step, tally)
         talks[0].reward += 10  # so that there is something to learn, whatever they wrote
-        packs = train.level(pack(pair.samples(talks, pair.advantages(talks, step, tally), step), 4096), world)
-        _, grad_norm = train.update(learner, packs, 1e-3, pair.config, world, tally)
-        learner.sampler.load_weights(learner.policy)
-        assert grad_norm > 0 and not torch.equal(own, weights(role)) and torch.equal(other, weights(partner))
-        assert torch.equal(learner.sampler.model.head_weight, weights(role))
+
+    monkeypatch.setattr(pair, "reward", generous)
+    for step, role, partner in ((0, "long", "short"), (3, "short", "long")):
+        tally, own, other = Tally(), weights(role), weights(partner)
+        talks, _, numbers = train.train_step(pair, SIX, step, world, tally)
+        assert numbers["grad_norm"] > 0 and torch.equal(other, weights(partner))
+        assert not torch.equal(own, weights(role))
+        assert torch.equal(pair.learners[role].sampler.model.head_weight, weights(role))
         mismatch, tokens = tally.pairs["mismatch"]
         assert (
             tokens == sum(len(t.turns[role == "short"].completion) for t in talks)

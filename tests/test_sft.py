@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer as Ids
 from tokenizers import models
 
+from thinkrl.longshort.cold_start import row_prompt
 from thinkrl.longshort.conversation import Prompts, build, example
 from thinkrl.sft import Row, load_rows, nll_loss, samples
 from thinkrl.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ def test_a_row_of_a_conversation_has_the_ids_of_reinforcement_learning(tokenizer
     (tmp_path / "rows.jsonl").write_text(
         "\n".join(json.dumps(r) for r in (row, {k: row[k] for k in row if k != "conversation"}))
     )
-    told, alpaca = samples(load_rows(tmp_path / "rows.jsonl"), tokenizer)
+    told, alpaca = samples(load_rows(tmp_path / "rows.jsonl"), tokenizer, encode=row_prompt)
     assert told.prompt == build("long", "a", ["b", "c"], tokenizer, prompts) == [4, 0, 6, 0, 1, 2, 5]
     assert alpaca.prompt == [4, 0, 6, 0, 7, 5] and told.completion == alpaca.completion == [2, 0, 3]
 

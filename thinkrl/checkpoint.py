@@ -42,10 +42,13 @@ from torch.optim import Optimizer
 from thinkrl import UserError
 from thinkrl.model import ModelConfig, Transformer
 
+Layout = dict[
+    str, list[tuple[str, tuple[int, ...]]]
+]  # our parameter -> the Hugging Face tensors that are its rows
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors spells them; anything else is quantised
 
 
-def hf_layout(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+def hf_layout(config: ModelConfig) -> Layout:
     """Our parameter name -> the Hugging Face tensors (name, shape) that are its rows, top to bottom."""
     D, F, Dh = config.width, config.mlp_width, config.head_dim
     q_rows, kv_rows = config.heads * Dh, config.kv_heads * Dh
@@ -116,9 +119,7 @@ def load_model(
 
 
 @torch.no_grad()
-def fill(
-    model: nn.Module, path: Path, files: dict[str, Path], layout: dict[str, list[tuple[str, tuple[int, ...]]]]
-) -> None:
+def fill(model: nn.Module, path: Path, files: dict[str, Path], layout: Layout) -> None:
     """Copy the tensors that `layout` names into the model's parameters, one at a time. Raises UserError as
     `load_model` does.
     """
@@ -150,41 +151,56 @@ def save_hf(
     dtype        of the written tensors; None: that of the parameters
     shard_bytes  files above this size are split; rank 0 holds at most about one of them in memory
     """
-    path, layout, state = Path(path), hf_layout(model.config), get_model_state_dict(model)
+    layout, state = hf_layout(model.config), get_model_state_dict(model)
     dtype = dtype or model.head_weight.dtype
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name in layout:
-        size = state[name].numel() * dtype.itemsize
-        if size > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    parts = _split({name: state[name].numel() * dtype.itemsize for name in layout}, shard_bytes)
+    files = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
     files = files if len(files) > 1 else ["model.safetensors"]
-
-    with atomic_dir(path) as folder:
+    with atomic_dir(Path(path)) as folder:
         weight_map, total = {}, 0
-        for file, names in zip(files, shards):
-            tensors = {}
-            for name in names:
-                full = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]
-                if folder:
-                    parts = full.to("cpu", dtype).split([shape[0] for _, shape in layout[name]])
-                    tensors |= {theirs: part.clone() for (theirs, _), part in zip(layout[name], parts)}
+        for file, names in zip(files, parts):
+            tensors = hf_tensors(state, {name: layout[name] for name in names}, dtype)
             if folder:
                 save_file(tensors, folder / file, metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(tensors, file)
                 total += sum(tensor.nbytes for tensor in tensors.values())
         if folder:
-            name = str(dtype).removeprefix("torch.")
-            write_json(folder / "config.json", model.config.to_hf() | {"dtype": name, "torch_dtype": name})
             if len(files) > 1:
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 write_json(folder / "model.safetensors.index.json", index)
+            name = str(dtype).removeprefix("torch.")
+            write_json(folder / "config.json", model.config.to_hf() | {"dtype": name, "torch_dtype": name})
             if tokenizer is not None:
                 tokenizer.save(folder)
+
+
+def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut into lists of at most `limit` bytes each; a larger one gets a list of its own."""
+    parts: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if size > room and parts[-1]:
+            parts.append([])
+            room = limit
+        parts[-1].append(name)
+        room -= size
+    return parts
+
+
+def hf_tensors(
+    state: dict[str, Tensor], layout: Layout, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The Hugging Face tensors of the parameters that `layout` names, gathered from all ranks to rank 0's host
+    memory; {} on other ranks. Collective. dtype: None keeps the parameters' own.
+    """
+    tensors = {}
+    for ours, rows in layout.items():
+        value = state[ours]
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        if _rank() == 0:
+            parts = full.to("cpu", dtype).split([shape[0] for _, shape in rows])
+            tensors |= {theirs: part.clone() for (theirs, _), part in zip(rows, parts)}
+    return tensors
 
 
 def save_step(

@@ -116,7 +116,6 @@ class Config:
         low=0,
         presets=("grpo",),
     )
-    episode_price: float = option(0.0, "control: penalty per episode in the reward", low=0, presets=("grpo",))
 
     _optimizer = group("Optimizer", tuple(PRESETS))
     steps: int = option(500, "optimizer steps", low=1, presets=("grpo", "l2t", "sft", "prm"))
@@ -179,8 +178,8 @@ class Config:
     compression: str = option(
         "diag",
         "C_k: PAC-Bayes with a diagonal Fisher | the paper's Eq. 4 as printed | natural gradient step | "
-        "drift from the start policy | 0",
-        ("diag", "rank1", "natural", "drift", "none"),
+        "drift from the start policy | 1, a fixed penalty β per episode that κ does not scale | 0",
+        ("diag", "rank1", "natural", "drift", "flat", "none"),
     )
     proxy: str = option(
         "svd",
@@ -444,7 +443,7 @@ def _check(config: Config) -> None:
         "--gain prm needs --prm PATH, a step reward model made by train.py prm",
     )
     refuse(
-        c.preset == "l2t" and c.temperature != 1 and c.compression != "none",
+        c.preset == "l2t" and c.temperature != 1 and c.compression not in ("flat", "none"),
         f"--temperature {c.temperature}: the Fisher information in the penalty is that of tokens sampled at "
         "temperature 1; keep it, or use --compression none",
     )

@@ -18,6 +18,7 @@ from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
 
 from thinkrl.grading import canonical
+from thinkrl.metrics import Tally
 from thinkrl.types import Trajectory
 
 RIGHT = "right"  # every right answer's vote, however it is spelled
@@ -104,6 +105,18 @@ def summarise(trajectories: Sequence[Trajectory]) -> dict:
     levels = _grouped(trajectories, lambda t: t.problem.level)
     out["by_level"] = {level: _accuracy_and_tokens(levels[level]) for level in sorted(levels)}
     return out
+
+
+def tally_outcomes(tally: Tally, trajectories: Sequence[Trajectory], group_size: int) -> None:
+    """Add a step's rewards, accuracy and tokens to its tally; groups are contiguous."""
+    for t in trajectories:
+        tally.add("reward", t.reward)
+        tally.add("accuracy", t.outcome_reward)
+        tally.add("tokens", t.tokens)
+        tally.add("truncated", any(turn.finish_reason == "length" for turn in t.turns))
+        tally.add_sum("sampled_tokens", t.tokens)
+    for i in range(0, len(trajectories), group_size):
+        tally.add("zero_groups", len({t.reward for t in trajectories[i : i + group_size]}) == 1)
 
 
 def summary_table(summary: dict) -> str:

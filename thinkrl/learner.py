@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ from thinkrl import UserError
 from thinkrl.checkpoint import latest_step, load_model, load_step, point_latest, save_hf, save_step
 from thinkrl.config import Config
 from thinkrl.distributed import World, shard
-from thinkrl.longshort.conversation import Prompts, save_prompts
 from thinkrl.model import Transformer
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -27,14 +26,12 @@ class Learner:
     policy: Transformer  # sharded; fp32 master weights
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
-    sampler: (
-        Sampler | None
-    )  # this rank's whole copy of the weights, in the compute dtype; None where nothing is sampled
+    sampler: Sampler | None  # this rank's full copy in the compute dtype; None where nothing is sampled
     reference: Transformer | None = None  # frozen start policy, sharded; None without a KL term
-    prompts: Prompts | None = None  # of the roles, where it learns one: saved beside its weights
+    files: dict[str, str] = field(default_factory=dict)  # name -> text of files saved beside its weights
 
     def reset_reference(self) -> None:
-        """The reference becomes the policy of now: Long⊗Short does this at the start of a round."""
+        """Make the reference equal to the policy as it is now."""
         if self.reference is not None:
             with torch.no_grad():
                 for kept, moving in zip(self.reference.parameters(), self.policy.parameters()):
@@ -62,15 +59,17 @@ def new_learner(
     world: World,
     tokenizer: Tokenizer,
     samplers: int = 1,
-    prompts: Prompts | None = None,
+    files: dict[str, str] | None = None,
 ) -> Learner:
-    """samplers: how many take KV pages beside each other on a device; 0: nothing is sampled."""
+    """A policy from a checkpoint folder, ready to train.
+
+    samplers    how many samplers share a device's memory for KV pages; 0: nothing is sampled
+    files       see `Learner`
+    """
     dtype = compute_dtype(config, world)
 
     def sharded() -> Transformer:
-        """From host memory: sharding moves one block at a time, so the fp32 weights are never whole on a
-        device.
-        """
+        """Loaded to host memory first: sharding moves one block at a time, so a device never holds all fp32 weights."""
         return shard(load_model(path), world, dtype, config.replicate, config.activation_checkpointing)
 
     policy, sampler = sharded(), None
@@ -82,7 +81,7 @@ def new_learner(
             memory_share=0.8 / samplers,
         )
     reference = sharded().requires_grad_(False) if config.kl_coef else None
-    return Learner(policy, tokenizer, new_optimizer(policy, config), sampler, reference, prompts)
+    return Learner(policy, tokenizer, new_optimizer(policy, config), sampler, reference, files or {})
 
 
 def new_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -98,8 +97,8 @@ def new_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimiz
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
-    """Linear warm-up over a share of `steps`, then constant or a cosine to 0. Steps count from 0; the
-    first one moves.
+    """Linear warm-up over a share of `steps`, then constant or a cosine to 0. Steps count from 0; the rate of
+    step 0 is above 0.
     """
     warmup = max(1, round(config.warmup * steps))
     if step < warmup:
@@ -117,7 +116,7 @@ def save(
     config: Config,
     export: Callable = save_hf,
 ) -> None:
-    """checkpoints/step_N with everything a resume needs, and by `export` a folder that others load per learner. Collective.
+    """Write checkpoints/step_N: all that a resume needs and, by `export`, a loadable folder per learner. Collective.
 
     `latest` moves last: a run that is killed before is resumed from the checkpoint before.
     """
@@ -125,8 +124,9 @@ def save(
     for name, learner in learners.items():
         own = path / {"policy": "hf", "prm": "prm"}.get(name, f"hf_{name}")
         export(learner.policy, learner.tokenizer, own)
-        if learner.prompts and dist.get_rank() == 0:
-            save_prompts(learner.prompts, own)
+        if dist.get_rank() == 0:
+            for file, text in learner.files.items():
+                (own / file).write_text(text, encoding="utf-8")
     point_latest(folder, step, keep=config.keep_checkpoints)
 
 

@@ -34,7 +34,7 @@ DEFINITIONS = {
     "advantage_max": "l2t: largest |advantage| of the step, over all ranks",
     "seconds": "wall-clock of the step, rollout to weight sync",
     "tokens_per_second": "sampled tokens of all ranks / seconds",
-    "rollout_seconds": "time of it spent sampling and, under l2t, on probes and the penalty",
+    "rollout_seconds": "time of it spent sampling and, under l2t, on probes",
     "probe_tokens": "l2t: token-forwards spent on probes per step, by the policy or the reward model, all ranks",
     "probe_seconds": "l2t: time spent on probes, cutting into episodes included (mean over ranks)",
     "episodes": "l2t: mean episodes K per completion",
@@ -54,14 +54,17 @@ DEFINITIONS = {
 
 
 class Tally:
-    """(sum, count) pairs of one step, reduced over ranks once, as one vector. Keys must agree between
-    ranks.
+    """The numbers of one step, which begins when this is made. Means are kept as (sum, count), sums as they
+    are; `reduce` adds both over ranks, once, as one vector. Every rank must add the same names.
     """
 
     def __init__(self) -> None:
+        self.clock = Stopwatch()
         self.pairs: dict[str, list[float]] = {}
+        self.sums: dict[str, float] = {}
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        """Add to a mean, which is the sum of `total` / the sum of `count`."""
         pair = self.pairs.setdefault(name, [0.0, 0.0])
         for i, value in enumerate((total, count)):
             pair[i] += float(value.detach() if isinstance(value, Tensor) else value)
@@ -70,14 +73,25 @@ class Tally:
         for name, (total, count) in pairs.items():
             self.add(name, total, count)
 
-    def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
-        """(sums, means) over all ranks; collective. The mean of what nobody counted is 0."""
-        names = sorted(self.pairs)
-        totals = global_sum(
-            torch.tensor([self.pairs[n] for n in names], dtype=torch.float64).reshape(-1, 2)
-        ).tolist()
-        sums = {name: total for name, (total, _) in zip(names, totals)}
-        return sums, {name: total / count if count else 0.0 for name, (total, count) in zip(names, totals)}
+    def add_sum(self, name: str, value: float) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def reduce(self) -> dict[str, float]:
+        """Means and sums over all ranks; collective. The mean of what nobody counted is 0."""
+        means, sums = sorted(self.pairs), sorted(self.sums)
+        pairs = [self.pairs[name] for name in means] + [[self.sums[name], 1.0] for name in sums]
+        totals = global_sum(torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)).tolist()
+        reduced = {name: total / count if count else 0.0 for name, (total, count) in zip(means, totals)}
+        return reduced | {name: total for name, (total, _) in zip(sums, totals[len(means) :])}
+
+    def row(self, step: int, **numbers: float) -> dict[str, float]:
+        """The line of metrics.jsonl of optimizer step `step`, counted from 1; `numbers` are already those of
+        all ranks. Collective.
+        """
+        reduced, seconds = self.reduce(), self.clock.seconds
+        known = {name: value for name, value in reduced.items() if name in DEFINITIONS}
+        speed = reduced["sampled_tokens"] / seconds
+        return {"step": step, "kl": 0.0, **known, **numbers, "seconds": seconds, "tokens_per_second": speed}
 
 
 def correlation(x: Tensor, y: Tensor) -> float:

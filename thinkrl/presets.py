@@ -1,22 +1,26 @@
-"""Presets: who writes the trajectory, what it is paid, and how the advantage is filled. Nothing else differs between them.
+"""Presets: what a method must bring to be trained by train.py, and the plainest one, Grpo.
 
-    Grpo        one completion per attempt, paid for its outcome, one advantage for all its tokens
-    L2T         the same completions, paid per episode: information gained minus parameters moved
-    LongShort   two policies write a conversation in turns; each round trains one of them
+To write your own, write a class with the members of `Preset` and name it in `train.method`. Those with a body
+here can be inherited. tests/example_method.py is a whole one in 30 lines. Nothing below the samples knows which
+method is running: packing, the loss, the optimizer step, logging and checkpoints are the same for all.
 
-train.py calls, for every step:  learner, rollout, advantages, samples.  A preset holds no state but its learners and what
-`state_dict` says.
+    Grpo                       one completion per attempt, its graded outcome, one advantage for all its tokens
+    l2t.preset.L2T             the same completions, rewarded per episode
+    longshort.preset.LongShort two policies write a conversation in turns; each round trains one of them
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from thinkrl.config import Config
 from thinkrl.distributed import World
+from thinkrl.evaluate import summarise
 from thinkrl.grpo import group_advantages
-from thinkrl.l2t.episodes import segment
 from thinkrl.learner import Learner, learning_rate, model_path, new_learner
 from thinkrl.metrics import Tally
 from thinkrl.rollout import TRAINING, require_room, rollout
@@ -24,7 +28,94 @@ from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample, Trajectory
 
 
-class Grpo:
+class Preset(Protocol):
+    """A method, called by train.py in the order below; the middle part is `train.train_step`.
+
+    Made from the options and this rank's place: `Method(config, world)`. It may keep state between steps only
+    in its learners and in what `state_dict` returns, so that a resumed run is the same run. A `tally` takes
+    numbers for metrics.jsonl; their names are defined in metrics.DEFINITIONS.
+    """
+
+    config: Config
+    learners: dict[str, Learner]
+    """The policies, by name: trained, saved (as hf/ for "policy", else hf_NAME/) and restored."""
+
+    # once, before the run folder exists
+
+    def require_room(self, problems: list[Problem], training: bool) -> None:
+        """Raise UserError if a problem and what will be sampled after it exceed the model's context."""
+        ...
+
+    # every step, in this order
+
+    def begin_step(self, step: int) -> Learner:
+        """Prepare step `step`, from 0, and return the learner that it trains. Called once a step."""
+        ...
+
+    def rollout(self, problems: list[Problem], step: int, tally: Tally) -> Sequence[Trajectory]:
+        """Sample `group_size` graded attempts at each problem, groups contiguous. `reward` is the outcome so far.
+
+        Randomness is drawn at the address (TRAINING, step), so that it is the same on any number of ranks.
+        """
+        ...
+
+    def reward(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> None:
+        """Set each trajectory's `reward` and fill in what else `advantages` will read. Without a body: the outcome."""
+
+    def advantages(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> list[Tensor]:
+        """Per trajectory, one fp32 number for each of its tokens that is trained on, in order."""
+        ...
+
+    def samples(
+        self, trajectories: Sequence[Trajectory], advantages: Sequence[Tensor], step: int
+    ) -> list[Sample]:
+        """The (prompt, completion) pairs that enter the loss: all turns, unless a method says otherwise."""
+        samples = []
+        for t, advantage in zip(trajectories, advantages, strict=True):
+            parts = advantage.split([len(turn.completion) for turn in t.turns])
+            samples += [
+                Sample(
+                    turn.prompt,
+                    turn.completion,
+                    part,
+                    torch.tensor(turn.logprobs),
+                    f"{t.problem.id}/{t.sample}",
+                )
+                for turn, part in zip(t.turns, parts)
+            ]
+        return samples
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of this step."""
+        return learning_rate(step, self.config.steps, self.config)
+
+    # evaluation on held-out problems
+
+    def attempt(
+        self, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...]
+    ) -> Sequence[Trajectory]:
+        """n graded attempts at each problem as the method would answer it, their randomness at `address`."""
+        ...
+
+    def summarise(self, trajectories: Sequence[Trajectory]) -> dict:
+        """What summary.json says of held-out attempts."""
+        return summarise(trajectories)
+
+    def name(self, step: int) -> str:
+        """The key in summary.json of an evaluation after `step` steps."""
+        return f"step_{step}"
+
+    # checkpoints
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs beside the learners: nested dicts and lists of tensors, numbers and strings."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take what `state_dict` returned; {} at the start of a new run."""
+
+
+class Grpo(Preset):
     """The baseline: one completion per attempt, its graded outcome is the reward, one advantage for all
     its tokens.
     """
@@ -35,28 +126,15 @@ class Grpo:
         self.tokenizer = Tokenizer(path)
         self.learners = {"policy": new_learner(path, config, world, self.tokenizer)}
 
-    def learner(self, step: int) -> Learner:
-        return self.learners["policy"]
-
-    def name(self, step: int) -> str:
-        """What the policy after `step` steps is called in summary.json."""
-        return f"step_{step}"
-
-    def learning_rate(self, step: int) -> float:
-        return learning_rate(step, self.config.steps, self.config)
-
-    def require_room(self, problems: list[Problem], more: int = 0) -> None:
-        """Raise UserError before the first step if a problem and its completion, `more` tokens included,
-        exceed the context.
-        """
+    def require_room(self, problems: list[Problem], training: bool, more: int = 0) -> None:
+        """Raise UserError if a problem, its completion and `more` tokens exceed the model's context."""
         c, model = self.config, self.learners["policy"].policy
         require_room(
             problems, self.tokenizer, model.config.max_positions, c.max_tokens + more, c.system, c.suffix
         )
 
-    def require_trainable(self, problems: list[Problem]) -> None:
-        """`require_room` for problems to train on, of which a preset may want more."""
-        self.require_room(problems)
+    def begin_step(self, step: int) -> Learner:
+        return self.learners["policy"]
 
     def attempt(
         self, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...], **hooks
@@ -76,44 +154,20 @@ class Grpo:
             **hooks,
         )
 
-    def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Trajectory]:
-        trajectories = self.attempt(
-            problems, self.config.group_size, self.config.temperature, (TRAINING, step)
-        )
+    def rollout(self, problems: list[Problem], step: int, tally: Tally) -> Sequence[Trajectory]:
+        return self.attempt(problems, self.config.group_size, self.config.temperature, (TRAINING, step))
+
+    def reward(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> None:
+        """The outcome, less a price per token of a correct completion under --length_penalty."""
         for t in trajectories:
             t.reward = t.outcome_reward * (1 - self.config.length_penalty * t.tokens)
-            if self.config.episode_price:
-                episodes = segment(t.turns[0].completion, self.tokenizer, self.config.episodes)
-                t.reward -= self.config.episode_price * len(episodes)
-        return trajectories
 
-    def advantages(self, trajectories: list[Trajectory], step: int, tally: Tally) -> list[Tensor]:
-        return [
-            value.expand(t.tokens)
-            for value, t in zip(grpo_advantages(trajectories, self.config), trajectories)
-        ]
-
-    def samples(self, trajectories: list[Trajectory], advantages: list[Tensor], step: int) -> list[Sample]:
-        return [
-            Sample(
-                turn.prompt,
-                turn.completion,
-                advantage,
-                torch.tensor(turn.logprobs),
-                f"{t.problem.id}/{t.sample}",
-            )
-            for t, advantage in zip(trajectories, advantages)
-            for turn in t.turns
-        ]
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
+    def advantages(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> list[Tensor]:
+        scalars = grpo_advantages(trajectories, self.config)
+        return [value.expand(t.tokens) for value, t in zip(scalars, trajectories)]
 
 
-def grpo_advantages(trajectories: list[Trajectory], config: Config) -> Tensor:
+def grpo_advantages(trajectories: Sequence[Trajectory], config: Config) -> Tensor:
     """One fp32 number per trajectory, from its group's raw rewards."""
     reward = torch.tensor([t.reward for t in trajectories], dtype=torch.float64).view(-1, config.group_size)
     return group_advantages(reward, config.advantage_std).flatten().float()

@@ -5,7 +5,7 @@ character:
 
     Problem     question "2+3?", answer "5"
     Turn        prompt [2 + 3 ?], completion [5 EOS], logprobs [-0.1 -0.2]        what the sampler returned, untouched
-    Trajectory  one turn (grpo, l2t) or several (longshort), its grade and its rewards
+    Trajectory  one turn (grpo, l2t) or several (longshort), its grade and its reward
     Sample      prompt [2 + 3 ?], completion [5 EOS], advantage [0.7 0.7]         one row that enters the loss
     Pack        tokens     [2 + 3 ? 5 EOS | 2 + 3 ? 6 EOS]                        many samples in one row, T = 12
                 cu_seqlens [0 6 12]
@@ -19,7 +19,8 @@ sampled stop token counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,15 +52,13 @@ class Turn:
     completion: list[int]  # sampled ids, the stop token included
     logprobs: list[float]  # the sampler's own, at the sampling temperature, one per completion token
     finish_reason: str  # "stop" | "length"
-    hidden: Tensor | None = (
-        None  # [len(completion), D], the hidden state that predicted each token, when it was kept
-    )
+    hidden: Tensor | None = None  # [len(completion), D], the state that predicted each token, if it was kept
 
 
 @dataclass
 class Trajectory:
-    """All turns of one attempt at a problem, with its grade and its rewards. Rewards are raw: nothing
-    overwrites them.
+    """All turns of one attempt at a problem, with its grade and its reward. A method that measures more
+    adds fields in a dataclass of its own (l2t.preset.EpisodeTrajectory, longshort.protocol.Conversation).
     """
 
     problem: Problem
@@ -68,10 +67,7 @@ class Trajectory:
     text: str = ""  # decoded completion of the last turn
     answer: str | None = None  # as extracted from the text
     outcome_reward: float = 0.0  # 1 if the answer is the gold one
-    reward: float = 0.0  # outcome_reward plus what the preset adds per trajectory
-    extra: dict = field(
-        default_factory=dict
-    )  # what a preset wants in samples.jsonl: spans, gains, penalties, role rewards
+    reward: float = 0.0  # raw: outcome_reward plus what the preset adds per trajectory
 
     @property
     def correct(self) -> bool:
@@ -81,6 +77,39 @@ class Trajectory:
     def tokens(self) -> int:
         """Sampled tokens of all turns and roles."""
         return sum(len(turn.completion) for turn in self.turns)
+
+    def record(self, advantage: Tensor) -> dict:
+        """One line of samples.jsonl, to which the log adds "step". Here, and only here, tensors become lists.
+
+        problem, sample           address: the problem's id, the place in its group
+        question, gold, level     of the problem
+        answer, text              as extracted (null: none found), and the text it was extracted from
+        outcome_reward, reward    raw
+        turns                     role, prompt and completion (token ids) and finish_reason of each turn
+        advantage                 one number per token that was trained on, in order, rounded to 4 decimals
+        """
+        turns = [
+            {
+                "role": turn.role,
+                "prompt": turn.prompt,
+                "completion": turn.completion,
+                "finish_reason": turn.finish_reason,
+            }
+            for turn in self.turns
+        ]
+        return {
+            "problem": self.problem.id,
+            "sample": self.sample,
+            "question": self.problem.question,
+            "gold": self.problem.answer,
+            "level": self.problem.level,
+            "answer": self.answer,
+            "text": self.text,
+            "outcome_reward": self.outcome_reward,
+            "reward": self.reward,
+            "turns": turns,
+            "advantage": [round(a, 4) for a in advantage.tolist()],
+        }
 
 
 @dataclass
@@ -92,6 +121,7 @@ class Sample:
     advantage: Tensor  # [len(completion)] fp32, one value per completion token
     sampler_logprob: Tensor  # [len(completion)] fp32
     id: str = ""  # "problem/sample/turn", named when a loss is not finite
+    label: Tensor | None = None  # [len(completion)] fp32, see Pack.label
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -107,10 +137,9 @@ class Pack:
     advantage: Tensor  # [T] fp32
     sampler_logprob: Tensor  # [T] fp32, 0 where the mask is 0
     ids: list[str]
-    old_logprob: Tensor | None = (
-        None  # [T], by the trainer, before the first update; None: the policy has not moved yet
-    )
+    old_logprob: Tensor | None = None  # [T], by the trainer before its first update; None: it has not moved
     ref_logprob: Tensor | None = None  # [T], by the frozen reference
+    label: Tensor | None = None  # [T] fp32, what a reward model is to predict behind a token; NaN: nothing
 
     def to(self, device: torch.device | str) -> Pack:
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
@@ -146,14 +175,19 @@ def _row(samples: list[Sample]) -> Pack:
     lengths = torch.tensor([0] + [len(s) for s in samples])
     cu_seqlens = lengths.cumsum(0).to(torch.int32)
 
-    def row(values: list[tuple[Tensor, int]]) -> Tensor:
-        return torch.cat([torch.cat([torch.zeros(skip), value.float()]) for value, skip in values])
+    def row(values: list[Tensor], prompt: float = 0.0) -> Tensor:
+        """[T]: each sample's values on its completion, `prompt` on its prompt."""
+        parts = zip(samples, values, strict=True)
+        return torch.cat([torch.cat([torch.full((len(s.prompt),), prompt), v.float()]) for s, v in parts])
+
+    labels = [s.label for s in samples if s.label is not None]
 
     return Pack(
         tokens=torch.tensor([t for s in samples for t in (*s.prompt, *s.completion)], dtype=torch.int64),
         cu_seqlens=cu_seqlens,
-        mask=row([(torch.ones(len(s.completion)), len(s.prompt)) for s in samples]),
-        advantage=row([(s.advantage, len(s.prompt)) for s in samples]),
-        sampler_logprob=row([(s.sampler_logprob, len(s.prompt)) for s in samples]),
+        mask=row([torch.ones(len(s.completion)) for s in samples]),
+        advantage=row([s.advantage for s in samples]),
+        sampler_logprob=row([s.sampler_logprob for s in samples]),
         ids=[s.id for s in samples],
+        label=row(labels, prompt=math.nan) if labels else None,
     )

@@ -215,7 +215,7 @@ def test_degenerate_groups_are_finite(mode, statistic):
             J.append(torch.tensor(values))
             to_go.append(returns_to_go(r_out, prg, ALPHA))
             tokens.append(token_rewards(episode_rewards(r_out, prg, ALPHA), ids[-1], -torch.tensor(surprise)))
-        A = token_advantages(tokens, mode=mode, statistic=statistic, to_go=to_go, J=J, episode_ids=ids)
+        A = token_advantages(tokens, mode=mode, statistic=statistic, states=(to_go, J, ids))
         assert [len(a) for a in A] == [len(t) for t in tokens], name
         assert all(a.isfinite().all() for a in A), name
         if name in ("one completion", "equal rewards", "wrong only"):
@@ -226,9 +226,7 @@ def test_degenerate_groups_are_finite(mode, statistic):
             [nothing, nothing],
             mode=mode,
             statistic=statistic,
-            to_go=[nothing[:1]] * 2,
-            J=[nothing[:2]] * 2,
-            episode_ids=[torch.zeros(3).long()] * 2,
+            states=([nothing[:1]] * 2, [nothing[:2]] * 2, [torch.zeros(3).long()] * 2),
         )
     )
 
@@ -291,7 +289,7 @@ def test_misuse_is_explained():
         token_advantages([torch.ones(2)], mode="even")
     with pytest.raises(ValueError, match="statistic must be"):
         token_advantages([torch.ones(2)], statistic="mean")
-    with pytest.raises(ValueError, match="to_go, J and episode_ids"):
+    with pytest.raises(ValueError, match="needs states"):
         token_advantages([torch.ones(2)], mode="to_go")
 
 
@@ -689,7 +687,7 @@ def test_the_preset_s_probe_is_the_rule_s_and_ends_the_answer():
             [probe] = preset.probes([problem])
             assert [preset.tokenizer.decode(ids) for ids in (probe.forced, probe.gold)] == texts
         with pytest.raises(UserError, match="arith grading does not find the gold answer"):
-            L2T(parse(["l2t", "--probe_suffix", "."]), world).require_trainable([problem])
+            L2T(parse(["l2t", "--probe_suffix", "."]), world).require_room([problem], training=True)
     finally:
         distributed.stop()
 

@@ -27,12 +27,11 @@ from thinkrl.l2t.credit import (
     truncated_mean,
 )
 from thinkrl.l2t.episodes import segment
-from thinkrl.l2t.preset import L2T
+from thinkrl.l2t.preset import L2T, EpisodeTrajectory
 from thinkrl.l2t.prm import SEPARATOR, SYSTEM, StepRewardModel, new_prm, save_prm
 from thinkrl.learner import TINY
 from thinkrl.metrics import Tally
 from thinkrl.tokenizer import Tokenizer
-from thinkrl.types import Trajectory
 
 ALPHA = 0.8
 
@@ -46,31 +45,29 @@ def preset_of(world: World, *options: str) -> L2T:
     return L2T(parse([*SMALL, *options]), world)
 
 
-def rolled(preset: L2T, step: int = 0) -> tuple[list[Trajectory], Tally]:
+def rolled(preset: L2T, step: int = 0) -> tuple[list[EpisodeTrajectory], Tally]:
     tally = Tally()
-    return preset.rollout(PROBLEMS, step, tally), tally
+    trajectories = preset.rollout(PROBLEMS, step, tally)
+    preset.reward(trajectories, step, tally)
+    return trajectories, tally
 
 
 @pytest.fixture(scope="module")
-def written(world) -> list[Trajectory]:
+def written(world) -> list[EpisodeTrajectory]:
     """By default options. Other credits and statistics are applied to the same trajectories."""
     return rolled(preset_of(world))[0]
 
 
-def advantages(world: World, trajectories: list[Trajectory], *options: str) -> list[torch.Tensor]:
+def advantages(world: World, trajectories: list[EpisodeTrajectory], *options: str) -> list[torch.Tensor]:
     return preset_of(world, *options).advantages(trajectories, 0, Tally())
-
-
-def column(t: Trajectory, name: str) -> torch.Tensor:
-    return torch.tensor(t.extra[name], dtype=torch.int64 if name == "episode_ids" else torch.float64)
 
 
 def test_credit_follows_the_surprise_of_the_sampler(world, written):
     """Alg. 1 l. 11: inside an episode, advantages are to each other as the surprises are."""
     for t, advantage in zip(written, advantages(world, written, "--profile", "paper")):
         ratio = advantage / surprise(torch.tensor(t.turns[0].logprobs))
-        for k in range(len(t.extra["ends"])):
-            own = ratio[column(t, "episode_ids") == k]
+        for k in range(len(t.episodes)):
+            own = ratio[t.episodes.ids == k]
             assert own.abs().min() > 0
             torch.testing.assert_close(own, own[:1].expand(len(own)), rtol=1e-4, atol=0)
 
@@ -78,10 +75,8 @@ def test_credit_follows_the_surprise_of_the_sampler(world, written):
 def test_to_go_credit_gets_each_state_s_own_prediction(world, written):
     expected = []
     for group in (written[:4], written[4:]):
-        to_go = [returns_to_go(t.reward, column(t, "process_reward"), ALPHA) for t in group]
-        expected += to_go_advantages(
-            to_go, [column(t, "J") for t in group], [column(t, "episode_ids") for t in group]
-        )
+        to_go = [returns_to_go(t.reward, t.process_reward, ALPHA) for t in group]
+        expected += to_go_advantages(to_go, [t.J for t in group], [t.episodes.ids for t in group])
     for advantage, values in zip(advantages(world, written, "--credit", "to_go"), expected, strict=True):
         torch.testing.assert_close(advantage, values.float())
 
@@ -90,8 +85,8 @@ def test_keep_reaches_the_truncated_mean(world, written):
     options = ["--statistic", "token_trunc_mean", "--credit", "uniform", "--keep", "0.5"]
     rewards = [
         token_rewards(
-            episode_rewards(t.reward, column(t, "process_reward"), ALPHA),
-            column(t, "episode_ids"),
+            episode_rewards(t.reward, t.process_reward, ALPHA),
+            t.episodes.ids,
             torch.tensor(t.turns[0].logprobs),
         )
         for t in written
@@ -109,7 +104,7 @@ def test_max_ratio_clips_guarded_credit(world, written):
 
 def test_gain_samples_is_the_number_of_continuations(world):
     trajectories, _ = rolled(preset_of(world, "--gain", "continue", "--gain_samples", "3"))
-    thirds = torch.cat([3 * column(t, "J") for t in trajectories])
+    thirds = torch.cat([3 * t.J for t in trajectories])
     torch.testing.assert_close(thirds, thirds.round())
     assert ((thirds > 0) & (thirds < 3)).any(), "not all prefixes are certain"
 
@@ -131,13 +126,13 @@ def test_penalty_tokens_are_those_of_one_step(world):
     preset = preset_of(world, "--proxy", "last_block", "--max_tokens", "20")
     rolled(preset)
     trajectories, tally = rolled(preset, 1)
-    assert tally.pairs["penalty_tokens"] == [sum(len(t.turns[0].prompt) + t.tokens for t in trajectories), 1]
+    assert tally.sums["penalty_tokens"] == sum(len(t.turns[0].prompt) + t.tokens for t in trajectories)
 
 
 def test_malformed_completions_are_counted(world):
     trajectories, tally = rolled(preset_of(world, "--max_tokens", "30"))
-    assert tally.pairs["malformed"] == [sum(t.extra["malformed"] for t in trajectories), len(trajectories)]
-    assert any(t.extra["malformed"] for t in trajectories), "an episode is left open"
+    assert tally.pairs["malformed"] == [sum(t.episodes.malformed for t in trajectories), len(trajectories)]
+    assert any(t.episodes.malformed for t in trajectories), "an episode is left open"
 
 
 def test_the_natural_step_divides_by_the_mean_fisher(world):
@@ -149,9 +144,7 @@ def test_the_natural_step_divides_by_the_mean_fisher(world):
         [(x, g)] = (tuple(f.double() for f in pair) for pair in preset.proxy.factors(row))
     fisher = g.T.square() @ x.square() / len(x)
     expected = episode_quadratic_ref(x, g, row.cu_episodes, 1 / (fisher + DAMPING)) ** 2
-    torch.testing.assert_close(
-        torch.cat([column(t, "compression") for t in trajectories]), expected, rtol=1e-3, atol=0
-    )
+    torch.testing.assert_close(torch.cat([t.compression for t in trajectories]), expected, rtol=1e-3, atol=0)
 
 
 def save_own(folder, **changes) -> str:
@@ -190,14 +183,14 @@ def test_a_reward_model_never_sees_the_answer(world, tmp_path):
     assert (
         any("<answer>" in t.text for t in trajectories) and preset.tokenizer.encode("<answer>")[0] not in seen
     )
-    assert tally.pairs["probe_tokens"] == [len(seen), 1]
+    assert tally.sums["probe_tokens"] == len(seen)
     for t in trajectories:
         turn = t.turns[0]
         counts = segment(turn.completion, preset.tokenizer).prefixes
         expected = scores(
             preset.prm, turn.prompt + turn.completion, [len(turn.prompt) + n - 1 for n in counts]
         )
-        torch.testing.assert_close(column(t, "J"), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(t.J, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_separator_model_is_told_one_step_per_episode(world, tmp_path):
@@ -206,7 +199,7 @@ def test_a_separator_model_is_told_one_step_per_episode(world, tmp_path):
     own, read, several = Tokenizer(tmp_path), 0, 0
     separator = own.encode(SEPARATOR)
     for t in trajectories:
-        if t.extra["malformed"]:
+        if t.episodes.malformed:
             continue
         prompt = own.encode_chat(
             [{"role": "system", "content": SYSTEM}, {"role": "user", "content": t.problem.question}]
@@ -218,10 +211,10 @@ def test_a_separator_model_is_told_one_step_per_episode(world, tmp_path):
         expected = torch.cat(
             [scores(preset.prm, prompt + separator, [len(prompt)]), scores(preset.prm, row, positions)]
         )
-        torch.testing.assert_close(column(t, "J"), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(t.J, expected, atol=1e-5, rtol=1e-4)
         read += len(prompt) + 1 + len(row)
         several += len(positions) > 1
-    assert several and read <= tally.pairs["probe_tokens"][0]
+    assert several and read <= tally.sums["probe_tokens"]
 
 
 def test_beyond_a_separator_model_s_context_nothing_is_gained(world, tmp_path):
@@ -232,8 +225,8 @@ def test_beyond_a_separator_model_s_context_nothing_is_gained(world, tmp_path):
         for context in (1024, 110)
     )
     held = 0
-    for whole, t in zip((column(t, "J") for t in long), short):
-        J = column(t, "J")
+    for whole, t in zip((t.J for t in long), short):
+        J = t.J
         known = 1 + int((J[:-1] != J[1:]).sum())
         expected = torch.cat([whole[:known], whole[known - 1].expand(len(whole) - known)])
         torch.testing.assert_close(J, expected, atol=1e-5, rtol=1e-4)
@@ -250,10 +243,10 @@ def test_a_reward_model_that_cannot_read_the_policy_is_refused(world, tmp_path):
         world, "--gain", "prm", "--prm", save_own(tmp_path / "short", max_position_embeddings=100)
     )
     with pytest.raises(UserError, match="exceed the reward model's context of 100"):
-        preset.require_trainable(PROBLEMS)
+        preset.require_room(PROBLEMS, training=True)
     preset = preset_of(world, "--gain", "prm", "--prm", save_separator(tmp_path / "other", context=40))
     with pytest.raises(UserError, match="exceed the reward model's context of 40"):
-        preset.require_trainable(PROBLEMS)
+        preset.require_room(PROBLEMS, training=True)
 
 
 def test_two_ranks_pay_what_one_pays(written, tmp_path):
@@ -263,6 +256,4 @@ def test_two_ranks_pay_what_one_pays(written, tmp_path):
     for name in ("compression", "penalty"):
         theirs = torch.load(tmp_path / "penalties")[name]
         for t, values in zip(written, theirs, strict=True):
-            torch.testing.assert_close(
-                torch.tensor(values, dtype=torch.float64), column(t, name), rtol=1e-4, atol=0
-            )
+            torch.testing.assert_close(values, getattr(t, name), rtol=1e-4, atol=0)

@@ -12,19 +12,15 @@ from thinkrl.checkpoint import save_hf
 from thinkrl.distributed import shard, start, stop
 from thinkrl.l2t.prm import (
     StepRewardModel,
-    label_positions,
     load_prm,
     new_prm,
-    pack_loss,
-    prefix_labels,
-    prm_loss,
     require_context,
     require_same_ids,
     retokenize,
-    samples,
     save_prm,
     score_completions,
 )
+from thinkrl.l2t.prm_training import label_positions, pack_loss, prefix_labels, prm_loss, samples
 from thinkrl.model import Transformer
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -183,7 +179,7 @@ def test_labels_stand_at_the_ends_of_their_prefixes():
         [attempt(Problem(1, "", "5"), "a b ?", "a b <answer> 5 <eos>")], [[0, 2]], [torch.tensor([0.5, 0.0])]
     )
     assert p.tokens.tolist() == ids("a b ? a b"), "nothing behind the last prefix is read"
-    assert label_positions(p).tolist() == [2, 4] and p.advantage[[2, 4]].tolist() == [0.5, 0.0]
+    assert label_positions(p).tolist() == [2, 4] and p.label[[2, 4]].tolist() == [0.5, 0.0]
     assert label_positions(empty_pack()).tolist() == []
 
 

@@ -16,8 +16,8 @@ from thinkrl.longshort.conversation import (
     example_prompt,
     gradable,
     load_prompts,
+    prompts_file,
     require_prompts,
-    save_prompts,
     shared_prompts,
     tagged,
     user_text,
@@ -207,17 +207,21 @@ def test_a_template_that_repeats_the_message_is_refused():
 
 
 def test_prompts_travel_with_the_policy(tmp_path):
+    def save(prompts: Prompts, folder):
+        for name, text in prompts_file(prompts).items():
+            (folder / name).write_text(text, encoding="utf-8")
+
     prompts = Prompts("think", "answer", joiner="+")
     for role in ("long", "short"):
         (tmp_path / role).mkdir()
-        save_prompts(prompts, tmp_path / role)
+        save(prompts, tmp_path / role)
     assert shared_prompts("", tmp_path / "long", tmp_path / "short") == prompts
     row = example("short", "1*1?", ["<think>1</think>"], "<answer>1</answer>", prompts)
     require_prompts(row, "rows.json:1", prompts)
     for other in (Prompts("think", "Answer", joiner="+"), Prompts("think", "answer", joiner=" ")):
         with pytest.raises(UserError, match="rows.json:1: written with other role prompts .* --prompts"):
             require_prompts(row, "rows.json:1", other)
-        save_prompts(other, tmp_path / "short")
+        save(other, tmp_path / "short")
         with pytest.raises(UserError, match="have been trained with different prompts.json"):
             shared_prompts("", tmp_path / "long", tmp_path / "short")
         assert (

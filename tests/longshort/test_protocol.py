@@ -14,6 +14,7 @@ from thinkrl.grpo import group_advantages
 from thinkrl.learner import TINY
 from thinkrl.longshort.conversation import Prompts, build, load_prompts
 from thinkrl.longshort.protocol import (
+    Conversation,
     RoleReward,
     RoleSampler,
     converse,
@@ -33,7 +34,7 @@ from thinkrl.longshort.protocol import (
 )
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
-from thinkrl.types import Problem, Trajectory, Turn, pack
+from thinkrl.types import Problem, Turn, pack
 
 PROMPTS = Prompts("L", "S", joiner="|")
 
@@ -69,9 +70,9 @@ class Scripted:
 
 
 def talk(long, short, problems=1, group_size=1, **options):
-    voices = {"long": RoleSampler(long, 0.9, 50), "short": RoleSampler(short, 0.3, 60)}
+    roles = {"long": RoleSampler(long, 0.9, 50, PROMPTS), "short": RoleSampler(short, 0.3, 60, PROMPTS)}
     problems = [Problem(i, f"q{i}", "4", "arith") for i in range(problems)]
-    return converse(voices, problems, PROMPTS, group_size=group_size, seed=1, address=(0, 7), **options)
+    return converse(roles, problems, group_size=group_size, seed=1, address=(0, 7), **options)
 
 
 def test_rethink_then_answer():
@@ -79,10 +80,13 @@ def test_rethink_then_answer():
     short = Scripted(["<answer>c</rethink>"], ["<answer>2+2=4\n4</answer>"])
     [t] = talk(long, short)
     assert [turn.role for turn in t.turns] == ["long", "short", "long", "short"]
-    assert t.extra == {
-        "texts": ["<think>a</think>", "<answer>c</rethink>", "<think>b</think>", "<answer>2+2=4\n4</answer>"],
-        "ended": "answered",
-    }
+    assert t.ended == "answered"
+    assert t.texts == [
+        "<think>a</think>",
+        "<answer>c</rethink>",
+        "<think>b</think>",
+        "<answer>2+2=4\n4</answer>",
+    ]
     assert (t.answer, t.outcome_reward, t.reward) == ("4", 1.0, 1.0)
     assert t.text == "<answer>2+2=4\n4</answer>" and exchanges([t]) == [2]
     assert long.asked == [["(L\nq0)"], ["(L\nq0|<think>a</think>|<answer>c</rethink>)"]]
@@ -121,7 +125,7 @@ def test_each_role_has_its_own_sampling_and_every_turn_its_own_key():
 def test_never_answers():
     long, short = Scripted(*[["<think>a</think>"]] * 3), Scripted(*[["<answer>4</rethink>"]] * 3)
     [t] = talk(long, short, max_turns=3)
-    assert (len(t.turns), t.extra["ended"], t.outcome_reward, t.answer) == (6, "turns", 0.0, None)
+    assert (len(t.turns), t.ended, t.outcome_reward, t.answer) == (6, "turns", 0.0, None)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,7 @@ def test_never_answers():
 )
 def test_a_malformed_thought_ends_the_conversation(text):
     [t] = talk(Scripted([text]), Scripted())
-    assert (len(t.turns), t.extra["ended"], t.outcome_reward) == (1, "malformed", 0.0)
+    assert (len(t.turns), t.ended, t.outcome_reward) == (1, "malformed", 0.0)
     assert own_samples([t], "short", [torch.zeros(0)]) == []
 
 
@@ -149,7 +153,7 @@ def test_a_malformed_thought_ends_the_conversation(text):
 )
 def test_a_malformed_answer_is_not_graded(text):
     [t] = talk(Scripted(["<think>a</think>"]), Scripted([text]))
-    assert (len(t.turns), t.extra["ended"], t.outcome_reward) == (2, "malformed", 0.0)
+    assert (len(t.turns), t.ended, t.outcome_reward) == (2, "malformed", 0.0)
 
 
 def test_no_room_for_another_turn():
@@ -158,10 +162,7 @@ def test_no_room_for_another_turn():
     )  # the second prompt has 40 + 36 characters
     short = Scripted(["<answer>c</rethink>", "<answer>" + "c" * 40 + "</rethink>"], ["<answer>4</answer>"])
     talks = talk(long, short, problems=2)
-    assert [t.extra["ended"] for t in talks] == ["answered", "context"] and [len(t.turns) for t in talks] == [
-        4,
-        2,
-    ]
+    assert [t.ended for t in talks] == ["answered", "context"] and [len(t.turns) for t in talks] == [4, 2]
 
 
 def test_single_exchange_grades_the_one_reply():
@@ -189,16 +190,10 @@ def test_length_reward():
 
 
 def attempt(*turns, correct=True, sample=0):
-    out = Trajectory(
-        Problem(5, "q", "4"),
-        sample,
-        [],
-        outcome_reward=float(correct),
-        extra={"texts": [], "ended": "answered"},
-    )
+    out = Conversation(Problem(5, "q", "4"), sample, [], outcome_reward=float(correct), ended="answered")
     for i, (role, text) in enumerate(turns):
         out.turns.append(Turn(role, [1000 + i], Letters().encode(text), [-0.1 * (i + 1)] * len(text), "stop"))
-        out.extra["texts"].append(text)
+        out.texts.append(text)
     return out
 
 
@@ -277,9 +272,9 @@ def test_only_own_turns_enter_the_loss():
 
 def test_schedule():
     assert schedule("LLSLSL") == ["long", "long", "short", "long", "short", "long"]
-    with pytest.raises(UserError, match="unknown letter X; L trains"):
+    with pytest.raises(UserError, match="must be letters L and S, not X"):
         schedule("LXS")
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UserError, match="must be letters L and S"):
         schedule("")
 
 
@@ -311,13 +306,13 @@ def tiny():
 def test_the_real_sampler_holds_a_conversation(tiny):
     """The embedded policy was not taught the roles: what matters is that ids, stops and ends fit together."""
     prompts = Prompts("<|long|>", "<|short|>", joiner="")
-    voices = {"long": RoleSampler(tiny, 1.0, 30), "short": RoleSampler(tiny, 0.3, 30)}
+    roles = {"long": RoleSampler(tiny, 1.0, 30, prompts), "short": RoleSampler(tiny, 0.3, 30, prompts)}
     problems = [Problem(i, f"{i + 2}*3?", str(3 * i + 6), "arith") for i in range(3)]
-    talks = converse(voices, problems, prompts, group_size=4, max_turns=2, seed=3, address=(0, 1))
+    talks = converse(roles, problems, group_size=4, max_turns=2, seed=3, address=(0, 1))
     assert len(talks) == 12 and tiny.pool.free_pages == tiny.pool.num_pages
     for t in talks:
         history = []
-        for turn, text in zip(t.turns, t.extra["texts"]):
+        for turn, text in zip(t.turns, t.texts):
             assert turn.prompt == build(turn.role, t.problem.question, history, tiny.tokenizer, prompts), (
                 "token ids in and out"
             )
@@ -326,10 +321,8 @@ def test_the_real_sampler_holds_a_conversation(tiny):
                 and len(turn.logprobs) == len(turn.completion) <= 30
             )
             history.append(turn.completion)
-    alone = converse(voices, problems[1:2], prompts, group_size=4, max_turns=2, seed=3, address=(0, 1))
-    assert [t.extra["texts"] for t in alone] == [t.extra["texts"] for t in talks[4:8]], (
-        "neighbours change nothing"
-    )
+    alone = converse(roles, problems[1:2], group_size=4, max_turns=2, seed=3, address=(0, 1))
+    assert [t.texts for t in alone] == [t.texts for t in talks[4:8]], "neighbours change nothing"
     counts = summary(talks)
     assert (
         sum(counts["ended"].values()) == pytest.approx(1)
@@ -348,20 +341,15 @@ def test_a_turn_ends_at_any_stop_id_of_the_checkpoint(tiny, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, *end]}))
     talks = []
     for tokenizer in (tiny.tokenizer, Tokenizer(tmp_path)):
-        voice = RoleSampler(Sampler(tiny.model, tokenizer, num_pages=20), 0.0, 6)
+        voice = RoleSampler(Sampler(tiny.model, tokenizer, num_pages=20), 0.0, 6, load_prompts(folder=TINY))
         talks += converse(
-            {"long": voice, "short": voice},
-            [Problem(0, "2*3?", "6")],
-            load_prompts(folder=TINY),
-            group_size=1,
-            seed=3,
-            address=(0, 1),
+            {"long": voice, "short": voice}, [Problem(0, "2*3?", "6")], group_size=1, seed=3, address=(0, 1)
         )
     (plain, *_), (stopped, *_) = (talk.turns for talk in talks)
-    assert (
-        talks[1].extra == {"texts": ["<think><episode_1>"], "ended": "malformed"}
-        and stopped.finish_reason == "stop"
-    )
+    assert (talks[1].texts, talks[1].ended) == (
+        ["<think><episode_1>"],
+        "malformed",
+    ) and stopped.finish_reason == "stop"
     assert len(plain.completion) == 6 and plain.completion[:2] == stopped.completion
 
 

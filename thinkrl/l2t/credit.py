@@ -1,18 +1,18 @@
-"""L2T: a dense reward per episode, information gained minus parameters moved, and the token advantages made of it.
+"""L2T: a dense reward per episode, fitting gain minus compression penalty, and the token advantages made of it.
 
     r_prg_k = (J_k - J_{k-1}) - beta C_k                                                                        Eq. 3
     R_k     = r_out / K + alpha r_prg_k                                                                         Alg. 1 l. 9
     r_t     = R_k w_t / sum_{t' in k} w_t',    w_t = -log p_old(z_t | s_t)                                      Alg. 1 l. 10-11
     A_t     = A r_t / r~,                      A the group-normalised statistic of the completion               Alg. 1 l. 13-15
 
-J_k, predicted correctness, is in gain.py; C_k, compression, in compression.py. Here is what is made of them.
+J_k, predicted correctness, is computed in gain.py; C_k, compression, in compression.py.
 
-Departures (the README measures them): 1. The group statistic is by default the return r_out + alpha sum
-r_prg, which the paper's objective (Eq. 2, 5) maximises.
-   Line 13's truncated mean is a reward per token, an implicit length penalty: `statistic="token_trunc_mean"`.
-2. Line 15 reverses its meaning where A and r~ differ in sign, and explodes where r~ is near 0:
-`mode="guarded"` then
-   spreads A evenly, and clips the ratio elsewhere. `mode="paper"` is the line as printed.
+Departures (docs/l2t.md measures them):
+1. The group statistic is by default the return r_out + alpha sum r_prg, which the paper's objective (Eq. 2, 5)
+   maximises. Line 13's truncated mean is a reward per token, an implicit length penalty:
+   `statistic="token_trunc_mean"`.
+2. Line 15 reverses its meaning where A and r~ differ in sign, and explodes where r~ is near 0: `mode="guarded"`
+   then gives every token A, and clips the ratio elsewhere. `mode="paper"` is the line as printed.
 3. A group without differences, or with differences of rounding size, gets zero advantage.
 
 Letters: T tokens and K episodes of one completion, G completions of one problem.
@@ -29,7 +29,7 @@ from torch import Tensor
 from thinkrl.grpo import group_advantages
 
 SURPRISE_FLOOR = 1e-8  # an episode of certain tokens spreads its reward evenly instead of dividing 0 by 0
-GUARD = 0.02  # guarded credit: means closer to 0 than this share of the group's are no divisor
+GUARD = 0.02  # guarded credit does not divide by statistics below this share of the group's mean
 ROUNDING = 1e-6  # relative; what is smaller is not a reward
 
 
@@ -86,26 +86,6 @@ def group_normalise(values: Tensor, eps: float = 1e-6, std: str = "sample") -> T
     return group_advantages(values[None], std, eps)[0]  # L2T Alg. 1 l. 14
 
 
-def credit(
-    A: Tensor, r: Tensor, center: Tensor, mode: str, scale: Tensor | float = 0.0, max_ratio: float = 10.0
-) -> Tensor:
-    """Spread a completion's advantage A (scalar) over its tokens by their rewards r [T], relative to `center`: [T].
-
-    uniform   A for every token
-    paper     A r_t / center as printed; A where center is 0 up to rounding
-    guarded   A clip(r_t / center, ±max_ratio), or A for every token where the ratio would mean something else: center of
-              the other sign than A, or within GUARD of 0 relative to `scale`, the group's mean |center|
-    """
-    if mode == "uniform" or center.abs() <= ROUNDING * r.abs().max():
-        return A.expand(len(r))
-    ratio = r / center
-    if mode == "guarded":
-        if A * center <= 0 or center.abs() <= GUARD * scale:
-            return A.expand(len(r))
-        ratio = ratio.clamp(-max_ratio, max_ratio)
-    return A * ratio  # L2T Alg. 1 l. 15
-
-
 def token_advantages(
     rewards: Sequence[Tensor],
     keep: float = 0.95,
@@ -116,43 +96,71 @@ def token_advantages(
     max_ratio: float = 10.0,
     *,
     std: str = "sample",
-    to_go: Sequence[Tensor] | None = None,
-    J: Sequence[Tensor] | None = None,
-    episode_ids: Sequence[Tensor] | None = None,
+    states: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]] | None = None,
 ) -> list[Tensor]:
     """Advantage of every token of one group: G completions with token rewards [T_i] -> list of [T_i] fp64.
 
-    mode        how a completion's advantage is spread over its tokens: uniform, paper, guarded (see `credit`), or to_go (see
-                `to_go_advantages`, which needs the last three arguments and neither statistic nor keep)
-    statistic   what is compared in the group: "return_sum", the return, divided by std + 1e-6 exactly as GRPO does; or
-                "token_trunc_mean", the mean of the central `keep` of the token rewards, whose std is divided
-                with `eps`
-    returns     [G] exact returns in fp64 for return_sum; None: the sums of the token rewards, which carry their rounding
-    std         "sample", "population" or "none", as in `group_advantages`
+    mode        how a completion's advantage is spread over its tokens: "uniform" (every token gets it), "paper"
+                (`paper_credit`), "guarded" (`guarded_credit`), or "to_go" (`to_go_advantages(*states)`, which uses no
+                other argument)
+    statistic   what is compared in the group, see `group_statistic`, which takes keep, returns, eps and std
 
-    The ratio of paper and guarded credit is taken against the completion's statistic per token: its truncated
-    mean, or the mean token reward. Groups without differences get zeros. Raises ValueError for an unknown
-    mode or statistic.
+    Groups without differences get zeros. Raises ValueError for an unknown mode or statistic.
     """
     if mode == "to_go":
-        if to_go is None or J is None or episode_ids is None:
-            raise ValueError('mode "to_go" needs the arguments to_go, J and episode_ids')
-        return to_go_advantages(to_go, J, episode_ids)
-    if mode not in ("uniform", "paper", "guarded"):
-        raise ValueError(f"mode must be uniform, paper, guarded or to_go, not {mode!r}")
-    if statistic not in ("token_trunc_mean", "return_sum"):
-        raise ValueError(f"statistic must be token_trunc_mean or return_sum, not {statistic!r}")
+        if states is None:
+            raise ValueError('mode "to_go" needs states: what to_go_advantages takes')
+        return to_go_advantages(*states)
     rewards = [r.double() for r in rewards]
+    A, centers = group_statistic(rewards, statistic, keep, returns, eps, std)
+    if mode == "uniform":
+        return [a.expand(len(r)) for a, r in zip(A, rewards)]
+    if mode == "paper":
+        return [paper_credit(a, r, center) for a, r, center in zip(A, rewards, centers)]
+    if mode == "guarded":
+        floor = GUARD * centers.abs().mean()
+        return [guarded_credit(a, r, center, floor, max_ratio) for a, r, center in zip(A, rewards, centers)]
+    raise ValueError(f"mode must be uniform, paper, guarded or to_go, not {mode!r}")
+
+
+def group_statistic(
+    rewards: Sequence[Tensor],
+    statistic: str,
+    keep: float = 0.95,
+    returns: Tensor | None = None,
+    eps: float = 1e-8,
+    std: str = "sample",
+) -> tuple[Tensor, Tensor]:
+    """Advantage A [G] of each completion in its group, and the statistic per token [G] that credit divides by.
+
+    statistic   "return_sum": the return, divided by std + 1e-6 exactly as GRPO does; per token, the mean reward.
+                "token_trunc_mean": the mean of the central `keep` of the token rewards, divided by std + eps
+    returns     [G] exact returns in fp64 for return_sum; None: the sums of the token rewards, which carry their rounding
+    std         "sample", "population" or "none", as in `group_advantages`
+    """
+    if statistic == "return_sum":
+        totals = torch.stack([r.sum() for r in rewards]) if returns is None else returns.double()
+        return group_normalise(totals, std=std), torch.stack([r.mean() for r in rewards])
     if statistic == "token_trunc_mean":
         centers = torch.stack([truncated_mean(r, keep) for r in rewards])
-        A = group_normalise(centers, eps, std)
-    else:
-        centers = torch.stack([r.mean() for r in rewards])
-        A = group_normalise(
-            torch.stack([r.sum() for r in rewards]) if returns is None else returns.double(), std=std
-        )
-    scale = centers.abs().mean()
-    return [credit(a, r, center, mode, scale, max_ratio) for a, r, center in zip(A, rewards, centers)]
+        return group_normalise(centers, eps, std), centers
+    raise ValueError(f"statistic must be token_trunc_mean or return_sum, not {statistic!r}")
+
+
+def paper_credit(A: Tensor, r: Tensor, center: Tensor) -> Tensor:
+    """A r_t / center, [T], for token rewards r [T]; A for every token where center is 0 up to rounding."""
+    if center.abs() <= ROUNDING * r.abs().max():
+        return A.expand(len(r))
+    return A * (r / center)  # L2T Alg. 1 l. 15
+
+
+def guarded_credit(A: Tensor, r: Tensor, center: Tensor, floor: Tensor, max_ratio: float) -> Tensor:
+    """`paper_credit` with the ratio clipped to ±max_ratio, [T]. A for every token where the ratio would mean
+    something else: where A and center differ in sign, or |center| is at most `floor`, or 0 up to rounding.
+    """
+    if A * center <= 0 or center.abs() <= max(floor, ROUNDING * r.abs().max()):
+        return A.expand(len(r))
+    return A * (r / center).clamp(-max_ratio, max_ratio)
 
 
 def returns_to_go(r_out: float, r_prg: Tensor, alpha: float) -> Tensor:
@@ -165,7 +173,7 @@ def returns_to_go(r_out: float, r_prg: Tensor, alpha: float) -> Tensor:
 def to_go_advantages(
     to_go: Sequence[Tensor], J: Sequence[Tensor], episode_ids: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Credit by what came after: an episode's return-to-go minus what its state let expect. List of [T_i] fp64.
+    """Credit by what came after: an episode's return-to-go minus the baseline of its state. List of [T_i] fp64.
 
         D_ik = G_ik - b_i(J_{i,k-1}, n_{i,k-1})          A_t = D_ik / rms(D over the group's tokens),   k the episode of t
 
@@ -185,23 +193,34 @@ def to_go_advantages(
     Zeros for a group of one, for a group of equal returns, and where only rounding is left.
     """
     G = [values.double() for values in to_go]
+    targets = [values[ids] for values, ids in zip(G, episode_ids)]
     returns = torch.stack([values[0] for values in G])
     size = returns.abs().max()
-    targets = [values[ids] for values, ids in zip(G, episode_ids)]
     if len(G) == 1 or returns.max() - returns.min() <= ROUNDING * size:
         return [torch.zeros_like(y) for y in targets]
-    longest = max(len(ids) for ids in episode_ids)
-    states = []
-    for values, ids in zip(J, episode_ids):
-        n = torch.searchsorted(ids, ids) / longest  # ids are sorted: as many tokens are of earlier episodes
-        states.append(torch.stack([torch.ones_like(n), values[:-1][ids], n], 1).double())
-    squares = torch.stack([x.T @ x for x in states])
-    products = torch.stack([x.T @ y for x, y in zip(states, targets)])
-    inverse = torch.linalg.pinv(squares.sum(0) - squares, rtol=1e-9, hermitian=True)  # J or n may be constant
-    planes = (inverse @ (products.sum(0) - products)[..., None])[..., 0]
+    states = _states(J, episode_ids)
+    planes = _planes_of_the_others(states, targets)
     D = []
     for i, (x, y, plane) in enumerate(zip(states, targets, planes)):
         others = torch.cat(G[:i] + G[i + 1 :])
         D.append(y - (x @ plane).clamp(others.min(), others.max()))
     rms = torch.cat(D).square().mean().sqrt()
     return [torch.zeros_like(d) if rms <= ROUNDING * size else d / rms for d in D]
+
+
+def _states(J: Sequence[Tensor], episode_ids: Sequence[Tensor]) -> list[Tensor]:
+    """Features of the state in which each token's episode is written: 1, J_{k-1}, n_{k-1} / longest. List of [T_i, 3] fp64."""
+    longest = max(len(ids) for ids in episode_ids)
+    states = []
+    for values, ids in zip(J, episode_ids):
+        n = torch.searchsorted(ids, ids) / longest  # ids are sorted: as many tokens are of earlier episodes
+        states.append(torch.stack([torch.ones_like(n), values[:-1][ids], n], 1).double())
+    return states
+
+
+def _planes_of_the_others(states: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Per completion, the least-squares plane through the tokens of all others: coefficients [G, 3]."""
+    squares = torch.stack([x.T @ x for x in states])
+    products = torch.stack([x.T @ y for x, y in zip(states, targets)])
+    inverse = torch.linalg.pinv(squares.sum(0) - squares, rtol=1e-9, hermitian=True)  # J or n may be constant
+    return (inverse @ (products.sum(0) - products)[..., None])[..., 0]

@@ -1,12 +1,18 @@
-"""The preset L2T: Grpo's completions, rewarded per episode."""
+"""The preset L2T: Grpo's completions, rewarded per episode.                                                  L2T Alg. 1
+
+rollout       completions with their episodes, and J_0, …, J_K by short probes while the KV pages are still there
+reward        compression C_k, then the process reward of every episode                 Eq. 3
+advantages    episode rewards -> token rewards -> one advantage per token               Alg. 1 l. 9-15
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from thinkrl.config import Config
@@ -18,12 +24,20 @@ from thinkrl.l2t.credit import (
     process_reward,
     released_reward,
     returns_to_go,
+    to_go_advantages,
     token_advantages,
     token_rewards,
 )
 from thinkrl.l2t.episodes import Episodes, segment
 from thinkrl.l2t.gain import Gain, Probe, forcing, make_probe, room_behind
-from thinkrl.l2t.prm import load_prm, require_context, require_same_ids, retokenize, score_completions
+from thinkrl.l2t.prm import (
+    StepRewardModel,
+    load_prm,
+    require_context,
+    require_same_ids,
+    retokenize,
+    score_completions,
+)
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.metrics import Stopwatch, Tally, correlation
 from thinkrl.presets import Grpo
@@ -31,27 +45,59 @@ from thinkrl.rollout import PROBE, TRAINING, prompt_ids
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory
 
+PROBED = ("forced", "mc", "continue")  # gains that are measured by probes on the sampler's pages
+
+
+def _nothing() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64)
+
+
+@dataclass(kw_only=True)
+class EpisodeTrajectory(Trajectory):
+    """One completion with its K episodes and what each of them is worth. Tensors are fp64, on the CPU.
+
+    `L2T.rollout` sets episodes and J, `L2T.reward` the rest.
+    """
+
+    episodes: Episodes
+    J: Tensor  # [K+1], predicted correctness before the first episode and after each
+    compression: Tensor = field(default_factory=_nothing)  # [K], C as it is
+    penalty: Tensor = field(default_factory=_nothing)  # [K], C normalised: what beta multiplies
+    process_reward: Tensor = field(default_factory=_nothing)  # [K]
+
+    def record(self, advantage: Tensor) -> dict:
+        """One line of samples.jsonl: that of a trajectory and
+
+        ends                      token count of the completion up to the end of each episode, K numbers
+        episode_ids               the episode of each completion token, T numbers
+        malformed                 whether the tags are other than 1, …, K, each closed
+        J                         K+1 numbers
+        fitting_gain, compression, penalty, process_reward    K numbers each
+        """
+        return super().record(advantage) | {
+            "ends": (self.episodes.ends + 1).tolist(),
+            "episode_ids": self.episodes.ids.tolist(),
+            "malformed": self.episodes.malformed,
+            "J": self.J.tolist(),
+            "fitting_gain": self.J.diff().tolist(),
+            "compression": self.compression.tolist(),
+            "penalty": self.penalty.tolist(),
+            "process_reward": self.process_reward.tolist(),
+        }
+
 
 class L2T(Grpo):
-    """Grpo's completions, paid per episode: information gained minus parameters moved. All of it is in
-    thinkrl/l2t.py.
+    """Grpo's completions; an episode earns its fitting gain less a penalty on how far a gradient step on it moves
+    the parameters.
     """
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
-        self.cut = partial(segment, tokenizer=self.tokenizer, how=config.episodes)
-        self.cut([])  # a tokenizer that cannot write the tags is refused now
-        self.prm = None
-        if config.gain == "prm":
-            path = model_path(config.prm, "--prm")
-            self.prm, self.prm_tokenizer = (
-                load_prm(path, compute_dtype(config, world), world.device),
-                Tokenizer(path),
-            )
-            if self.prm.separator is None:
-                require_same_ids(self.tokenizer, self.prm_tokenizer)
+        self.segment = partial(segment, tokenizer=self.tokenizer, how=config.episodes)
+        self.segment([])  # a tokenizer that cannot encode the tags is refused now
+        self.prm = self._load_prm(world) if config.gain == "prm" else None
         self.proxy = None
-        if config.compression != "none":
+        if config.compression not in ("flat", "none"):
             self.proxy = Proxy(
                 self.learners["policy"].sampler.model,
                 config.proxy,
@@ -62,6 +108,16 @@ class L2T(Grpo):
                 seed=config.seed,
             )
 
+    def _load_prm(self, world: World) -> StepRewardModel:
+        path = model_path(self.config.prm, "--prm")
+        prm, self.prm_tokenizer = (
+            load_prm(path, compute_dtype(self.config, world), world.device),
+            Tokenizer(path),
+        )
+        if prm.separator is None:
+            require_same_ids(self.tokenizer, self.prm_tokenizer)
+        return prm
+
     def probes(self, problems: list[Problem]) -> list[Probe]:
         """What asks for each problem's answer, if the gain is one that forces it."""
         c = self.config
@@ -71,141 +127,154 @@ class L2T(Grpo):
             if c.gain in ("forced", "mc")
         ]
 
-    def require_trainable(self, problems: list[Problem]) -> None:
-        """Behind the longest completion there must be room for what the gain puts there; a reward model
-        has a context too.
+    def require_room(self, problems: list[Problem], training: bool, more: int = 0) -> None:
+        """In training, after the longest completion there must be room for what the gain puts there; a reward
+        model has a context too.
         """
         c = self.config
-        self.require_room(problems, more=room_behind(c.gain, self.probes(problems), c.max_tokens))
-        if self.prm is not None:
+        if training:
+            more = room_behind(c.gain, self.probes(problems), c.max_tokens)
+        super().require_room(problems, training, more)
+        if training and self.prm is not None:
             prompts = [prompt_ids(problem, self.tokenizer, c.system, c.suffix) for problem in problems]
             require_context(self.prm, self.prm_tokenizer, problems, prompts, c.max_tokens)
 
-    def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Trajectory]:
-        c, sampler = self.config, self.learners["policy"].sampler
-        gain = Gain(
-            sampler,
+    def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[EpisodeTrajectory]:
+        """Completions with their episodes and J. States are kept where the penalty reads them."""
+        c, gain = self.config, self._gain(problems, step)
+        sampled = self.attempt(
+            problems,
+            c.group_size,
+            c.temperature,
+            (TRAINING, step),
+            on_finish=gain.on_finish if c.gain in PROBED else None,
+            return_hidden=self.proxy is not None and self.proxy.reads_hidden,
+        )
+        if c.gain in PROBED:
+            measured = gain.results()
+            seconds, forwards = gain.seconds, gain.forwards
+        else:
+            clock = Stopwatch()
+            episodes = [self.segment(t.turns[0].completion) for t in sampled]
+            J, forwards = self._score(sampled, episodes)
+            measured, seconds = list(zip(episodes, J)), clock.seconds
+        tally.add("probe_seconds", seconds)
+        tally.add_sum("probe_tokens", forwards)
+        return [
+            EpisodeTrajectory(**vars(t), episodes=episodes, J=J)
+            for t, (episodes, J) in zip(sampled, measured, strict=True)
+        ]
+
+    def _gain(self, problems: list[Problem], step: int) -> Gain:
+        """The probes of this step's completions."""
+        c = self.config
+        return Gain(
+            self.learners["policy"].sampler,
             self.probes(problems),
-            self.cut,
-            c.gain if c.gain in ("mc", "continue") else "forced",
+            self.segment,
+            c.gain if c.gain in PROBED else "forced",
             samples=c.gain_samples,
             max_tokens=c.max_tokens,
             seed=c.seed,
             keys=[(PROBE, step, p.id) for p in problems],
             grade=lambda i, text: grade(text, problems[i].answer, problems[i].source),
         )
-        probed = c.gain in ("forced", "mc", "continue")
-        trajectories = self.attempt(
-            problems,
-            c.group_size,
-            c.temperature,
-            (TRAINING, step),
-            on_finish=gain.on_finish if probed else None,
-            return_hidden=self.proxy is not None and self.proxy.reads_hidden,
-        )
-        turns, clock = [t.turns[0] for t in trajectories], Stopwatch()
-        if probed:
-            episodes, J = map(list, zip(*gain.results())) if trajectories else ([], [])
-            seconds, forwards = gain.seconds, gain.forwards
-        else:
-            episodes = [self.cut(turn.completion) for turn in turns]
-            J, forwards = self.score_steps(trajectories, episodes)
-            seconds = clock.seconds
-        tally.add("probe_seconds", seconds)
-        tally.add("probe_tokens", forwards, 1 / dist.get_world_size())
 
-        sampler.release_pool()  # its memory belongs to the penalty, and to the backward
-        clock = Stopwatch()
-        raw = [torch.zeros(len(e), dtype=torch.float64) for e in episodes]
-        if self.proxy:
-            self.proxy.begin(step)
-            raw = self.proxy.penalties(c.compression, turns, episodes, reduce=global_sum)
-            tally.add("penalty_tokens", self.proxy.forwards, 1 / dist.get_world_size())
-        tally.add("penalty_seconds", clock.seconds)
-        penalty = normalise_compression(raw, c.kappa, global_sum)
-        for t, e, j, C, C_hat in zip(trajectories, episodes, J, raw, penalty):
-            r_prg = (
-                released_reward(j, e.prefixes, e.malformed)
-                if c.released_sum
-                else process_reward(j, C_hat, c.beta)
-            )
-            t.turns[0].hidden = None
-            t.reward = t.outcome_reward - c.malformed_penalty * e.malformed
-            t.extra |= {
-                "ends": (e.ends + 1).tolist(),
-                "episode_ids": e.ids.tolist(),
-                "malformed": e.malformed,
-                "J": j.tolist(),
-                "fitting_gain": j.diff().tolist(),
-                "compression": C.tolist(),
-                "penalty": C_hat.tolist(),
-                "process_reward": r_prg.tolist(),
-            }
-            tally.add_all(
-                {
-                    "episodes": (len(e), 1),
-                    "malformed": (e.malformed, 1),
-                    "fitting_gain": (j[-1] - j[0], 1),
-                    "compression": (C.sum(), 1),
-                    "penalty": (C_hat.sum(), 1),
-                    "process_reward": (r_prg.sum(), 1),
-                }
-            )
-        lengths = torch.cat([e.lengths for e in episodes]) if episodes else torch.zeros(0)
-        tally.add(
-            "penalty_length_correlation", correlation(torch.cat([torch.zeros(0), *penalty]), lengths), 1
-        )
-        return trajectories
+    def _score(self, trajectories: list[Trajectory], episodes: list[Episodes]) -> tuple[list[Tensor], int]:
+        """J by the step reward model, and the tokens it read; zeros for --gain none.
 
-    def score_steps(
-        self, trajectories: list[Trajectory], episodes: list[Episodes]
-    ) -> tuple[list[Tensor], int]:
-        """J by the step reward model, in its own vocabulary if it brings one, and the tokens it read; zeros for --gain none.
-
-        Where it could read no further, J stays as it was.
+        Episodes are re-tokenized for a model with a vocabulary of its own. Where its context ends, J stays as
+        it was.
         """
         if self.prm is None:
             return [torch.zeros(len(e) + 1, dtype=torch.float64) for e in episodes], 0
-        told, before = [], self.prm.forwards
+        rows, before = [], self.prm.forwards
         for t, e in zip(trajectories, episodes):
             prompt, completion = t.turns[0].prompt, t.turns[0].completion
             if self.prm.separator is None:
-                told.append((prompt, completion, e.prefixes))
+                rows.append((prompt, completion, e.prefixes))
             else:
                 steps = [self.tokenizer.decode(completion[a:b]) for a, b in pairwise(e.prefixes)]
-                told.append(
+                rows.append(
                     retokenize(t.problem.question, steps, self.prm_tokenizer, self.prm.config.max_positions)
                 )
-        scores = score_completions(self.prm, *zip(*told)) if told else []
+        scores = score_completions(self.prm, *zip(*rows)) if rows else []
         J = [torch.cat([s, s[-1:].expand(len(e) + 1 - len(s))]).double() for s, e in zip(scores, episodes)]
         return J, self.prm.forwards - before
 
-    def advantages(self, trajectories: list[Trajectory], step: int, tally: Tally) -> list[Tensor]:
-        c, out = self.config, []
-        for i in range(0, len(trajectories), c.group_size):
-            group = trajectories[i : i + c.group_size]
-            r_prg = [torch.tensor(t.extra["process_reward"], dtype=torch.float64) for t in group]
-            ids = [torch.tensor(t.extra["episode_ids"]) for t in group]
-            rewards = [
-                token_rewards(episode_rewards(t.reward, r, c.alpha), i, torch.tensor(t.turns[0].logprobs))
-                for t, r, i in zip(group, r_prg, ids)
-            ]
-            out += token_advantages(
-                rewards,
-                c.keep,
-                c.credit,
-                c.statistic,
-                max_ratio=c.max_ratio,
-                std=c.advantage_std,
-                returns=torch.tensor(
-                    [t.reward + c.alpha * float(r.sum()) for t, r in zip(group, r_prg)], dtype=torch.float64
-                ),
-                to_go=[returns_to_go(t.reward, r, c.alpha) for t, r in zip(group, r_prg)],
-                J=[torch.tensor(t.extra["J"], dtype=torch.float64) for t in group],
-                episode_ids=ids,
-            )
+    def reward(self, trajectories: Sequence[EpisodeTrajectory], step: int, tally: Tally) -> None:
+        """Set each episode's process reward; a trajectory's own reward is its outcome."""
+        c = self.config
+        compression = self._compression(trajectories, step, tally)
+        if c.compression == "flat":
+            penalty = compression  # a fixed price: it has no scale to be normalised
+        else:
+            penalty = normalise_compression(compression, c.kappa, global_sum)
+        for t, C, C_hat in zip(trajectories, compression, penalty, strict=True):
+            e, t.compression, t.penalty = t.episodes, C, C_hat
+            t.reward = t.outcome_reward - c.malformed_penalty * e.malformed
+            if c.released_sum:
+                t.process_reward = released_reward(t.J, e.prefixes, e.malformed)
+            else:
+                t.process_reward = process_reward(t.J, C_hat, c.beta)
+        self._tally(trajectories, tally)
+
+    def _compression(
+        self, trajectories: Sequence[EpisodeTrajectory], step: int, tally: Tally
+    ) -> list[Tensor]:
+        """Raw C of each trajectory's episodes, list of [K] fp64."""
+        clock, episodes = Stopwatch(), [t.episodes for t in trajectories]
+        if self.proxy:
+            turns = [t.turns[0] for t in trajectories]
+            self.proxy.begin(step)
+            C = self.proxy.penalties(self.config.compression, turns, episodes, reduce=global_sum)
+            tally.add_sum("penalty_tokens", self.proxy.forwards)
+            for turn in turns:
+                turn.hidden = None  # read; it is the largest thing a trajectory holds
+        else:
+            price = float(self.config.compression == "flat")
+            C = [torch.full((len(e),), price, dtype=torch.float64) for e in episodes]
+        tally.add("penalty_seconds", clock.seconds)
+        return C
+
+    def _tally(self, trajectories: Sequence[EpisodeTrajectory], tally: Tally) -> None:
+        for t in trajectories:
+            tally.add("episodes", len(t.episodes))
+            tally.add("malformed", t.episodes.malformed)
+            tally.add("fitting_gain", t.J[-1] - t.J[0])
+            tally.add("compression", t.compression.sum())
+            tally.add("penalty", t.penalty.sum())
+            tally.add("process_reward", t.process_reward.sum())
+        penalties = [torch.zeros(0), *(t.penalty for t in trajectories)]
+        lengths = [torch.zeros(0), *(t.episodes.lengths for t in trajectories)]
+        tally.add("penalty_length_correlation", correlation(torch.cat(penalties), torch.cat(lengths)))
+
+    def advantages(self, trajectories: Sequence[EpisodeTrajectory], step: int, tally: Tally) -> list[Tensor]:
+        out = []
+        for i in range(0, len(trajectories), self.config.group_size):
+            out += self._group_advantages(trajectories[i : i + self.config.group_size])
         tally.add("advantage_max", global_max(max((float(a.abs().max()) for a in out), default=0.0)))
         return [a.float() for a in out]
+
+    def _group_advantages(self, group: Sequence[EpisodeTrajectory]) -> list[Tensor]:
+        c = self.config
+        if c.credit == "to_go":
+            to_go = [returns_to_go(t.reward, t.process_reward, c.alpha) for t in group]
+            return to_go_advantages(to_go, [t.J for t in group], [t.episodes.ids for t in group])
+        rewards = []
+        for t in group:
+            R = episode_rewards(t.reward, t.process_reward, c.alpha)
+            rewards.append(token_rewards(R, t.episodes.ids, torch.tensor(t.turns[0].logprobs)))
+        returns = [t.reward + c.alpha * float(t.process_reward.sum()) for t in group]
+        return token_advantages(
+            rewards,
+            c.keep,
+            c.credit,
+            c.statistic,
+            returns=torch.tensor(returns, dtype=torch.float64),
+            max_ratio=c.max_ratio,
+            std=c.advantage_std,
+        )
 
     def state_dict(self) -> dict:
         return {"proxy": self.proxy.state_dict()} if self.proxy else {}

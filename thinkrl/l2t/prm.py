@@ -1,12 +1,9 @@
 """Step reward model: how likely is it that a completion, thought this far, ends in the right answer?
 
     P(positive)_t = softmax(score(h_t))_1                         h_t: hidden state behind the last token of a prefix
-    loss = -sum_n [y_n log P_n + (1 - y_n) log(1 - P_n)] / N      y_n: share of M continuations of prefix n that are right
 
 A prefix is the prompt and the first episodes of a completion, so the K+1 probabilities along a completion are
-one way to fill J_0, …, J_K of the fitting gain (`--gain prm`). The labels are Monte-Carlo estimates of the
-same expectation, and with M > 1 they are soft: the cross-entropy is then least where P is the policy's
-chance, not where it is a verdict.
+one way to fill J_0, …, J_K of the fitting gain (`--gain prm`). prm_training.py makes such a model.
 
 Two kinds of checkpoint differ in four points:
 
@@ -34,23 +31,27 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor
 
 from thinkrl import UserError
-from thinkrl.checkpoint import atomic_dir, fill, hf_layout, read_json, tensor_files, write_json
-from thinkrl.grading import grade
+from thinkrl.checkpoint import (
+    Layout,
+    atomic_dir,
+    fill,
+    hf_layout,
+    hf_tensors,
+    read_json,
+    tensor_files,
+    write_json,
+)
 from thinkrl.model import ModelConfig, Transformer
-from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer, difference
-from thinkrl.types import Pack, Problem, Sample, Trajectory
+from thinkrl.types import Problem
 
 SEPARATOR = "<extra_0>"
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # what separator models were trained under
 TAG = re.compile(r"</?(?:think|episode_\d+)>")
-NO_LABEL = -1.0
 
 Row = tuple[list[int], list[int]]  # tokens of a sequence, and the positions in it whose scores are asked for
-Layout = dict[str, list[tuple[str, tuple[int, ...]]]]
 
 
 class StepRewardModel(nn.Module):
@@ -91,34 +92,6 @@ class StepRewardModel(nn.Module):
     def step_scores(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor) -> Tensor:
         """P(positive) [N] fp32 of the prefixes that end at `positions` [N] int64 of the packed row."""
         return self.logits(self(tokens, cu_seqlens)[positions]).softmax(-1)[:, 1]
-
-
-def prm_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float) -> Tensor:
-    """Cross-entropy of logits [N, 2] against the chance of being positive, labels [N] in [0, 1]. Scalar.
-
-    Summed, then divided by the step's own number of labels over all ranks (taken as at least 1).
-    """
-    logprob = logits.float().log_softmax(-1)
-    total = -((1 - labels) * logprob[:, 0] + labels * logprob[:, 1]).sum()
-    return total / torch.as_tensor(denominator, device=logits.device).clamp(min=1)
-
-
-def label_positions(p: Pack) -> Tensor:
-    """Where the row carries a label, [N] int64. The label itself is in `advantage`."""
-    return ((p.mask > 0) & (p.advantage >= 0)).nonzero().flatten()
-
-
-def pack_loss(
-    model: StepRewardModel, p: Pack, denominator: Tensor | float
-) -> tuple[Tensor, dict[str, tuple]]:
-    """`prm_loss` of a row made of `samples`, and the (sum, count) of |P(positive) - label|.
-
-    A row without labels runs the whole model too and has zero gradients, so ranks stay in step.
-    """
-    at = label_positions(p)
-    logits, labels = model.logits(model(p.tokens, p.cu_seqlens)[at]), p.advantage[at]
-    error = (logits.detach().softmax(-1)[:, 1] - labels).abs()
-    return prm_loss(logits, labels, denominator), {"label_error": (error.sum(), len(at))}
 
 
 @torch.no_grad()
@@ -233,73 +206,6 @@ def require_context(
             )
 
 
-def prefix_labels(
-    sampler: Sampler,
-    tokenizer: Tokenizer,
-    trajectories: Sequence[Trajectory],
-    prefixes: Sequence[list[int]],
-    *,
-    continuations: int,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    address: tuple[int, ...],
-) -> list[Tensor]:
-    """For every prefix of every trajectory's completion, the share of M continuations whose answer is right: a list of [K+1].
-
-    prefixes    as in `score_completions`; prompt, prefix and `max_tokens` more must fit the model's context
-    address     where the randomness lives, with problem, sample and prefix behind it: labels do not depend on the world size
-
-    Equal prefixes are continued once: the K+1 of a group's trajectories share their J_0.
-    """
-    places: dict[
-        tuple[int, ...], list[tuple[int, int]]
-    ] = {}  # ids up to here -> (trajectory, k) that ask for them
-    for i, (trajectory, counts) in enumerate(zip(trajectories, prefixes, strict=True)):
-        turn = trajectory.turns[0]
-        for k, count in enumerate(counts):
-            ids = (trajectory.problem.id, *turn.prompt, *turn.completion[:count])
-            places.setdefault(ids, []).append((i, k))
-    firsts = [(trajectories[i], k) for (i, k), *_ in places.values()]
-    keys = [(*address, t.problem.id, t.sample, k, m) for t, k in firsts for m in range(continuations)]
-    groups = sampler.generate(
-        [list(ids[1:]) for ids in places],
-        n=continuations,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        stop_ids=tokenizer.stop_ids,
-        seed=seed,
-        keys=keys,
-    )
-    labels = [torch.zeros(len(counts)) for counts in prefixes]
-    for asked, group in zip(places.values(), groups):
-        i, k = asked[0]
-        problem, begin = trajectories[i].problem, trajectories[i].turns[0].completion[: prefixes[i][k]]
-        right = sum(
-            grade(tokenizer.decode([*begin, *c.tokens]), problem.answer, problem.source) for c in group
-        )
-        for i, k in asked:
-            labels[i][k] = right / continuations
-    return labels
-
-
-def samples(
-    trajectories: Sequence[Trajectory], prefixes: Sequence[list[int]], labels: Sequence[Tensor]
-) -> list[Sample]:
-    """Rows to pack and train on: each label stands in `advantage` at the last token of its prefix, NO_LABEL elsewhere.
-
-    The prompt counts as completion here, because J_0 is read at its last token.
-    """
-    out = []
-    for t, counts, values in zip(trajectories, prefixes, labels, strict=True):
-        turn = t.turns[0]
-        tokens = [*turn.prompt, *turn.completion[: counts[-1]]]
-        advantage = torch.full((len(tokens),), NO_LABEL)
-        advantage[torch.tensor(counts) + len(turn.prompt) - 1] = values
-        out.append(Sample([], tokens, advantage, torch.zeros(len(tokens)), f"{t.problem.id}/{t.sample}"))
-    return out
-
-
 def new_prm(
     path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> StepRewardModel:
@@ -345,13 +251,8 @@ def save_prm(model: StepRewardModel, tokenizer: Tokenizer | None, path: str | Pa
 
     Rank 0 gathers one parameter at a time and holds the whole model once, in host memory.
     """
-    state, tensors = get_model_state_dict(model), {}
+    tensors = hf_tensors(get_model_state_dict(model), _layout(model))
     with atomic_dir(Path(path)) as folder:
-        for ours, parts in _layout(model).items():
-            full = state[ours].full_tensor() if isinstance(state[ours], DTensor) else state[ours]
-            if folder:
-                rows = full.cpu().split([shape[0] for _, shape in parts])
-                tensors |= {theirs: part.clone() for (theirs, _), part in zip(parts, rows)}
         if folder:
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")

@@ -172,10 +172,9 @@ def shared_prompts(path: str | Path, long: str | Path, short: str | Path) -> Pro
     return prompts
 
 
-def save_prompts(prompts: Prompts, folder: str | Path) -> None:
-    """prompts.json beside a policy's weights: what `load_prompts` finds there."""
-    text = json.dumps(_roles(prompts), indent=2, ensure_ascii=False) + "\n"
-    (Path(folder) / "prompts.json").write_text(text, encoding="utf-8")
+def prompts_file(prompts: Prompts) -> dict[str, str]:
+    """prompts.json as {file name: text}, to be saved beside a policy's weights, where `load_prompts` finds it."""
+    return {"prompts.json": json.dumps(_roles(prompts), indent=2, ensure_ascii=False) + "\n"}
 
 
 def _roles(prompts: Prompts) -> dict[str, str]:

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from thinkrl.config import Config
 from thinkrl.distributed import World
+from thinkrl.evaluate import summarise
 from thinkrl.learner import Learner, learning_rate, model_path, new_learner
-from thinkrl.longshort import protocol as longshort
-from thinkrl.longshort.conversation import shared_prompts
+from thinkrl.longshort.conversation import prompts_file, shared_prompts
+from thinkrl.longshort.protocol import (
+    Conversation,
+    RoleSampler,
+    Round,
+    converse,
+    exchanges,
+    own_samples,
+    own_tokens,
+    pair_name,
+    require_room,
+    require_same_tokenizer,
+    role_rewards,
+    round_at,
+    summary,
+)
 from thinkrl.metrics import Tally
-from thinkrl.presets import grpo_advantages
+from thinkrl.presets import Preset, grpo_advantages
 from thinkrl.rollout import TRAINING
 from thinkrl.tokenizer import Tokenizer
-from thinkrl.types import Problem, Sample, Trajectory
+from thinkrl.types import Problem, Sample
 
 
-class LongShort:
+class LongShort(Preset):
     """Two policies write one conversation in turns; each round trains one of them against the other,
     frozen.
     """
@@ -28,81 +45,79 @@ class LongShort:
             for role in ("long", "short")
         }
         tokenizers = {role: Tokenizer(path) for role, path in paths.items()}
-        longshort.require_same_tokenizer(tokenizers["long"], tokenizers["short"])
+        require_same_tokenizer(tokenizers["long"], tokenizers["short"])
         self.prompts = shared_prompts(config.prompts, *paths.values())
+        files = prompts_file(self.prompts)
         self.learners = {
-            role: new_learner(path, config, world, tokenizers[role], samplers=2, prompts=self.prompts)
+            role: new_learner(path, config, world, tokenizers[role], samplers=2, files=files)
             for role, path in paths.items()
         }
 
-    def at(self, step: int) -> longshort.Round:
-        return longshort.round_at(
-            step, self.config.rounds, self.config.steps_per_round, self.config.length_coef
-        )
+    def at(self, step: int) -> Round:
+        """The round that a step belongs to."""
+        return round_at(step, self.config.rounds, self.config.steps_per_round, self.config.length_coef)
 
-    def learner(self, step: int) -> Learner:
-        learner = self.learners[self.at(step).role]
-        if self.at(step).step == 0:
-            learner.reset_reference()
-        return learner
-
-    def name(self, step: int) -> str:
-        """The pair at the end of a round; inside it the trained one is on its way."""
-        rounds, inside = divmod(step, self.config.steps_per_round)
-        return f"step_{step}" if inside else longshort.pair_name(self.config.rounds, rounds)
-
-    def learning_rate(self, step: int) -> float:
-        return learning_rate(self.at(step).step, self.config.steps_per_round, self.config)
-
-    def require_room(self, problems: list[Problem]) -> None:
+    def require_room(self, problems: list[Problem], training: bool) -> None:
         """For the opening turn; a conversation that outgrows the context later on ends."""
-        voice = self.learners["long"].sampler
-        longshort.require_room(
+        speaker = self.learners["long"].sampler
+        require_room(
             problems,
-            voice.tokenizer,
-            voice.model.config.max_positions,
+            speaker.tokenizer,
+            speaker.model.config.max_positions,
             self.config.max_tokens,
             self.prompts,
             self.config.suffix,
         )
 
-    require_trainable = require_room
+    def begin_step(self, step: int) -> Learner:
+        """The learner of the round's role; its reference is the policy as the round began. LS Eq. 7, 8"""
+        learner = self.learners[self.at(step).role]
+        if self.at(step).step == 0:
+            learner.reset_reference()
+        return learner
+
+    def learning_rate(self, step: int) -> float:
+        """Every round has a schedule of its own."""
+        return learning_rate(self.at(step).step, self.config.steps_per_round, self.config)
 
     def converse(
-        self, problems: list[Problem], n: int, voices: dict[str, longshort.RoleSampler], address: tuple
-    ) -> list[Trajectory]:
+        self,
+        problems: list[Problem],
+        n: int,
+        sampling: dict[str, tuple[float, int]],
+        address: tuple[int, ...],
+    ) -> list[Conversation]:
+        """sampling: each role's temperature and token limit of a turn."""
         c = self.config
-        return longshort.converse(
-            voices,
+        roles = {
+            role: RoleSampler(self.learners[role].sampler, *limits, self.prompts, c.suffix)
+            for role, limits in sampling.items()
+        }
+        return converse(
+            roles,
             problems,
-            self.prompts,
             group_size=n,
             max_turns=c.max_turns,
             seed=c.seed,
             address=address,
-            suffix=c.suffix,
             rollout=c.rollout,
         )
 
-    def attempt(
-        self, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...]
-    ) -> list[Trajectory]:
-        voices = {
-            role: longshort.RoleSampler(x.sampler, temperature, self.config.max_tokens)
-            for role, x in self.learners.items()
-        }
-        return self.converse(problems, n, voices, address)
+    def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Conversation]:
+        """Conversations in which the partner of the trained role is sampled with options of its own."""
+        c, trained = self.config, self.at(step).role
+        sampling = {role: (c.partner_temperature, c.partner_max_tokens) for role in self.learners}
+        sampling[trained] = (c.temperature, c.max_tokens)
+        talks = self.converse(problems, c.group_size, sampling, (TRAINING, step))
+        for talk in talks:
+            talk.trained = trained
+        return talks
 
-    def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Trajectory]:
+    def reward(self, trajectories: Sequence[Conversation], step: int, tally: Tally) -> None:
+        """Outcome, format and length reward of the trained role. LS Eq. 9"""
         c, now = self.config, self.at(step)
-        own, partner = (c.temperature, c.max_tokens), (c.partner_temperature, c.partner_max_tokens)
-        voices = {
-            role: longshort.RoleSampler(x.sampler, *(own if role == now.role else partner))
-            for role, x in self.learners.items()
-        }
-        talks = self.converse(problems, c.group_size, voices, (TRAINING, step))
-        rewards = longshort.role_rewards(
-            talks,
+        rewards = role_rewards(
+            trajectories,
             now.role,
             c.group_size,
             format_coef=c.format_coef,
@@ -110,25 +125,32 @@ class LongShort:
             strict=c.strict_format,
             symmetric=c.symmetric_length,
         )
-        for talk, reward, turns in zip(talks, rewards, longshort.exchanges(talks)):
-            talk.reward = reward.total
-            talk.extra |= {
-                "format_reward": reward.format,
-                "length_reward": reward.length,
-                "trained": now.role,
-            }
-            tally.add_all({"format": (reward.format, 1), "turns": (turns, 1), "round": (now.index + 1, 1)})
-        return talks
+        for talk, reward, turns in zip(trajectories, rewards, exchanges(trajectories)):
+            talk.role_reward, talk.reward = reward, reward.total
+            tally.add("format", reward.format)
+            tally.add("turns", turns)
+            tally.add("round", now.index + 1)
 
-    def advantages(self, trajectories: list[Trajectory], step: int, tally: Tally) -> list[Tensor]:
-        role, scalar = self.at(step).role, grpo_advantages(trajectories, self.config)
-        return [value.expand(longshort.own_tokens(talk, role)) for value, talk in zip(scalar, trajectories)]
+    def advantages(self, trajectories: Sequence[Conversation], step: int, tally: Tally) -> list[Tensor]:
+        """One number for all tokens of the trained role's turns."""
+        role, scalars = self.at(step).role, grpo_advantages(trajectories, self.config)
+        return [v.expand(own_tokens(talk, role)) for v, talk in zip(scalars, trajectories)]
 
-    def samples(self, trajectories: list[Trajectory], advantages: list[Tensor], step: int) -> list[Sample]:
-        return longshort.own_samples(trajectories, self.at(step).role, advantages)
+    def samples(
+        self, trajectories: Sequence[Conversation], advantages: Sequence[Tensor], step: int
+    ) -> list[Sample]:
+        return own_samples(trajectories, self.at(step).role, advantages)
 
-    def state_dict(self) -> dict:
-        return {}
+    def attempt(
+        self, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...]
+    ) -> list[Conversation]:
+        sampling = {role: (temperature, self.config.max_tokens) for role in self.learners}
+        return self.converse(problems, n, sampling, address)
 
-    def load_state_dict(self, state: dict) -> None:
-        pass
+    def summarise(self, trajectories: Sequence[Conversation]) -> dict:
+        return summarise(trajectories) | summary(trajectories)
+
+    def name(self, step: int) -> str:
+        """The pair at the end of a round, as the paper's tables name it; inside a round, the step."""
+        rounds, inside = divmod(step, self.config.steps_per_round)
+        return f"step_{step}" if inside else pair_name(self.config.rounds, rounds)

@@ -13,7 +13,7 @@ The protocol, for many conversations at once; h is the history, Γ the role's pr
     LM     0.5 - (len - min) / (max - min) over the group, in own tokens; at most 0 where EM is 0       Kimi k1.5 §2.3.3
 
 A round trains one role by GRPO against the other one, frozen; its reference is the policy as the round began.     LS Eq. 7, 8
-Every own turn is a sample of its own, whose prompt holds the partner's words: they never enter the loss.
+Every turn of the trained role is a sample; the partner's words are in its prompt, so they never enter the loss.
 
 Readings. The paper bounds no conversation; here it ends, with EM = 0, after `max_turns` exchanges, when the
 next prompt leaves no room in the context, and at a malformed turn (by the tag-aware check, whatever the
@@ -25,7 +25,8 @@ its correction of that. What it trains is `single_exchange`: one long turn, one 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -49,119 +50,136 @@ from thinkrl.tokenizer import Tokenizer, difference
 from thinkrl.types import Problem, Sample, Trajectory, Turn
 
 
+@dataclass
+class Conversation(Trajectory):
+    """An attempt in which two roles take turns."""
+
+    texts: list[str] = field(default_factory=list)  # of the turns, decoded
+    ended: str = ""  # answered | malformed | turns | context; "" while it goes on
+    trained: str = ""  # the role that learns from it; "" in evaluation
+    role_reward: RoleReward | None = None  # what that role earned; None in evaluation
+
+    def record(self, advantage: Tensor) -> dict:
+        """One line of samples.jsonl: that of a trajectory and
+
+        texts, ended                             as above
+        format_reward, length_reward, trained    FM and LM of LS Eq. 9, and the role that earned them
+        """
+        line = super().record(advantage) | {"texts": self.texts, "ended": self.ended}
+        if self.role_reward is not None:
+            line["format_reward"], line["length_reward"] = self.role_reward.format, self.role_reward.length
+            line["trained"] = self.trained
+        return line
+
+
 @dataclass(frozen=True)
 class RoleSampler:
-    """How a role is sampled."""
+    """How a role is prompted and sampled."""
 
     sampler: Sampler  # with its tokenizer
     temperature: float
     max_tokens: int  # of one turn
+    prompts: Prompts = BUILT_IN
+    suffix: str = ""  # text appended to every question
+
+    def prompt(self, role: str, talk: Conversation) -> list[int]:
+        """Ids of the role's next prompt. The row's own system message is not used: Γ takes its place."""
+        question = messages(talk.problem, suffix=self.suffix)[-1]["content"]
+        history = [turn.completion for turn in talk.turns]
+        return build(role, question, history, self.sampler.tokenizer, self.prompts)
+
+    def has_room(self, prompt: list[int]) -> bool:
+        """Whether a whole turn after this prompt fits the model's context."""
+        return len(prompt) + self.max_tokens <= self.sampler.model.config.max_positions
+
+    def speak(
+        self,
+        role: str,
+        talks: Sequence[Conversation],
+        prompts: list[list[int]],
+        n: int,
+        seed: int,
+        keys: list[tuple[int, ...]],
+    ) -> None:
+        """Sample a turn for every conversation and append it; n neighbours share a prompt."""
+        if not talks:
+            return
+        groups = self.sampler.generate(
+            prompts,
+            n=n,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            stop=STOPS[role],
+            seed=seed,
+            keys=keys,
+        )
+        sampled = [(prompt, completion) for prompt, group in zip(prompts, groups) for completion in group]
+        for talk, (prompt, c) in zip(talks, sampled, strict=True):
+            talk.turns.append(Turn(role, prompt, c.tokens, c.logprobs, c.finish_reason))
+            talk.texts.append(self.sampler.tokenizer.decode(c.tokens))
 
 
 def converse(
-    voices: Mapping[str, RoleSampler],
+    roles: Mapping[str, RoleSampler],
     problems: Sequence[Problem],
-    prompts: Prompts = BUILT_IN,
     *,
     group_size: int,
     max_turns: int = 5,
     seed: int,
     address: tuple[int, ...],
-    suffix: str = "",
     rollout: str = "full",
-) -> list[Trajectory]:
+) -> list[Conversation]:
     """`group_size` conversations about each problem, groups contiguous, each graded: `outcome_reward` and `reward` are 0 or 1.
 
     All advance together, turn by turn; those that have ended wait. A turn's randomness has the address (seed,
-    *address, problem, sample, turn, role). `extra` holds the turns' texts ("texts") and how the conversation
-    "ended": answered | malformed | turns | context. The row's own system message is not used: the roles'
-    prompts take its place.
+    *address, problem, sample, turn, role).
+    rollout    "full", or "single_exchange": one turn of each role, whatever they write
     """
     single = rollout == "single_exchange"
-    talks = [
-        Trajectory(problem, sample, [], extra={"texts": [], "ended": ""})
-        for problem in problems
-        for sample in range(group_size)
-    ]
-    for turn in range(1 if single else max_turns):
-        for role in ROLES:
-            speaking = [talk for talk in talks if not talk.extra["ended"]]
-            opening = turn == 0 and role == "long"  # a group's first prompt is one, and is prefilled once
-            for talk in _speak(
-                role,
-                voices[role],
-                speaking,
-                group_size if opening else 1,
-                turn,
-                prompts,
-                seed,
-                address,
-                suffix,
-            ):
-                text = talk.extra["texts"][-1]
-                if single:
-                    talk.extra["ended"] = "answered" if role == "short" else ""
-                elif not well_formed(text, role):
-                    talk.extra["ended"] = "malformed"
-                elif text.endswith(ANSWERED):
-                    talk.extra["ended"] = "answered"
+    talks = [Conversation(problem, sample, []) for problem in problems for sample in range(group_size)]
+    for turn, role in product(range(1 if single else max_turns), ROLES):
+        speaker, speaking = roles[role], [talk for talk in talks if not talk.ended]
+        if turn == 0 and role == "long":  # a group's first prompt is one, and is prefilled once
+            n, prompts = group_size, [speaker.prompt(role, talk) for talk in speaking[::group_size]]
+        else:
+            n, (speaking, prompts) = 1, _with_room(role, speaker, speaking)
+        keys = [(*address, talk.problem.id, talk.sample, turn, ROLES.index(role)) for talk in speaking]
+        speaker.speak(role, speaking, prompts, n, seed, keys)
+        for talk in speaking:
+            talk.ended = _end(role, talk.texts[-1], single)
     for talk in talks:
-        talk.extra["ended"] = talk.extra["ended"] or "turns"
-        talk.text = talk.extra["texts"][-1]
-        if talk.extra["ended"] == "answered":
-            closing, source = gradable(talk.text, talk.problem.source), talk.problem.source
-            talk.answer = extract(closing, source)
-            talk.outcome_reward = talk.reward = float(
-                grade(closing, talk.problem.answer, source)
-            )  # EM of LS Eq. 9
+        talk.ended = talk.ended or "turns"
+        talk.text = talk.texts[-1]
+        if talk.ended == "answered":
+            _grade(talk)
     return talks
 
 
-def _speak(
-    role: str,
-    voice: RoleSampler,
-    talks: list[Trajectory],
-    n: int,
-    turn: int,
-    prompts: Prompts,
-    seed: int,
-    address: tuple[int, ...],
-    suffix: str,
-) -> list[Trajectory]:
-    """Append one turn of `role` to each conversation; n neighbours have the same prompt. Returns those it
-    was appended to.
-    """
-    context = voice.sampler.model.config.max_positions
-    asked = []
-    for talk in talks[::n]:
-        question = messages(talk.problem, suffix=suffix)[-1]["content"]
-        history = [own.completion for own in talk.turns]
-        asked.append(build(role, question, history, voice.sampler.tokenizer, prompts))
-    if turn > 0 or role == "short":
-        for talk, prompt in zip(talks, asked):
-            if len(prompt) + voice.max_tokens > context:
-                talk.extra["ended"] = "context"
-        asked = [prompt for talk, prompt in zip(talks, asked) if not talk.extra["ended"]]
-        talks = [talk for talk in talks if not talk.extra["ended"]]
-    if not talks:
-        return []
-    keys = [(*address, talk.problem.id, talk.sample, turn, ROLES.index(role)) for talk in talks]
-    groups = voice.sampler.generate(
-        asked,
-        n=n,
-        max_tokens=voice.max_tokens,
-        temperature=voice.temperature,
-        stop=STOPS[role],
-        seed=seed,
-        keys=keys,
-    )
-    written = [(prompt, completion) for prompt, group in zip(asked, groups) for completion in group]
-    for talk, (prompt, completion) in zip(talks, written):
-        talk.turns.append(
-            Turn(role, prompt, completion.tokens, completion.logprobs, completion.finish_reason)
-        )
-        talk.extra["texts"].append(voice.sampler.tokenizer.decode(completion.tokens))
-    return talks
+def _with_room(
+    role: str, speaker: RoleSampler, talks: Sequence[Conversation]
+) -> tuple[list[Conversation], list[list[int]]]:
+    """The conversations in which the role has room for a turn, and their prompts; the others end."""
+    prompts = [speaker.prompt(role, talk) for talk in talks]
+    for talk, prompt in zip(talks, prompts):
+        talk.ended = "" if speaker.has_room(prompt) else "context"
+    kept = [(talk, prompt) for talk, prompt in zip(talks, prompts) if not talk.ended]
+    return [talk for talk, _ in kept], [prompt for _, prompt in kept]
+
+
+def _end(role: str, text: str, single: bool) -> str:
+    """How a conversation ends with this turn; "" if it goes on."""
+    if single:
+        return "answered" if role == "short" else ""
+    if not well_formed(text, role):
+        return "malformed"
+    return "answered" if text.endswith(ANSWERED) else ""
+
+
+def _grade(talk: Conversation) -> None:
+    """Grade the closing turn. EM of LS Eq. 9"""
+    closing, source = gradable(talk.text, talk.problem.source), talk.problem.source
+    talk.answer = extract(closing, source)
+    talk.outcome_reward = talk.reward = float(grade(closing, talk.problem.answer, source))
 
 
 def require_room(
@@ -225,7 +243,7 @@ class RoleReward:
 
 
 def role_rewards(
-    talks: Sequence[Trajectory],
+    talks: Sequence[Conversation],
     role: str,
     group_size: int,
     *,
@@ -241,10 +259,7 @@ def role_rewards(
     rewards = []
     for start in range(0, len(talks), group_size):
         group = talks[start : start + group_size]
-        own = [
-            [text for turn, text in zip(talk.turns, talk.extra["texts"]) if turn.role == role]
-            for talk in group
-        ]
+        own = [[text for turn, text in zip(talk.turns, talk.texts) if turn.role == role] for talk in group]
         spoke = [talk for talk, texts in zip(group, own) if texts]
         paid = iter(
             length_reward(
@@ -321,12 +336,12 @@ def exchanges(talks: Sequence[Trajectory]) -> list[int]:
     return [sum(turn.role == "long" for turn in talk.turns) for talk in talks]
 
 
-def summary(talks: Sequence[Trajectory]) -> dict:
+def summary(talks: Sequence[Conversation]) -> dict:
     """What a conversation adds to `evaluate.summarise`: exchanges (min, mean, max), tokens by role, how
     they ended.
     """
     count, turns = len(talks), exchanges(talks)
-    ends = [talk.extra["ended"] for talk in talks]
+    ends = [talk.ended for talk in talks]
     return {
         "turns": {"min": min(turns), "mean": sum(turns) / count, "max": max(turns)},
         **{f"{role}_tokens": sum(own_tokens(talk, role) for talk in talks) / count for role in ROLES},
@@ -337,10 +352,10 @@ def summary(talks: Sequence[Trajectory]) -> dict:
 _COLOURS = {"long": "\033[36m", "short": "\033[33m"}
 
 
-def transcript(talk: Trajectory, colour: bool = True) -> str:
+def transcript(talk: Conversation, colour: bool = True) -> str:
     """A conversation to be printed: question, then a heading and the text of every turn, roles coloured."""
     parts = [talk.problem.question]
-    for turn, text in zip(talk.turns, talk.extra["texts"]):
+    for turn, text in zip(talk.turns, talk.texts):
         part = f"{turn.role} ({len(turn.completion)} tokens)\n{text}"
         parts.append(f"{_COLOURS[turn.role]}{part}\033[0m" if colour else part)
     return "\n\n".join(parts)

@@ -44,7 +44,8 @@ RECIPES = {
     # a plain price per token, tuned to l2t's tokens; divided by a group's std it would weigh the same
     # whatever it is
     "grpo_length_penalty": "grpo --advantage_std none --length_penalty 0.004",
-    "grpo_episode_price": "grpo --episode_price 0.02",  # a flat price per episode
+    # GRPO with a fixed price of 0.02 per episode: no fitting gain, C_k = 1
+    "grpo_episode_price": "l2t --gain none --compression flat --alpha 1 --beta 0.02",
     "l2t_beta0": "l2t --beta 0",  # fitting gain alone
     "l2t_gain_none": "l2t --gain none",  # compression alone
     "l2t_alpha0_per_token": "l2t --alpha 0 --statistic token_trunc_mean",  # Alg. 1's statistic alone

@@ -1,0 +1,216 @@
+"""Training of the step reward model (prm.py): it learns how often the policy's prefixes lead to the right answer.
+
+    loss = -sum_n [y_n log P_n + (1 - y_n) log(1 - P_n)] / N      y_n: share of M continuations of prefix n that are right
+
+The labels y_n are Monte-Carlo estimates of J, on completions that the policy itself sampled. With M > 1 they are
+soft: the cross-entropy is least where P is the policy's chance, not where it is 0 or 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from thinkrl.checkpoint import load_model
+from thinkrl.config import Config
+from thinkrl.distributed import World, global_sum, shard
+from thinkrl.evaluate import tally_outcomes
+from thinkrl.grading import grade
+from thinkrl.l2t.episodes import segment
+from thinkrl.l2t.prm import StepRewardModel, new_prm, save_prm
+from thinkrl.learner import Learner, compute_dtype, learning_rate, model_path, new_optimizer
+from thinkrl.metrics import Tally
+from thinkrl.problems import Stream, load_problems
+from thinkrl.rollout import LABELS, TRAINING, require_room, rollout
+from thinkrl.runs import Run
+from thinkrl.sampler import Sampler
+from thinkrl.session import Session, require_enough
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import Pack, Problem, Sample, Trajectory
+from thinkrl.update import descend, pack_evenly
+
+
+def train(config: Config, world: World) -> Run:
+    """Train a reward model that starts as the policy's decoder under a new head. Collective.
+
+    Every step samples completions as l2t does, labels their prefixes and takes one optimizer step on them. The
+    policy stays as it is.
+    """
+    path = model_path(config.model)
+    tokenizer = Tokenizer(path)
+    segment([], tokenizer, config.episodes)  # a tokenizer that cannot encode the tags is refused now
+    stream = Stream(load_problems(config.data, config.source), config.seed)
+    require_enough(stream, config, world)
+    policy = Sampler(
+        load_model(path, compute_dtype(config, world), world.device), tokenizer, config.kv_pages or None
+    )
+    require_room(
+        stream.preview(config.problems_per_step),
+        tokenizer,
+        policy.model.config.max_positions,
+        2 * config.max_tokens,  # a prefix of a completion, and its continuation
+        config.system,
+        config.suffix,
+    )
+    learner = new_learner(config, world, tokenizer)
+    session = Session(config, world, {"prm": learner}, export=save_prm)
+    for step in session.steps():
+        tally, lr = Tally(), learning_rate(step, config.steps, config)
+        problems = stream.take(step, config.problems_per_step, world.rank, world.size)
+        trajectories, labelled = labelled_rollout(policy, problems, step, config)
+        policy.release_pool()
+        packs = pack_evenly(labelled, config, world)
+        denominator = float(global_sum(sum(len(label_positions(p)) for p in packs)))
+
+        def objective(p: Pack, denominator: float = denominator, tally: Tally = tally) -> Tensor:
+            loss, stats = pack_loss(learner.policy, p, denominator)
+            tally.add_all(stats)
+            return loss
+
+        loss, grad_norm = descend(learner, packs, objective, lr, config, world)
+        tally_outcomes(tally, trajectories, config.group_size)
+        session.end_step(step, tally, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
+    session.summarise_loss("reward model", "prm")
+    return session.run
+
+
+def new_learner(config: Config, world: World, tokenizer: Tokenizer) -> Learner:
+    """The reward model, sharded, with its optimizer."""
+    model = shard(
+        new_prm(tokenizer.path),
+        world,
+        compute_dtype(config, world),
+        config.replicate,
+        config.activation_checkpointing,
+    )
+    return Learner(model, tokenizer, new_optimizer(model, config), sampler=None)
+
+
+def labelled_rollout(
+    policy: Sampler, problems: list[Problem], step: int, config: Config
+) -> tuple[list[Trajectory], list[Sample]]:
+    """Completions of the policy, and the samples to learn from: their prefixes with labels."""
+    c, tokenizer = config, policy.tokenizer
+    drawn = dict(max_tokens=c.max_tokens, temperature=c.temperature, seed=c.seed)
+    trajectories = rollout(
+        policy,
+        tokenizer,
+        problems,
+        group_size=c.group_size,
+        address=(TRAINING, step),
+        system=c.system,
+        suffix=c.suffix,
+        **drawn,
+    )
+    prefixes = [segment(t.turns[0].completion, tokenizer, c.episodes).prefixes for t in trajectories]
+    labels = prefix_labels(
+        policy,
+        tokenizer,
+        trajectories,
+        prefixes,
+        continuations=c.gain_samples,
+        address=(LABELS, step),
+        **drawn,
+    )
+    return trajectories, samples(trajectories, prefixes, labels)
+
+
+def prefix_labels(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    trajectories: Sequence[Trajectory],
+    prefixes: Sequence[list[int]],
+    *,
+    continuations: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    address: tuple[int, ...],
+) -> list[Tensor]:
+    """For every prefix of every trajectory's completion, the share of M continuations whose answer is right: a list of [K+1].
+
+    prefixes    as in `score_completions`; prompt, prefix and `max_tokens` more must fit the model's context
+    address     where the randomness lives, with problem, sample and prefix behind it: labels do not depend on the world size
+
+    Equal prefixes are continued once: the K+1 of a group's trajectories share their J_0.
+    """
+    places: dict[
+        tuple[int, ...], list[tuple[int, int]]
+    ] = {}  # ids up to here -> (trajectory, k) that ask for them
+    for i, (trajectory, counts) in enumerate(zip(trajectories, prefixes, strict=True)):
+        turn = trajectory.turns[0]
+        for k, count in enumerate(counts):
+            ids = (trajectory.problem.id, *turn.prompt, *turn.completion[:count])
+            places.setdefault(ids, []).append((i, k))
+    firsts = [(trajectories[i], k) for (i, k), *_ in places.values()]
+    keys = [(*address, t.problem.id, t.sample, k, m) for t, k in firsts for m in range(continuations)]
+    groups = sampler.generate(
+        [list(ids[1:]) for ids in places],
+        n=continuations,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        stop_ids=tokenizer.stop_ids,
+        seed=seed,
+        keys=keys,
+    )
+    labels = [torch.zeros(len(counts)) for counts in prefixes]
+    for asked, group in zip(places.values(), groups):
+        i, k = asked[0]
+        problem, begin = trajectories[i].problem, trajectories[i].turns[0].completion[: prefixes[i][k]]
+        right = sum(
+            grade(tokenizer.decode([*begin, *c.tokens]), problem.answer, problem.source) for c in group
+        )
+        for i, k in asked:
+            labels[i][k] = right / continuations
+    return labels
+
+
+def samples(
+    trajectories: Sequence[Trajectory], prefixes: Sequence[list[int]], labels: Sequence[Tensor]
+) -> list[Sample]:
+    """Sequences to pack and train on, up to the last prefix: each label at the last token of its prefix.
+
+    The prompt counts as completion here, because J_0 is read at its last token.
+    """
+    out = []
+    for t, counts, values in zip(trajectories, prefixes, labels, strict=True):
+        turn = t.turns[0]
+        tokens = [*turn.prompt, *turn.completion[: counts[-1]]]
+        label = torch.full((len(tokens),), torch.nan)
+        label[torch.tensor(counts) + len(turn.prompt) - 1] = values
+        unused = torch.zeros(len(tokens))
+        out.append(Sample([], tokens, unused, unused, f"{t.problem.id}/{t.sample}", label))
+    return out
+
+
+def prm_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float) -> Tensor:
+    """Cross-entropy of logits [N, 2] against the chance of being positive, labels [N] in [0, 1]. Scalar.
+
+    Summed, then divided by the step's own number of labels over all ranks (taken as at least 1).
+    """
+    logprob = logits.float().log_softmax(-1)
+    total = -((1 - labels) * logprob[:, 0] + labels * logprob[:, 1]).sum()
+    return total / torch.as_tensor(denominator, device=logits.device).clamp(min=1)
+
+
+def label_positions(p: Pack) -> Tensor:
+    """Tokens of the row that have a label, [N] int64."""
+    if p.label is None:
+        return torch.empty(0, dtype=torch.int64, device=p.tokens.device)
+    return (~p.label.isnan()).nonzero().flatten()
+
+
+def pack_loss(
+    model: StepRewardModel, p: Pack, denominator: Tensor | float
+) -> tuple[Tensor, dict[str, tuple]]:
+    """`prm_loss` of a row made of `samples`, and the (sum, count) of |P(positive) - label|.
+
+    A row without labels runs the whole model too and has zero gradients, so ranks stay in step.
+    """
+    at = label_positions(p)
+    logits = model.logits(model(p.tokens, p.cu_seqlens)[at])
+    labels = logits.new_zeros(0) if p.label is None else p.label[at]
+    error = (logits.detach().softmax(-1)[:, 1] - labels).abs()
+    return prm_loss(logits, labels, denominator), {"label_error": (error.sum(), len(at))}

@@ -1,0 +1,135 @@
+"""The optimizer step: packs in, one step of AdamW out, the same whatever the number of packs and ranks.
+
+    update     the policy loss on one rollout, `updates_per_rollout` times        (reinforcement learning)
+    descend    one step on any loss of packs                                      (also sft and prm)
+
+Each pack's loss is a sum divided by a count over the whole step and all ranks, which is taken before the first
+backward. So gradients depend neither on the micro-batch size nor on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels.logprob import linear_logprob
+from thinkrl.config import Config
+from thinkrl.distributed import World, gather, global_max, global_sum
+from thinkrl.grpo import importance_weight, loss_count, policy_loss
+from thinkrl.learner import Learner
+from thinkrl.metrics import Tally
+from thinkrl.model import Transformer
+from thinkrl.types import Pack, Sample, empty_pack, pack
+
+
+class Diverged(RuntimeError):
+    """A loss or a gradient is not finite."""
+
+
+def pack_evenly(samples: list[Sample], config: Config, world: World) -> list[Pack]:
+    """Pack this rank's samples; then as many packs on every rank, at least one. Collective.
+
+    Each forward of a sharded model is a collective, so ranks with fewer packs run empty ones.
+    """
+    packs = pack(samples, config.micro_batch_tokens)
+    most = max(1, int(global_max(len(packs))))
+    return [p.to(world.device) for p in packs + [empty_pack()] * (most - len(packs))]
+
+
+def update(
+    learner: Learner, packs: list[Pack], lr: float, config: Config, world: World, tally: Tally
+) -> tuple[float, float]:
+    """Train on one rollout: `updates_per_rollout` optimizer steps. Returns the last one's loss and gradient norm."""
+    if config.aggregate == "constant":
+        denominator = float(config.problems_per_step * config.group_size * config.max_tokens)
+    else:
+        denominator = float(
+            global_sum(sum(loss_count(p.mask, p.cu_seqlens, config.aggregate) for p in packs))
+        )
+    with torch.no_grad():
+        for p in packs:
+            if learner.reference is not None:
+                p.ref_logprob, _ = token_logprobs(learner.reference, p, config.temperature)
+            if config.updates_per_rollout > 1:
+                p.old_logprob, _ = token_logprobs(learner.policy, p, config.temperature)
+    if learner.reference is not None:
+        learner.reference.reshard()  # no backward follows that would do it
+
+    def objective(p: Pack) -> Tensor:
+        logprob, entropy = token_logprobs(learner.policy, p, config.temperature)
+        old_logprob = logprob.detach() if p.old_logprob is None else p.old_logprob
+        cap = config.importance_cap
+        loss, stats = policy_loss(
+            logprob,
+            p.old_logprob,
+            p.advantage,
+            p.mask,
+            p.cu_seqlens,
+            ref_logprob=p.ref_logprob,
+            weight=importance_weight(old_logprob, p.sampler_logprob, cap) if cap else None,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            kl_coef=config.kl_coef,
+            aggregate=config.aggregate,
+            level=config.level,
+            denominator=denominator,
+        )
+        tally.add_all(stats)
+        tally.add("entropy", entropy.sum(), p.mask.sum())
+        tally.add("mismatch", (old_logprob - p.sampler_logprob).abs().sum(), p.mask.sum())
+        return loss
+
+    for _ in range(config.updates_per_rollout):
+        loss, grad_norm = descend(learner, packs, objective, lr, config, world)
+    return loss, grad_norm
+
+
+def descend(
+    learner: Learner,
+    packs: list[Pack],
+    objective: Callable[[Pack], Tensor],
+    lr: float,
+    config: Config,
+    world: World,
+) -> tuple[float, float]:
+    """One optimizer step on the sum of `objective` over all packs and ranks. Returns that sum and the gradient
+    norm before clipping. Raises Diverged, before the step, if one of them is not finite.
+    """
+    losses = []
+    for p in packs:
+        loss = objective(p)
+        (loss * world.size).backward()  # FSDP averages over ranks, ours is a sum over them
+        losses.append(loss.detach())
+    grad_norm = float(
+        torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), config.max_grad_norm).full_tensor()
+    )
+    total = float(global_sum(sum(losses)))
+    if not math.isfinite(total + grad_norm):
+        suspects = gather([i for p, loss in zip(packs, losses) if not loss.isfinite() for i in p.ids])
+        raise Diverged(
+            f"loss {total}, gradient norm {grad_norm}; samples (problem/sample) of the rows that are not finite: "
+            f"{sum(suspects, []) or 'none, only the gradient'}; nothing was saved over the last checkpoint"
+        )
+    for parameters in learner.optimizer.param_groups:
+        parameters["lr"] = lr
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()  # the next rollout needs the memory
+    return total, grad_norm
+
+
+def token_logprobs(policy: Transformer, p: Pack, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-prob of each sampled token, and entropy of the distribution it came from: [T] fp32, 0 where the mask is 0.
+
+    Only hidden states that predict a sampled token go through the LM head. A row with none keeps one, so that
+    every rank's backward reaches the parameters.
+    """
+    hidden = policy(p.tokens, p.cu_seqlens)
+    own = p.mask.nonzero().flatten()
+    own = own if len(own) else torch.tensor([1], device=p.mask.device)
+    logprob, entropy = linear_logprob(hidden[own - 1], policy.head_weight, p.tokens[own], temperature)
+    zeros = torch.zeros(len(p.tokens), device=logprob.device)
+    full, counted = torch.stack([zeros.index_copy(0, own, x) for x in (logprob, entropy)]), p.mask > 0
+    return tuple(torch.where(counted, full, 0.0))
