@@ -1,18 +1,19 @@
 """Presets: what a method must bring to be trained by train.py, and the plainest one, Grpo.
 
-To write your own, write a class with the members of `Preset` and name it in `train.method`. Those with a body
-here can be inherited. tests/example_method.py is a whole one in 30 lines. Nothing below the samples knows which
-method is running: packing, the loss, the optimizer step, logging and checkpoints are the same for all.
+To write your own, write a class with the members of `Preset` and name it in `train.method`. Members with a body
+here are inherited, and a method whose attempts are single completions can inherit `OnePolicy`.
+tests/example_method.py is a complete method. Nothing below the samples knows which method is running: packing,
+the loss, the optimizer step, logging and checkpoints are the same for all.
 
-    Grpo                       one completion per attempt, its graded outcome, one advantage for all its tokens
-    l2t.preset.L2T             the same completions, rewarded per episode
-    longshort.preset.LongShort two policies write a conversation in turns; each round trains one of them
+    Grpo                          one completion per attempt, its graded outcome, one advantage for all its tokens
+    l2t.preset.L2T                the same completions, rewarded per episode
+    longshort.preset.LongShort    two policies write a conversation in turns; each round trains one of them
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,13 +28,14 @@ from thinkrl.rollout import TRAINING, require_room, rollout
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample, Trajectory
 
+T = TypeVar("T", bound=Trajectory)  # the kind of trajectory that a method makes
 
-class Preset(Protocol):
+
+class Preset(Protocol[T]):
     """A method, called by train.py in the order below; the middle part is `train.train_step`.
 
-    Made from the options and this rank's place: `Method(config, world)`. It may keep state between steps only
-    in its learners and in what `state_dict` returns, so that a resumed run is the same run. A `tally` takes
-    numbers for metrics.jsonl; their names are defined in metrics.DEFINITIONS.
+    It keeps state between steps only in its learners and in what `state_dict` returns, so that a resumed run is
+    the same run. A `tally` takes numbers for metrics.jsonl; their names are defined in metrics.DEFINITIONS.
     """
 
     config: Config
@@ -41,6 +43,8 @@ class Preset(Protocol):
     """The policies, by name: trained, saved (as hf/ for "policy", else hf_NAME/) and restored."""
 
     # once, before the run folder exists
+
+    def __init__(self, config: Config, world: World): ...
 
     def require_room(self, problems: list[Problem], training: bool) -> None:
         """Raise UserError if a problem and what will be sampled after it exceed the model's context."""
@@ -52,23 +56,21 @@ class Preset(Protocol):
         """Prepare step `step`, from 0, and return the learner that it trains. Called once a step."""
         ...
 
-    def rollout(self, problems: list[Problem], step: int, tally: Tally) -> Sequence[Trajectory]:
+    def rollout(self, problems: list[Problem], step: int, tally: Tally) -> Sequence[T]:
         """Sample `group_size` graded attempts at each problem, groups contiguous. `reward` is the outcome so far.
 
         Randomness is drawn at the address (TRAINING, step), so that it is the same on any number of ranks.
         """
         ...
 
-    def reward(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> None:
+    def reward(self, trajectories: Sequence[T], step: int, tally: Tally) -> None:
         """Set each trajectory's `reward` and fill in what else `advantages` will read. Without a body: the outcome."""
 
-    def advantages(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> list[Tensor]:
+    def advantages(self, trajectories: Sequence[T], step: int, tally: Tally) -> list[Tensor]:
         """Per trajectory, one fp32 number for each of its tokens that is trained on, in order."""
         ...
 
-    def samples(
-        self, trajectories: Sequence[Trajectory], advantages: Sequence[Tensor], step: int
-    ) -> list[Sample]:
+    def samples(self, trajectories: Sequence[T], advantages: Sequence[Tensor], step: int) -> list[Sample]:
         """The (prompt, completion) pairs that enter the loss: all turns, unless a method says otherwise."""
         samples = []
         for t, advantage in zip(trajectories, advantages, strict=True):
@@ -97,7 +99,7 @@ class Preset(Protocol):
         """n graded attempts at each problem as the method would answer it, their randomness at `address`."""
         ...
 
-    def summarise(self, trajectories: Sequence[Trajectory]) -> dict:
+    def summarise(self, trajectories: Sequence[T]) -> dict:
         """What summary.json says of held-out attempts."""
         return summarise(trajectories)
 
@@ -115,10 +117,8 @@ class Preset(Protocol):
         """Take what `state_dict` returned; {} at the start of a new run."""
 
 
-class Grpo(Preset):
-    """The baseline: one completion per attempt, its graded outcome is the reward, one advantage for all
-    its tokens.
-    """
+class OnePolicy(Preset[T]):
+    """What Grpo and L2T share: one policy, whose attempts are single completions."""
 
     def __init__(self, config: Config, world: World):
         self.config = config
@@ -153,6 +153,10 @@ class Grpo(Preset):
             suffix=c.suffix,
             **hooks,
         )
+
+
+class Grpo(OnePolicy[Trajectory]):
+    """The baseline: the graded outcome is the reward, one advantage for all tokens of a completion."""
 
     def rollout(self, problems: list[Problem], step: int, tally: Tally) -> Sequence[Trajectory]:
         return self.attempt(problems, self.config.group_size, self.config.temperature, (TRAINING, step))

@@ -40,7 +40,7 @@ from thinkrl.l2t.prm import (
 )
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.metrics import Stopwatch, Tally, correlation
-from thinkrl.presets import Grpo
+from thinkrl.presets import OnePolicy
 from thinkrl.rollout import PROBE, TRAINING, prompt_ids
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory
@@ -86,9 +86,9 @@ class EpisodeTrajectory(Trajectory):
         }
 
 
-class L2T(Grpo):
-    """Grpo's completions; an episode earns its fitting gain less a penalty on how far a gradient step on it moves
-    the parameters.
+class L2T(OnePolicy[EpisodeTrajectory]):
+    """Grpo's completions, rewarded per episode: its fitting gain less a penalty on how far a gradient step on it
+    moves the parameters.
     """
 
     def __init__(self, config: Config, world: World):

@@ -33,7 +33,7 @@ from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample
 
 
-class LongShort(Preset):
+class LongShort(Preset[Conversation]):
     """Two policies write one conversation in turns; each round trains one of them against the other,
     frozen.
     """
