@@ -59,11 +59,11 @@ class LongShort(Preset[Conversation]):
 
     def require_room(self, problems: list[Problem], training: bool) -> None:
         """For the opening turn; a conversation that outgrows the context later on ends."""
-        speaker = self.learners["long"].sampler
+        sampler = self.learners["long"].sampler
         require_room(
             problems,
-            speaker.tokenizer,
-            speaker.model.config.max_positions,
+            sampler.tokenizer,
+            sampler.model.config.max_positions,
             self.config.max_tokens,
             self.prompts,
             self.config.suffix,

@@ -17,7 +17,7 @@ Every turn of the trained role is a sample; the partner's words are in its promp
 
 Readings. The paper bounds no conversation; here it ends, with EM = 0, after `max_turns` exchanges, when the
 next prompt leaves no room in the context, and at a malformed turn (by the tag-aware check, whatever the
-reward's check is). An attempt in which the trained role never spoke has FM = LM = 0. Released code measures
+reward's check is). An attempt without a turn of the trained role has FM = LM = 0. Released code measures
 length in characters, over whatever shares a process, and never counts a long turn as correct; `symmetric` is
 its correction of that. What it trains is `single_exchange`: one long turn, one reply, graded as it stands.
 """
@@ -92,7 +92,7 @@ class RoleSampler:
         """Whether a whole turn after this prompt fits the model's context."""
         return len(prompt) + self.max_tokens <= self.sampler.model.config.max_positions
 
-    def speak(
+    def sample_turn(
         self,
         role: str,
         talks: Sequence[Conversation],
@@ -138,14 +138,14 @@ def converse(
     single = rollout == "single_exchange"
     talks = [Conversation(problem, sample, []) for problem in problems for sample in range(group_size)]
     for turn, role in product(range(1 if single else max_turns), ROLES):
-        speaker, speaking = roles[role], [talk for talk in talks if not talk.ended]
+        sampler, active = roles[role], [talk for talk in talks if not talk.ended]
         if turn == 0 and role == "long":  # a group's first prompt is one, and is prefilled once
-            n, prompts = group_size, [speaker.prompt(role, talk) for talk in speaking[::group_size]]
+            n, prompts = group_size, [sampler.prompt(role, talk) for talk in active[::group_size]]
         else:
-            n, (speaking, prompts) = 1, _with_room(role, speaker, speaking)
-        keys = [(*address, talk.problem.id, talk.sample, turn, ROLES.index(role)) for talk in speaking]
-        speaker.speak(role, speaking, prompts, n, seed, keys)
-        for talk in speaking:
+            n, (active, prompts) = 1, _with_room(role, sampler, active)
+        keys = [(*address, talk.problem.id, talk.sample, turn, ROLES.index(role)) for talk in active]
+        sampler.sample_turn(role, active, prompts, n, seed, keys)
+        for talk in active:
             talk.ended = _end(role, talk.texts[-1], single)
     for talk in talks:
         talk.ended = talk.ended or "turns"
@@ -156,12 +156,12 @@ def converse(
 
 
 def _with_room(
-    role: str, speaker: RoleSampler, talks: Sequence[Conversation]
+    role: str, sampler: RoleSampler, talks: Sequence[Conversation]
 ) -> tuple[list[Conversation], list[list[int]]]:
     """The conversations in which the role has room for a turn, and their prompts; the others end."""
-    prompts = [speaker.prompt(role, talk) for talk in talks]
+    prompts = [sampler.prompt(role, talk) for talk in talks]
     for talk, prompt in zip(talks, prompts):
-        talk.ended = "" if speaker.has_room(prompt) else "context"
+        talk.ended = "" if sampler.has_room(prompt) else "context"
     kept = [(talk, prompt) for talk, prompt in zip(talks, prompts) if not talk.ended]
     return [talk for talk, _ in kept], [prompt for _, prompt in kept]
 
