@@ -32,7 +32,7 @@ class Options:
     n: int = option(1, "completions per problem", low=1)
     max_tokens: int = option(
         0,
-        "completion length limit, per turn of a conversation; 0: 200 for the embedded model, else 2048",
+        "completion length limit, per turn of a conversation; 0: 200 for the embedded model, else 2048 or half of the context",
         low=0,
     )
     max_turns: int = option(5, "exchanges (one long and one short turn) per conversation", low=1)
@@ -74,7 +74,7 @@ import torch
 from tqdm import tqdm
 
 from thinkrl import require_own_kernels
-from thinkrl.checkpoint import load_model
+from thinkrl.checkpoint import load_model, read_config
 from thinkrl.config import embedded
 from thinkrl.distributed import World, gather, start, stop
 from thinkrl.evaluate import aes, summarise
@@ -242,7 +242,10 @@ def print_numbers(result: dict, indent: str = "") -> None:
 
 
 def limit(path: Path, options: Options) -> int:
-    return options.max_tokens or (200 if embedded(str(path)) else 2048)
+    """--max_tokens, or its default: what leaves half of the context to the prompt, at most 2048."""
+    return options.max_tokens or (
+        200 if embedded(str(path)) else min(2048, read_config(path).max_positions // 2)
+    )
 
 
 def main(options: Options) -> None:

@@ -23,7 +23,7 @@ from thinkrl import UserError, require_own_kernels, sft
 from thinkrl.config import Config
 from thinkrl.distributed import World, gather, run_and_exit, start, stop
 from thinkrl.evaluate import summary_table, tally_outcomes
-from thinkrl.learner import model_path
+from thinkrl.learner import fitted, model_path
 from thinkrl.metrics import Stopwatch, Tally, require_sinks
 from thinkrl.options import exit_with_error
 from thinkrl.presets import Grpo, Preset
@@ -140,6 +140,7 @@ def main(config: Config) -> None:
         require_own_kernels()
         require_sinks(config.wandb, config.tensorboard)
         world = start(config.device)
+        config = fitted(config, world)
         run = {"sft": train_sft, "prm": train_prm}.get(config.preset, train)(config, world)
         if world.main:
             from thinkrl.tools.report import write_report

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import train
 from helpers import ROOT, torchrun
 from thinkrl.config import parse
+from thinkrl.learner import fitted
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
@@ -79,6 +81,18 @@ def verl_rows(path: Path, count: int = 12) -> Path:
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
+
+
+def test_a_default_completion_limit_is_lowered_to_the_models_context(tmp_path, tokenizer_file, capsys):
+    model = checkpoint(tmp_path / "model", "qwen2", tokenizer_file)
+    world = SimpleNamespace(main=True)
+    assert fitted(parse(["l2t", "--model", str(model)]), world).max_tokens == 192  # 3/4 of 256
+    assert capsys.readouterr().out == (
+        "--max_tokens 192 (default 16384): lowered to the model's context of 256 tokens\n"
+    )
+    assert fitted(parse(["l2t", "--model", str(model), "--max_tokens", "999"]), world).max_tokens == 999
+    pair = ["longshort", "--long", "tiny", "--short", str(model)]  # contexts of 1024 and 256
+    assert fitted(parse(pair), world).partner_max_tokens == 64
 
 
 @pytest.mark.parametrize(

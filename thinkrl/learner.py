@@ -11,8 +11,16 @@ import torch
 import torch.distributed as dist
 
 from thinkrl import UserError
-from thinkrl.checkpoint import latest_step, load_model, load_step, point_latest, save_hf, save_step
-from thinkrl.config import Config
+from thinkrl.checkpoint import (
+    latest_step,
+    load_model,
+    load_step,
+    point_latest,
+    read_config,
+    save_hf,
+    save_step,
+)
+from thinkrl.config import Config, fit_to_context
 from thinkrl.distributed import World, shard
 from thinkrl.model import Transformer
 from thinkrl.sampler import Sampler
@@ -44,6 +52,16 @@ def model_path(model: str, option: str = "--model") -> Path:
     if not path.is_dir():
         raise UserError(f"{option} {model}: no such folder; give a Hugging Face checkpoint folder, or 'tiny'")
     return path
+
+
+def fitted(config: Config, world: World) -> Config:
+    """`fit_to_context` for the model, or the smaller context of two; rank 0 says what was lowered."""
+    two = config.preset == "longshort" and config.long
+    paths = [model_path(config[key], f"--{key}") for key in (("long", "short") if two else ("model",))]
+    config, line = fit_to_context(config, min(read_config(path).max_positions for path in paths))
+    if line and world.main:
+        print(line)
+    return config
 
 
 def compute_dtype(config: Config, world: World) -> torch.dtype:
