@@ -18,7 +18,9 @@ from thinkrl.options import command_line, group, option, parse_as
 @dataclass(frozen=True)
 class Options:
     _what = group("What to answer")
-    model: str = option("tiny", "Hugging Face folder, or 'tiny', the embedded model")
+    model: str = option(
+        "tiny", "Hugging Face folder, owner/name[@revision] of the hub, or 'tiny', the embedded model"
+    )
     long: str = option("", "folder of the long-thought policy: together with --short, a conversation")
     short: str = option("", "folder of the short-thought policy")
     base: str = option("", "folder of a model to compare with on --data: prints AES against it")

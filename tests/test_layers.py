@@ -14,7 +14,7 @@ from helpers import ROOT
 LAYERS = {
     0: ["kernels"],
     1: ["options", "aliases", "config", "types", "distributed", "metrics", "runs"],
-    2: ["model", "checkpoint", "tokenizer", "problems", "arith", "grading", "pages"],
+    2: ["model", "checkpoint", "tokenizer", "problems", "arith", "grading", "pages", "hub"],
     3: ["paged_model", "decode", "sampler", "rollout", "grpo", "length"],
     4: ["learner", "evaluate", "update", "session", "sft", "presets"],
     5: ["l2t", "longshort"],
@@ -47,6 +47,7 @@ SIDEWAYS = {
     ("runs", "config"),
     ("runs", "distributed"),
     ("checkpoint", "model"),
+    ("hub", "tokenizer"),
     ("problems", "grading"),
     ("problems", "arith"),
     ("decode", "paged_model"),

@@ -29,3 +29,9 @@ def require_own_kernels() -> None:
             f"the package 'kernels' that Python finds is {found or 'missing'}, not thinkrl's own at {ours}: "
             "pip uninstall kernels, then pip install -e . in the repository"
         )
+
+
+def require_extra(module: str, extra: str, purpose: object) -> None:
+    """Raise UserError, naming the extra, if a module that `purpose` needs is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{purpose}: this needs {module}: pip install 'thinkrl[{extra}]'")

@@ -52,7 +52,9 @@ class Config:
 
     _model = group("Model and data", tuple(PRESETS))
     model: str = option(
-        "tiny", "Hugging Face folder (Qwen2/2.5, Qwen3, Llama 3.x), or 'tiny', the embedded model"
+        "tiny",
+        "Hugging Face folder (Qwen2/2.5, Qwen3, Llama 3.x), owner/name[@revision] of the hub (extra [hub]), or 'tiny', "
+        "the embedded model",
     )
     data: str = option(
         "arith", "'arith' (built in) | FILE.jsonl | FILE.parquet (verl layout) | hub:owner/name"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +23,12 @@ from thinkrl.checkpoint import (
 )
 from thinkrl.config import Config, fit_to_context
 from thinkrl.distributed import World, shard
+from thinkrl.hub import fetch_model
 from thinkrl.model import Transformer
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 TINY = Path(__file__).parent / "assets" / "tiny"
 
 
@@ -47,11 +50,17 @@ class Learner:
 
 
 def model_path(model: str, option: str = "--model") -> Path:
-    """The checkpoint folder; 'tiny' is the embedded model's. Raises UserError if there is none."""
+    """The checkpoint folder: 'tiny' is the embedded model's; owner/name[@revision], if there is no such folder, is
+    fetched from the hub. Raises UserError if there is none.
+    """
     path = TINY if model == "tiny" else Path(model)
-    if not path.is_dir():
-        raise UserError(f"{option} {model}: no such folder; give a Hugging Face checkpoint folder, or 'tiny'")
-    return path
+    if path.is_dir():
+        return path
+    if HUB_NAME.fullmatch(model):
+        return fetch_model(model, option)
+    raise UserError(
+        f"{option} {model}: no such folder; give a Hugging Face folder, owner/name[@revision] of the hub, or 'tiny'"
+    )
 
 
 def fitted(config: Config, world: World) -> Config:
