@@ -372,6 +372,15 @@ def test_two_sizes_of_one_family_train_each_other(world, tmp_path, monkeypatch):
         )
 
 
+def test_the_partners_opening_turn_must_fit_too(world):
+    """It is first sampled in the first round of the short role: hundreds of steps into a run."""
+    pair = pair_of(world, "--partner_max_tokens", "1020")  # of 1024
+    pair.require_room(SIX, training=False)
+    with pytest.raises(UserError, match="a turn of 1020 exceed .* of 1024; lower --partner_max_tokens"):
+        pair.require_room(SIX, training=True)
+    pair_of(world, "--rounds", "L", "--partner_max_tokens", "1020").require_room(SIX, training=True)
+
+
 def test_published_longshort_values_on_a_real_model():
     for argv in (["--model", "some/folder"], ["--long", "some/L0", "--short", "some/S0"]):
         c = parse(["longshort", *argv])

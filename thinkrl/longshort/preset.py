@@ -58,16 +58,15 @@ class LongShort(Preset[Conversation]):
         return round_at(step, self.config.rounds, self.config.steps_per_round, self.config.length_coef)
 
     def require_room(self, problems: list[Problem], training: bool) -> None:
-        """For the opening turn; a conversation that outgrows the context later on ends."""
-        sampler = self.learners["long"].sampler
-        require_room(
-            problems,
-            sampler.tokenizer,
-            sampler.model.config.max_positions,
-            self.config.max_tokens,
-            self.prompts,
-            self.config.suffix,
-        )
+        """For the opening turn; a conversation that outgrows the context later on ends. Where the short role is
+        trained, the opening turn is the partner's.
+        """
+        c, sampler = self.config, self.learners["long"].sampler
+        context = sampler.model.config.max_positions
+        for option in ("max_tokens", "partner_max_tokens")[: 2 if training and "S" in c.rounds else 1]:
+            require_room(
+                problems, sampler.tokenizer, context, c[option], self.prompts, c.suffix, f"--{option}"
+            )
 
     def begin_step(self, step: int) -> Learner:
         """The learner of the round's role; its reference is the policy as the round began. LS Eq. 7, 8"""

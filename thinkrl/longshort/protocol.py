@@ -189,16 +189,17 @@ def require_room(
     max_tokens: int,
     prompts: Prompts = BUILT_IN,
     suffix: str = "",
+    option: str = "--max_tokens",
 ) -> None:
     """Raise UserError before the first step if a question leaves no room for the opening turn in the
-    model's context.
+    model's context. option: the one that set max_tokens.
     """
     for problem in problems:
         length = len(build("long", messages(problem, suffix=suffix)[-1]["content"], [], tokenizer, prompts))
         if length + max_tokens > context:
             raise UserError(
                 f"problem {problem.id} (counted from 0): an opening prompt of {length} tokens and a turn of "
-                f"{max_tokens} exceed the model's context of {context}; lower --max_tokens, or leave it out"
+                f"{max_tokens} exceed the model's context of {context}; lower {option}, or leave it out"
             )
 
 
