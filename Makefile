@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 RANKS  ?= 2
+# where the embedded model trains: two ranks on a machine with one GPU would not start
+DEVICE ?= cpu
 RUN    := $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS)
 ARGS   ?=
 
@@ -11,15 +13,14 @@ ARGS   ?=
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-.venv/done: setup.py
+.venv/done: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch .venv/done
 
 train: .venv/done ## train the embedded model by RL on two CPU cores; ARGS="l2t --steps 50" passes options on
-	$(RUN) train.py $(ARGS)
+	$(RUN) train.py $(ARGS) --device $(DEVICE)
 
 test: .venv/done lint ## the whole suite, CPU only, no network
 	$(BIN)/python -m pytest -q tests
@@ -45,14 +46,14 @@ bench-gpu: ## the same on a CUDA machine with torch and triton already installed
 tiny: .venv/done ## rebuild the embedded model from its problem generator
 	$(BIN)/python -m thinkrl.assets.tiny.make --out runs/tiny
 	$(RUN) train.py sft --model runs/tiny/start --data runs/tiny/chains.jsonl --steps 1000 --problems_per_step 128 \
-		--lr 3e-3 --warmup 0.03 --name tiny-sft
+		--lr 3e-3 --warmup 0.03 --name tiny-sft --device $(DEVICE)
 	cp runs/tiny-sft/checkpoints/step_1000/hf/model.safetensors thinkrl/assets/tiny/
 
 compare: .venv/done ## L2T against GRPO and its controls, 3 seeds each (most of an hour on two cores)
 	$(BIN)/python -m thinkrl.tools.compare $(ARGS)
 
 longshort: .venv/done ## Long⊗Short on the embedded model: chunk, cold start, six rounds, GRPO beside it (14 minutes on two cores)
-	$(BIN)/python -m thinkrl.tools.pipeline --ranks $(RANKS) $(ARGS)
+	$(BIN)/python -m thinkrl.tools.pipeline --ranks $(RANKS) --device $(DEVICE) $(ARGS)
 
 docs: .venv/done ## docs/options.md and docs/metrics.md, from the code
 	$(BIN)/python -m thinkrl.tools.docs

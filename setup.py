@@ -31,12 +31,13 @@ setup(
         "console_scripts": [f"thinkrl-{name} = thinkrl.cli:{name}" for name in ("train", "sample", "chunk")]
     },
     package_data={"thinkrl": ["assets/tiny/*", "assets/report.*"]},
-    # numpy: Triton 3.6's interpreter fails with numpy 2.4 (triton issue 9171)
     install_requires=["torch>=2.11", "triton>=3.6", "safetensors", "tokenizers", "numpy", "tqdm", "jinja2"],
     extras_require=EXTRAS
     | {
         "dev": [
             "pytest",
+            "pytest-xdist",
+            "numpy<2.4",  # Triton 3.6's interpreter, in which tests run kernels, fails with 2.4 (triton issue 9171)
             "ruff",
             "hypothesis",
             "transformers",

@@ -101,6 +101,8 @@ def run_all(jobs: list[tuple[str, list[str]]], folder: Path, at_once: int) -> No
                     name,
                     "--resume",
                     "auto",
+                    "--device",
+                    "cpu",
                 )
                 busy[core] = (
                     name,

@@ -34,6 +34,7 @@ class Options:
         "runs/longshort", "folder of the stages and of summary.json; an unfinished one is continued"
     )
     ranks: int = option(2, "processes of every torchrun", low=1)
+    device: str = option("cpu", "where to compute; the embedded model needs no GPU", ("auto", "cpu", "cuda"))
     seed: int = option(42, "of every stage")
     chains: int = option(800, "built-in long chains to chunk", low=1)
     rollout_tokens: int = option(
@@ -47,7 +48,7 @@ class Options:
     eval_problems: int = option(500, "held-out problems, at most 500", low=1)
 
 
-FREE_TO_CHANGE = {"out", "ranks"}
+FREE_TO_CHANGE = {"out", "ranks", "device"}
 
 
 def parse(argv: list[str]) -> Options:
@@ -71,11 +72,12 @@ def run_stages(options: Options) -> None:
     """All of it, in the folder `out`: chunk/, L0/, S0/, longshort/, grpo/. Raises UserError where a stage
     fails.
     """
-    folder, seed = Path(options.out).resolve(), ["--seed", str(options.seed)]
+    folder = Path(options.out).resolve()
+    common = ["--seed", str(options.seed), "--device", options.device]
 
     def run(title: str, *arguments: str) -> None:
         print(f"\n== {title}", flush=True)
-        status = subprocess.run(torchrun(options.ranks, *arguments, *seed), cwd=ROOT).returncode
+        status = subprocess.run(torchrun(options.ranks, *arguments, *common), cwd=ROOT).returncode
         if status:
             raise UserError(
                 f"the stage '{title}' failed with status {status}; the same command continues from here"
