@@ -1,22 +1,20 @@
-"""What counts as right, case by case; then text from people who wish us ill."""
+"""Which answer a completion gives, and whether it is right; then text from people who wish us ill."""
 
-import signal
 import time
-from fractions import Fraction
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinkrl import UserError, grading
-from thinkrl.grading import canonical, check_gold, equal, extract, grade, normalise, rational, rule_set
+from thinkrl import UserError, algebra, grading
+from thinkrl.grading import canonical, check_gold, equal, extract, grade, rule_set
 
 
 @pytest.mark.parametrize(
     "completion, gold, source, right",
     [
         (r"\boxed{42}", "42", "math", True),
-        (r"\boxed{42}", "42", "gsm8k", False),
+        (r"\boxed{42}", "42", "gsm8k", True),
         ("#### 42.", "42", "gsm8k", True),
         ("#### 42.0", "42", "gsm8k", True),
         (r"\boxed{0.25}", r"\frac14", "math", True),
@@ -29,16 +27,56 @@ from thinkrl.grading import canonical, check_gold, equal, extract, grade, normal
         (r"\boxed{7}" + " and so on" * 40, "7", "math", True),
     ],
 )
-def test_the_ten_cases_of_the_docstring(completion, gold, source, right):
+def test_the_ten_cases_of_the_docs(completion, gold, source, right):
     assert grade(completion, gold, source) is right
 
 
-def test_without_the_extra_only_the_symbolic_case_changes(monkeypatch):
-    monkeypatch.setattr(grading, "has_algebra", lambda: False)
-    grading._symbolically_equal.cache_clear()
-    assert not grade(r"\boxed{2\sqrt3}", r"\sqrt{12}", "math")
-    assert grade(r"\boxed{0.25}", r"\frac14", "math") and grade(r"\boxed{2\sqrt3}", r"2 \sqrt{3}", "math")
-    grading._symbolically_equal.cache_clear()
+@pytest.mark.parametrize(
+    "completion, gold, right",
+    [
+        (r"\boxed{18}", "18", True),
+        (r"\boxed{\$18.00}", "18", True),
+        (r"\boxed{18 \text{ dollars}}", "18", True),
+        (r"\boxed{x = \frac{3}{4}}", "0.75", True),
+        (r"\boxed{\sqrt{324}}", "18", False),
+        (r"\boxed{7} #### 18", "18", True),
+        (r"#### 18 \boxed{7}", "18", True),
+        ("#### **18**", "18", True),
+        ("#### x = 18", "18", True),
+        ("#### The final answer is: $18", "18", True),
+        (r"#### \boxed{18}", "18", True),
+        ("#### Step 1: add.\n#### Step 2: done.\n\\boxed{18}", "18", True),
+        ("#### Step 1: add.\n#### She earns $18", "18", True),
+        ("#### 18\n#### Check", "18", True),
+        ("####18", "18", True),
+        ("##### 18", "18", True),
+        ("The answer is 18.", "18", False),
+    ],
+)
+def test_gsm8k_takes_a_number_behind_hashes_and_else_a_box(completion, gold, right):
+    assert grade(completion, gold, "gsm8k") is right
+
+
+@pytest.mark.parametrize(
+    "text, answer, number",
+    [
+        ("so 3 + 4 = 7", "7", 7),
+        ("She earns $1,234.50 a day.", "1,234.50", 1234.5),
+        ("between 3 and -4", "-4", -4),
+        ("8-3", "3", 3),
+        ("temperature: −5°", "-5", -5),
+        ("the odds are 3/4.", "3/4", 0.75),
+        (r"$\frac{3}{4}$", r"\frac{3}{4}", 0.75),
+        (r"\boxed{18}.", "18", 18),
+        ("#### 18", "18", 18),
+        ("1.5e3", "1.5e3", 1500),
+        ("no number", None, None),
+        ("", None, None),
+    ],
+)
+def test_the_last_number(text, answer, number):
+    assert extract(text, "last_number") == answer
+    assert answer is None or canonical(answer, "last_number") == number
 
 
 @pytest.mark.parametrize(
@@ -69,132 +107,18 @@ def test_without_the_extra_only_the_symbolic_case_changes(monkeypatch):
         (r"} \boxed{1} {", "math", "1"),
         (r"\boxed{", "math", None),
         (r"boxed{1}", "math", None),
+        (r"$\boxed 2$.", "math", "2"),
+        (r"so \boxed 92.", "math", "92."),
+        (r"\boxed{1}, or rather \boxed x", "math", "x"),
+        (r"\fbox9", "math", "9"),
+        (r"\boxed2{3}", "math", "2"),
+        (r"\boxed{\boxed 5}", "math", "5"),
+        (r"\boxed ", "math", None),
+        (r"\boxedx", "math", None),
     ],
 )
 def test_extract(text, source, answer):
     assert extract(text, source) == answer
-
-
-@pytest.mark.parametrize(
-    "text, number",
-    [
-        ("-7", -7),
-        ("007", 7),
-        ("1,234,567.5", Fraction("1234567.5")),
-        (".5", Fraction(1, 2)),
-        ("3/4", Fraction(3, 4)),
-        ("3 / -4", Fraction(-3, 4)),
-        (r"-\frac{1}{3}", Fraction(-1, 3)),
-        (r"2\frac{1}{3}", Fraction(7, 3)),
-        (r"-2\frac{1}{3}", Fraction(-7, 3)),
-        ("1.5e3", 1500),
-        ("3*10^{-2}", Fraction(3, 100)),
-        ("1/0", None),
-        ("1,23", None),
-        ("1e9999", None),
-        ("12 34", None),
-        ("", None),
-        ("inf", None),
-        ("٣", 3),
-    ],
-)
-def test_rational(text, number):
-    assert rational(text) == number
-
-
-SAME = [
-    (r"\tfrac12", "0.5"),
-    (r"\frac{10}{4}", "2.5"),
-    (r"1\frac{1}{2}", "3/2"),
-    ("1 1/2", "1.5"),
-    ("1,000", "1000"),
-    (r"1{,}000", r"10^3 ".replace("10^3", "1\\,000")),
-    (r"1,\!000,\!000", "1000000"),
-    (r"3 \times 10^{5}", "300000"),
-    (r"5\text{ cm}^2", "5"),
-    (r"18.90\text{ dollars}", r"\$18.9"),
-    ("12 square inches", "12"),
-    (r"336^\circ", "336"),
-    (r"90^{\circ}", "90 degrees"),
-    (r"25\%", "25"),
-    (r"\text{East}", "east"),
-    (r"\textbf{(C)}", "C"),
-    ("x = 5", "5"),
-    (r"x \in [1, 2)", "[1,2)"),
-    ("f(x) = x^2", "x^{2}"),
-    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
-    ("(1, 2)", "(1.0, 4/2)"),
-    ("3, 5", r"5 \text{ and } 3"),
-    ("x=1, x=2", "1 or 2"),
-    (r"\{1, 2, 3\}", "3,2,1"),
-    (r"\lbrace 1, 2 \rbrace", r"\{2, 1\}"),
-    ("x < 5", "5 > x"),
-    (r"1 \le x < 3", r"3 > x \geq 1"),
-    (r"x \leqslant 2", "x ≤ 2"),
-    (r"(-\infty, 1) \cup (2, +\infty)", "(2, ∞) ∪ (-∞, 1)"),
-    (r"\sqrt2", r"\sqrt{2}"),
-    ("−3", "-3"),
-    ("$7$", "7"),
-    (r"\( 7 \)", "7."),
-    (r"2 \cdot 3", r"2 \times 3"),
-    (r"1011_2", r"1011_{2}"),
-]
-DIFFERENT = [
-    (r"50\%", "0.5"),
-    (r"\frac{1}{3}", "0.333333"),
-    ("(1, 2)", "(2, 1)"),
-    ("(1, 2)", "[1, 2]"),
-    ("(1, 2]", "(1, 2)"),
-    ("(1,000)", "1000"),
-    ("x < 5", "x > 5"),
-    ("x < 5", r"x \leq 5"),
-    ("1, 2", "1, 2, 2"),
-    (r"\text{east}", r"\text{seat}"),
-    ("12", "1 2 3"),
-    ("10:30 p.m.", "10:30 a.m."),
-    (r"10:30\text{ p.m.}", r"10:30\text{ a.m.}"),
-    ("5x", "5"),
-    ("1.7320508", r"\sqrt{3}"),
-    ("", "0"),
-]
-
-
-@pytest.mark.parametrize("a, b", SAME)
-def test_same_without_algebra(a, b, monkeypatch):
-    monkeypatch.setattr(grading, "_symbolically_equal", lambda *_: False)
-    assert equal(a, b, "math") and equal(b, a, "math")
-    assert hash(canonical(a, "math")) == hash(canonical(b, "math"))
-
-
-@pytest.mark.parametrize("a, b", DIFFERENT)
-def test_different(a, b):
-    assert not equal(a, b, "math") and not equal(b, a, "math")
-
-
-@pytest.mark.parametrize(
-    "a, b", [("x^2+2x+1", "(x+1)^2"), (r"(\sqrt{12}, 1)", r"(2\sqrt{3}, 1)"), (r"\frac{\pi}{2}", r"0.5\pi")]
-)
-def test_same_by_algebra(a, b):
-    assert canonical(a, "math") != canonical(b, "math")
-    assert equal(a, b, "math")
-
-
-def test_a_comparison_that_never_ends_is_killed_and_the_next_one_works(monkeypatch):
-    assert equal(r"\sqrt{8}", r"2\sqrt{2}", "math")
-    worker = grading._algebra.process
-    monkeypatch.setattr(grading, "TIMEOUT", 0.5)
-    assert not equal("9^{9^{9^{9}}}", "8^{8^{8^{8}}}", "math")
-    assert worker.returncode == -signal.SIGPROF, "its own processor time ended it, not our wait"
-    monkeypatch.undo()
-    assert equal(r"\sqrt{18}", r"3\sqrt{2}", "math")
-
-
-def test_a_worker_that_died_costs_one_answer():
-    assert equal(r"\sqrt{20}", r"2\sqrt{5}", "math")
-    grading._algebra.process.kill()
-    grading._algebra.process.wait()
-    assert not equal(r"\sqrt{24}", r"2\sqrt{6}", "math")
-    assert equal(r"\sqrt{28}", r"2\sqrt{7}", "math")
 
 
 def test_sources():
@@ -249,59 +173,37 @@ HOSTILE = {
     "points in a short answer": r"\boxed{" + ". , " * 120 + "x}",
     "words in a short answer": r"\boxed{" + "1 cm " * 95 + "}",
     "commands that appear as others go": r"\boxed{" + r"\lef" * 80 + "t" * 80 + "}",
+    "signs in a short answer": r"\boxed{" + r"\pm x," * 80 + "}",
+    "rows in a short answer": r"\boxed{"
+    + r"\begin{pmatrix}" * 20
+    + r"1&2\\" * 20
+    + r"\end{pmatrix}" * 3
+    + "}",
+    "elements in a short answer": r"\boxed{" + ",".join(f"x^{i}" for i in range(90)) + "}",
+    "letters in a short answer": r"\boxed{" + "(A) " * 120 + "}",
+    "numbers": "1,000/2e3-" * 10_000 + "x",
+    "headlines": "#### Step 1\n" * 5_000 + "#### answer is",
+    "boxes without braces": r"\boxed x" * 12_000 + " " * 10_000,
     "towers": "#### 1e999999999 <answer>1e999999999</answer>" + r"\boxed{10^{999999999}}",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_takes_linear_time(name, monkeypatch):
-    monkeypatch.setattr(
-        grading, "_symbolically_equal", lambda *_: False
-    )  # has a time limit and a test of its own
+    monkeypatch.setattr(algebra, "has_algebra", lambda: False)  # has a time limit and tests of its own
     start = time.process_time()  # of this process alone: other load does not count
     for source in grading.RULES:
         assert not grade(HOSTILE[name], "42", source)
-    assert time.process_time() - start < 10  # all take under 0.1 s; quadratic ones would take minutes
-
-
-LATEX = st.lists(
-    st.sampled_from(
-        r"1 0 23 . , ; : + - * / ^ _ = < > ( ) [ ] { } \{ \} x y \frac \dfrac \sqrt \left \right \text{ and cm} \text{cm}"
-        r" \cdot \le \leq \in \cup \circ ^\circ % \% $ \! \, \boxed{ e5 1,000 {,} \pi \infty or degrees".split(
-            " "
-        )
-        + [" "]
-    ),
-    max_size=14,
-).map("".join)
+    assert not grade(HOSTILE[name], ",".join(f"y^{i}" for i in range(90)), "math")
+    assert time.process_time() - start < 10  # all take under 1 s; quadratic ones would take minutes
 
 
 @settings(max_examples=300)
-@given(LATEX | st.text(max_size=40))
-@example(r"100, 200")
-@example(r"\pi x")
-def test_normal_form_is_a_fixed_point(text):
-    assert normalise(normalise(text)) == normalise(text)
-
-
-@settings(max_examples=300)
-@given(LATEX | st.text(max_size=200), st.sampled_from(grading.RULES))
+@given(st.text(max_size=200), st.sampled_from(grading.RULES))
 def test_no_text_makes_grading_raise(text, source):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grading, "_symbolically_equal", lambda *_: False)
+        patch.setattr(algebra, "has_algebra", lambda: False)
         for completion in (text, rf"\boxed{{{text}}}", f"#### {text}", f"<answer>{text}</answer>"):
             assert grade(completion, "42", source) in (True, False)
         value = canonical(text, source)
         assert value is None or hash(value) == hash(canonical(text, source))
-
-
-@given(st.integers(-(10**9), 10**9), st.integers(1, 10**4))
-def test_every_spelling_of_a_rational_is_the_same_number(top, bottom):
-    value = Fraction(top, bottom)
-    for text in (
-        f"{top}/{bottom}",
-        rf"\frac{{{top}}}{{{bottom}}}",
-        rf"\left( \dfrac{{{top}}}{{{bottom}}} \right)",
-    ):
-        assert canonical(text, "math") == value
-    assert canonical(f"{top:,}", "gsm8k") == canonical(f"{top}.00", "arith") == top

@@ -261,7 +261,8 @@ def test_every_token_has_one_episode_and_no_probe_sees_the_answer(how):
         ), text
         seen = BPE.decode(tokens[: e.prefixes[-1]])
         assert CLOSE not in seen and "<eos>" not in seen, text
-        for answer, rule in ((extract(text, rule), rule) for rule in RULES if CLOSE not in text):
+        marked = [rule for rule in RULES if rule != "last_number"]  # which has no marker to be found by
+            for answer, rule in ((extract(text, rule), rule) for rule in marked if CLOSE not in text):
             assert answer is None or extract(seen, rule) != answer, text
         if how == "tags" and not e.malformed:
             assert [m[0] for m in TAG.finditer(text.split(CLOSE)[0])][: 2 * K] == TAGS[: 2 * K], text
