@@ -27,7 +27,7 @@ class Options:
     _what = group("What to chunk")
     data: str = option("arith", "FILE.jsonl | FILE.json | hub:owner/name | 'arith', the built-in chains")
     limit: int = option(0, "at most this many rows; 0: all (arith: 400)", low=0)
-    source: str = option("", "grading rule for rows that name none: arith | gsm8k | math")
+    source: str = option("", "grading rule for rows that name none: arith | gsm8k | last_number | math")
     suffix: str = option("", "text appended to every question")
     out: str = option("runs/chunk", "folder to write; an unfinished one is continued")
     plot: bool = option(False, "also draw importance along the chain (extra [report])")

@@ -26,7 +26,9 @@ class Options:
     base: str = option("", "folder of a model to compare with on --data: prints AES against it")
     prompt: str = option("", "answer this and print it")
     data: str = option("", "evaluate on: 'arith' (held out) | FILE.jsonl | FILE.parquet | hub:owner/name")
-    source: str = option("", "grading rule of --prompt and of rows that name none: arith | gsm8k | math")
+    source: str = option(
+        "", "grading rule of --prompt and of rows that name none: arith | gsm8k | last_number | math"
+    )
     limit: int = option(0, "at most this many problems; 0: all", low=0)
     system: str = option("", "system message")
     suffix: str = option("", "text appended to every question")

@@ -72,7 +72,9 @@ class Config:
     suffix: str = option(
         "", "text appended to every question; empty: the instruction of its grading rule", presets=SAMPLING
     )
-    source: str = option("", "grading rule of rows that name none: arith | gsm8k | math", presets=SAMPLING)
+    source: str = option(
+        "", "grading rule of rows that name none: arith | gsm8k | last_number | math", presets=SAMPLING
+    )
     device: str = option("auto", "device", ("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto",

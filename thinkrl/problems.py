@@ -41,6 +41,7 @@ INSTRUCTIONS = {
         "####",
         "Think step by step, then give the final answer as a number after ####, on a line of its own.",
     ),
+    "last_number": ("", ""),
     "math": (r"\boxed", r"Think step by step, then put the final answer in \boxed{}."),
 }
 

@@ -37,7 +37,7 @@ class Problem:
     id: int  # its address in the source: part of the address of every random number drawn for it
     question: str
     answer: str  # gold
-    source: str = "arith"  # selects the grading rule: arith | gsm8k | math
+    source: str = "arith"  # selects the grading rule: arith | gsm8k | last_number | math
     level: str = ""  # difficulty, for tables
     solution: str = ""
     system: str = ""  # system message, if the row carries its own

@@ -671,6 +671,13 @@ def test_what_forces_the_answer_follows_the_grading_rule(source, gold):
         forcing(problem, "The answer is ")
 
 
+def test_the_last_number_is_forced_without_a_marker():
+    problem = Problem(7, "?", "3.5", "last_number")
+    assert forcing(problem) == ("\n</think>\n\nThe answer is ", "")
+    with pytest.raises(UserError, match="problem 7"):
+        forcing(problem, suffix=" or 4")
+
+
 def test_the_preset_s_probe_is_the_rule_s_and_ends_the_answer():
     problem, wanted = (
         Problem(0, "374*6?", "2244"),

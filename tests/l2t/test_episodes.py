@@ -262,7 +262,7 @@ def test_every_token_has_one_episode_and_no_probe_sees_the_answer(how):
         seen = BPE.decode(tokens[: e.prefixes[-1]])
         assert CLOSE not in seen and "<eos>" not in seen, text
         marked = [rule for rule in RULES if rule != "last_number"]  # which has no marker to be found by
-            for answer, rule in ((extract(text, rule), rule) for rule in marked if CLOSE not in text):
+        for answer, rule in ((extract(text, rule), rule) for rule in marked if CLOSE not in text):
             assert answer is None or extract(seen, rule) != answer, text
         if how == "tags" and not e.malformed:
             assert [m[0] for m in TAG.finditer(text.split(CLOSE)[0])][: 2 * K] == TAGS[: 2 * K], text
@@ -274,7 +274,7 @@ def test_every_token_has_one_episode_and_no_probe_sees_the_answer(how):
         *(("gsm8k", f"#### {form}") for form in ("42", "42 dollars", "**42**", "The answer is 42", "42%", "+42", "42. Done", "$42",
                                                 "84/2", "42 dollars\n\nYes, 42.0:\n\n#### 42")),
         *(("math", form) for form in (r"\boxed{42}", r"\boxed {42}", r"\fbox{42}", "\\boxed\n{42}", r"$\boxed{42}$, so \boxed{42")),
-        ("arith", "<answer>42</answer>"),
+        ("arith", "<answer>42</answer>"), ("gsm8k", r"\boxed{42}"), ("gsm8k", r"\boxed 42"), ("math", r"$\boxed 42$"),
     ],
 )  # fmt: skip
 def test_no_probe_sees_what_the_grader_reads(rule, answer):

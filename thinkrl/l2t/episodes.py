@@ -23,8 +23,8 @@ So tags are looked for in the decoded text, each character is traced back to the
 a token that straddles a boundary belongs to the earlier episode.
 
 Without `</think>` thinking ends where the answer is announced in any form that a grader reads: `<answer>`, a
-box, a number behind `####`. Of the lines with `####` those announce it that give the number of the last one,
-which is the one graded; the others are headlines. An answer that nothing announces cannot be told from
+box, a number behind `####`. Of the lines with `####` those announce it that give the number that is graded;
+the others are headlines. An answer that nothing announces cannot be told from
 thinking.
 
 Readings: an episode is closed by the tag of its own number with no other tag between. Text before an episode
@@ -51,7 +51,7 @@ from thinkrl.types import UserError
 
 TAG = re.compile(r"<(/?)episode_(\d+)>")
 OPEN, CLOSE = "<think>", "</think>"
-ANSWER = re.compile(r"<answer>|\\(?:boxed|fbox)\s*\{")
+ANSWER = re.compile(r"<answer>|\\(?:boxed|fbox)(?:\s*\{|\s+[^\s{}$\\]|-?\d)")
 HASHES = re.compile(r"####.*")
 BLANK_LINE = re.compile(r"\n(?:[ \t]*\n)+")
 
@@ -169,7 +169,8 @@ def _announcement(text: str) -> int:
     """Where the text begins to say its answer, in characters; its length if it does not."""
     found = [(line.start(), extract(line[0], "gsm8k")) for line in HASHES.finditer(text)]
     numbers = [(start, canonical(number, "gsm8k")) for start, number in found if number is not None]
-    starts = [start for start, number in numbers if number == numbers[-1][1]]
+    graded = canonical(extract(text, "gsm8k") or "", "gsm8k")
+    starts = [start for start, number in numbers if number == graded]
     return min([len(text), *starts, *(marker.start() for marker in ANSWER.finditer(text))])
 
 

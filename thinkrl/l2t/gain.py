@@ -36,6 +36,7 @@ from thinkrl.types import Problem
 FORCING = {  # by grading rule: what asks for the answer, and what ends it; "": the end of the completion does
     "arith": ("</think><answer>", "</answer>"),
     "gsm8k": ("\n</think>\n\n#### ", ""),
+    "last_number": ("\n</think>\n\nThe answer is ", ""),
     "math": ("\n</think>\n\nThe final answer is \\boxed{", "}"),
 }
 
