@@ -6,9 +6,12 @@ RANKS  ?= 2
 DEVICE ?= cpu
 RUN    := $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS)
 ARGS   ?=
+# tests run in one process per core, at most eight; TEST="-n 0 -x" gives one process that stops at a failure
+TEST   ?= -n auto --maxprocesses 8 --dist worksteal
+PYTEST := -m pytest -q $(TEST)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-gpu lint bench bench-gpu tiny compare longshort docs lines clean
+.PHONY: help train test test-fast test-gpu lint bench bench-gpu tiny compare longshort docs lines clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,14 +26,18 @@ train: .venv/done ## train the embedded model by RL on two CPU cores; ARGS="l2t 
 	$(RUN) train.py $(ARGS) --device $(DEVICE)
 
 test: .venv/done lint ## the whole suite, CPU only, no network
-	$(BIN)/python -m pytest -q tests
-	THINKRL_AOT=1 $(BIN)/python -m pytest -q tests/kernels/test_aot.py
+	CUDA_VISIBLE_DEVICES= $(BIN)/python $(PYTEST) tests
+	THINKRL_AOT=1 $(BIN)/python $(PYTEST) tests/kernels/test_aot.py
+
+test-fast: .venv/done lint ## the suite without its slow tests and without ahead-of-time compilation
+	CUDA_VISIBLE_DEVICES= $(BIN)/python $(PYTEST) -m "not slow" tests
 
 lint: .venv/done ## ruff
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
-test-gpu: ## the suite on a CUDA machine with torch, triton and pytest already installed
-	$(PYTHON) -m pytest -q tests
+test-gpu: ## what a GPU computes, on a CUDA machine that has torch, triton, transformers, pytest, pytest-xdist, hypothesis
+	$(PYTHON) $(PYTEST) -m gpu tests
 
 bench: .venv/done ## kernels and sampler against their baselines, side by side, on this machine
 	$(BIN)/python -m kernels.fisher

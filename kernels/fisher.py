@@ -167,7 +167,7 @@ def _ghost_kernel(
 
 # Fixed tiles: tuning at run time would change the rounding from run to run. In 16 bits | in fp32, whose exact
 # products have no tensor cores and must keep their sums in fewer registers | in the interpreter, where small
-# tests should meet borders.
+# tests should meet borders. With three stages the fp32 ghost norm spills under Triton 3.6 and 3.7.1.
 QUADRATIC_TILES = {
     2: dict(BLOCK_D2=128, BLOCK_D1=128, BLOCK_T=64, num_warps=8, num_stages=3),
     4: dict(BLOCK_D2=64, BLOCK_D1=64, BLOCK_T=32, num_warps=4, num_stages=3),
@@ -175,7 +175,7 @@ QUADRATIC_TILES = {
 }
 GHOST_TILES = {
     2: dict(BLOCK_T=64, BLOCK_D=64, num_warps=4, num_stages=3),
-    4: dict(BLOCK_T=64, BLOCK_D=32, num_warps=8, num_stages=3),
+    4: dict(BLOCK_T=64, BLOCK_D=32, num_warps=8, num_stages=2),
     0: dict(BLOCK_T=16, BLOCK_D=16, num_warps=4, num_stages=1),
 }
 

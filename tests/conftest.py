@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -12,3 +13,9 @@ if not torch.cuda.is_available() and "THINKRL_AOT" not in os.environ:
 # A busy machine is no failure, and a run that is repeated draws the same examples.
 settings.register_profile("thinkrl", deadline=None, derandomize=True)
 settings.load_profile("thinkrl")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Long tests begin first, so that no process of several is left with one at the end."""
+    items.sort(key=lambda item: "slow" not in item.keywords)

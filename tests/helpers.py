@@ -29,9 +29,10 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def torchrun(ranks: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """The same on so many ranks of this machine."""
+    """The same on so many ranks of this machine: of its GPUs, or of its CPU where they are fewer."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return python(*launch, *arguments, **environment)
+    hidden = {} if ranks <= torch.cuda.device_count() else {"CUDA_VISIBLE_DEVICES": ""}
+    return python(*launch, *arguments, **hidden | environment)
 
 
 PIECES = [

@@ -44,6 +44,7 @@ def lines(folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_kill_and_resume_neither_repeats_nor_loses_an_item(tmp_path, world):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(world, *options(whole))
@@ -272,6 +273,7 @@ def test_role_prompts_may_change_and_requests_may_not(tmp_path, world):
         run(world, *arguments, "--prompts", str(tmp_path / "own.json"))
 
 
+@pytest.mark.slow
 def test_ranks_meet_after_every_batch(tmp_path):
     """Items are dealt one by one, and a mistake of one rank stops the others at the end of their batch,
     not of their work.

@@ -10,6 +10,8 @@ import torch
 
 from helpers import ROOT, torchrun
 
+pytestmark = pytest.mark.slow  # all of it in processes of their own
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):

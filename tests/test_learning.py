@@ -49,10 +49,12 @@ def final_reward(method: type, lr: str) -> float:
     return sum(rewards_of(method, STEPS, "--steps", str(STEPS), "--lr", lr)[-LAST:]) / LAST
 
 
+@pytest.mark.slow
 def test_it_learns():
     assert final_reward(Grpo, "5e-4") > LINE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, lr", [(Shuffled, "5e-4"), (Grpo, "0")], ids=["shuffled advantages", "lr 0"])
 def test_and_does_not_when_broken(method, lr):
     assert final_reward(method, lr) < LINE

@@ -98,6 +98,7 @@ def test_the_kernel_reaches_the_reward(world, default, monkeypatch):
     assert any(not torch.equal(t.process_reward, u.process_reward) for t, u in zip(trajectories, default[1]))
 
 
+@pytest.mark.slow
 def test_profile_grpo_is_grpo_to_the_bit(world):
     _, _, plain, _ = step_of(world, "grpo")
     _, _, profile, _ = step_of(world, "l2t", "--profile", "grpo")
@@ -105,6 +106,7 @@ def test_profile_grpo_is_grpo_to_the_bit(world):
     assert all(torch.equal(a, b) for a, b in zip(plain, profile))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -88,6 +88,7 @@ def test_a_data_file_is_measured_and_written(tmp_path, data, capsys):
     assert all(f"<answer>{line['answer']}</answer>" in line["text"] for line in lines)
 
 
+@pytest.mark.slow
 def test_a_conversation_is_measured_then_compared(tmp_path, data, capsys, monkeypatch):
     """One model after the other: the pair's result is out, and the pair gone, before the base model is
     read.

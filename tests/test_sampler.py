@@ -124,6 +124,7 @@ def test_a_prompt_is_prefilled_once_and_its_full_pages_are_shared(model):
     assert len({tuple(completion.tokens) for completion in group}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_pages, max_rows", [(6, 8), (7, 3), (10, 16)])
 def test_preemption_recomputes_the_same_tokens(model, num_pages, max_rows):
     roomy = Sampler(model, num_pages=200)
@@ -139,6 +140,7 @@ def test_preemption_recomputes_the_same_tokens(model, num_pages, max_rows):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_trajectory_does_not_depend_on_its_neighbours(model):
     keys = [(0, p, s) for p in range(len(PROMPTS)) for s in range(2)]
     together = Sampler(model, num_pages=200).generate(PROMPTS, n=2, max_tokens=30, seed=3, keys=keys)
@@ -240,6 +242,7 @@ def test_a_stop_string_is_found_across_a_preemption(tokenizer):
     assert [len(tokens) for [tokens] in expected] == [7, 6] and tight.forwards.prefill > 0
 
 
+@pytest.mark.slow
 def test_probes_equal_full_forwards_at_a_fraction_of_their_cost():
     """K = 10 episodes of 100 tokens behind a prompt of 100, probes of 25 tokens."""
     config = ModelConfig(
@@ -337,6 +340,7 @@ def test_a_sampler_leaves_its_callers_model_as_it_was():
     assert all(block.down.weight.grad.abs().sum() > 0 for block in model.blocks)
 
 
+@pytest.mark.slow
 def test_a_callback_may_sample_from_the_forks_it_made(model):
     """A call inside a call, in a pool so small that the outer one must give way."""
     sampler = Sampler(model, num_pages=11, max_rows=3)
@@ -376,6 +380,7 @@ def test_an_idle_fork_gives_its_pages_back_and_is_recomputed(model):
     assert sampler.pool.free_pages == 4
 
 
+@pytest.mark.slow
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),

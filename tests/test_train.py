@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 import transformers
@@ -69,6 +67,7 @@ def checkpoint(folder: Path, kind: str, tokenizer_file: Path) -> Path:
 
 
 def verl_rows(path: Path, count: int = 12) -> Path:
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
     rows = [
         {
             "data_source": "openai/gsm8k",
@@ -79,7 +78,7 @@ def verl_rows(path: Path, count: int = 12) -> Path:
         }
         for i in range(count)
     ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
 
 
@@ -95,6 +94,7 @@ def test_a_default_completion_limit_is_lowered_to_the_models_context(tmp_path, t
     assert fitted(parse(pair), world).partner_max_tokens == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, more",
     [
@@ -174,6 +174,7 @@ ROUNDS = (
 )  # killed inside the round of the short role
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, killed, steps", [LONG, ROUNDS], ids=["l2t", "longshort"])
 def test_kill_and_resume_is_the_same_run(tmp_path, options, killed, steps):
     """2N steps == N steps, a kill, a resume: bit for bit. Optimizers, references, running Fisher and both
@@ -248,6 +249,7 @@ def test_bad_data(capsys, tmp_path):
     assert not (tmp_path / "runs").exists(), "nothing half-written"
 
 
+@pytest.mark.slow
 def test_more_ranks_than_problems(tmp_path):
     done = torchrun(2, "train.py", "grpo", "--problems_per_step", "1", "--runs_dir", str(tmp_path))
     own = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
@@ -291,6 +293,7 @@ def test_a_wrong_option_from_the_shell():
     )
 
 
+@pytest.mark.slow
 def test_sft_learns_its_rows_and_leaves_a_folder(tmp_path):
     rows = [
         {"problem": f"{a}*{b}?", "response": f"<think></think><answer>{a * b}</answer>"}
@@ -329,6 +332,7 @@ def test_sft_learns_its_rows_and_leaves_a_folder(tmp_path):
     assert (tmp_path / "sft" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_trained_and_used(tmp_path):
     small = [
         "--problems_per_step",
@@ -372,6 +376,7 @@ def test_a_policy_is_no_reward_model(capsys, tmp_path):
     assert "score.weight" in sentence and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_round_trains_its_own_role_against_a_fresh_reference(tmp_path):
     train.main(
         parse(

@@ -20,6 +20,7 @@ from kernels.attention import (
     paged_attention_triton,
 )
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKED = [packed_attention_torch, packed_attention_triton]
 PAGED = [paged_attention_torch, paged_attention_triton]

@@ -15,6 +15,7 @@ from kernels.fisher import (
     ghost_norm_triton,
 )
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RAGGED = [
     2,

@@ -21,6 +21,7 @@ from kernels.logprob import (
     linear_score_triton,
 )
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOGPROB = [linear_logprob_torch, linear_logprob_triton]
 SCORE = [linear_score_torch, linear_score_triton]
@@ -127,7 +128,7 @@ def test_confident_and_impossible_targets(op):
     """A logit gap of 200 is far outside exp's range: log-prob 0 or -200, entropy 0, gradients finite."""
     hidden = torch.tensor([[100.0], [100.0]], device=DEVICE)
     weight = torch.tensor([[1.0], [-1.0]], device=DEVICE)
-    coef = torch.ones(2)
+    coef = torch.ones(2, device=DEVICE)
     logprob, entropy, *grads = with_gradients(
         op, hidden, weight, torch.tensor([0, 1], device=DEVICE), 1.0, coef
     )

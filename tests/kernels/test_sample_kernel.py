@@ -16,6 +16,7 @@ from kernels.sample import (
     uniform,
 )
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = [sample_token_torch, sample_token_triton]
 MASK = 2**64 - 1

@@ -726,6 +726,7 @@ def test_probes_on_forked_pages_equal_full_forwards(max_tokens_per_forward):
     assert len({float(J[0]) for _, J in results}) == 2  # asked once per prompt
 
 
+@pytest.mark.slow
 def test_probes_cost_a_fifth_of_full_forwards():
     """K = 10, prompt 100, completion 1000, probe 25, tokens counted by the sampler; the reference's by its
     model.
@@ -840,6 +841,7 @@ def test_every_prefix_draws_its_own_numbers(kind):
     assert len(texts) == len(set(texts)) == 4 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, num_pages", [("forced", 10), ("mc", 13), ("continue", 16)])
 def test_the_smallest_pool_gives_the_same_gains(kind, num_pages):
     """As many pages as the longest probe needs alone: rows, prompts and forks that wait have to make room

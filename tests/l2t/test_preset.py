@@ -102,6 +102,7 @@ def test_max_ratio_clips_guarded_credit(world, written):
     assert guarded.max() > 0 and (guarded <= 1.5 * even + 1e-6).all() and (guarded > 1.4 * even + 1e-6).any()
 
 
+@pytest.mark.slow
 def test_gain_samples_is_the_number_of_continuations(world):
     trajectories, _ = rolled(preset_of(world, "--gain", "continue", "--gain_samples", "3"))
     thirds = torch.cat([3 * t.J for t in trajectories])
@@ -109,6 +110,7 @@ def test_gain_samples_is_the_number_of_continuations(world):
     assert ((thirds > 0) & (thirds < 3)).any(), "not all prefixes are certain"
 
 
+@pytest.mark.slow
 def test_the_basis_has_its_rank_and_is_refreshed_in_time(world):
     preset = preset_of(world, "--rank_share", "0.25", "--refresh_every", "2", "--fisher_decay", "0.25")
     bases, tokens = [], []
@@ -249,6 +251,7 @@ def test_a_reward_model_that_cannot_read_the_policy_is_refused(world, tmp_path):
         preset.require_room(PROBLEMS, training=True)
 
 
+@pytest.mark.slow
 def test_two_ranks_pay_what_one_pays(written, tmp_path):
     """The Fisher and the mean that normalises are those of all ranks, each of which wrote one group."""
     done = torchrun(2, "tests/l2t_ranks.py", str(tmp_path / "penalties"))

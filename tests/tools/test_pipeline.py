@@ -55,6 +55,7 @@ def test_one_entry_per_round(tmp_path):
         require_exchanges(summary)
 
 
+@pytest.mark.slow
 def test_all_stages_and_continuing(tmp_path, capfd):
     """Two steps of cold start teach no protocol: the command does all of its work, and then says so."""
     arguments = [
