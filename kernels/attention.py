@@ -38,10 +38,11 @@ try:
 except ImportError:
     flash_attn_varlen_func = None
 
-INTERPRET = (
-    os.environ.get("TRITON_INTERPRET") == "1"
-)  # there, tl.dot multiplies bf16 bit patterns: upcast first
-PROGRAMS = 264  # a decoding grid this large fills an H200 (132 multiprocessors) twice; smaller ones split the context
+# in the interpreter, tl.dot multiplies bf16 bit patterns: upcast first
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+# Tokens of context per program in decoding. A size, not a number of parts: one long row does not hold up a batch,
+# and a row's sums do not depend on its neighbours. 1,024 tokens are 16 tiles of keys.
+SPLIT = 1024
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -219,7 +220,7 @@ def _tile(ptr, rows, stride, dims, rows_end, D: tl.constexpr, UPCAST: tl.constex
     return x.to(tl.float32) if UPCAST else x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T"])
 def _packed_forward_kernel(
     q_ptr,  # [T, H, D]
     k_ptr,  # [T, HKV, D]
@@ -271,7 +272,7 @@ def _packed_forward_kernel(
     tl.store(lse_ptr + head.to(tl.int64) * T + rows, m + tl.log2(total), mask=rows < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _delta_kernel(
     o_ptr,  # [T, H, D]
     do_ptr,  # [T, H, D]
@@ -289,7 +290,7 @@ def _delta_kernel(
     tl.store(delta_ptr + head.to(tl.int64) * T + rows, tl.sum(o * do, 1), mask=rows < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T"])
 def _packed_backward_kv_kernel(
     q_ptr,  # [T, H, D]
     k_ptr,  # [T, HKV, D]
@@ -346,7 +347,7 @@ def _packed_backward_kv_kernel(
     tl.store(dv_ptr + out, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T"])
 def _packed_backward_q_kernel(
     q_ptr,  # [T, H, D]
     k_ptr,  # [T, HKV, D]
@@ -472,16 +473,16 @@ def packed_attention_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) 
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T", "table_stride"])
 def _paged_kernel(
     q_ptr,  # [T, H, D]
     k_ptr,  # [num_pages, PAGE, HKV, D]
     v_ptr,  # [num_pages, PAGE, HKV, D]
     table_ptr,  # [S, P] int32
-    lengths_ptr,  # [S] int32
+    lengths_ptr,  # [S] int32 or int64
     cu_ptr,  # [S+1] int32; not read when DECODE
-    o_ptr,  # SPLITS = 1: [T, H, D]; else [SPLITS, T, H, D] fp32
-    lse_ptr,  # [SPLITS, T, H] fp32, base 2; not written when SPLITS = 1
+    o_ptr,  # SPLIT = 0: [T, H, D]; else [⌈P PAGE / SPLIT⌉, T, H, D] fp32
+    lse_ptr,  # [⌈P PAGE / SPLIT⌉, T, H] fp32, base 2; not written when SPLIT = 0
     S,
     T,
     table_stride,
@@ -490,14 +491,14 @@ def _paged_kernel(
     HKV: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # tokens of context per program; 0: all of them
     DECODE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A block of queries with all the heads of one key head, against one split of the context.
+    """A block of queries with all the heads of one key head, against one part of the context.
 
     A tile's rows are (query, head of the group) pairs, BLOCK_M // G queries of G = H / HKV heads, so one read
     of a key serves them all; with one query, the rest of the 16 rows that a tensor core needs are idle.
@@ -514,7 +515,13 @@ def _paged_kernel(
         local = (block - (start // QUERIES + s)) * QUERIES
         if local >= count:
             return
-    length = tl.load(lengths_ptr + s)
+    length = tl.load(lengths_ptr + s).to(tl.int32)
+    first, end = 0, tl.minimum(length, length - count + local + QUERIES)
+    if SPLIT > 0:
+        first = split * SPLIT
+        end = tl.minimum(end, first + SPLIT)
+        if first >= end:  # this row is shorter than the longest: it has fewer parts
+            return
     row = tl.arange(0, BLOCK_M)
     query = local + row // G
     live = (row < QUERIES * G) & (query < count)
@@ -527,12 +534,10 @@ def _paged_kernel(
     )
     if UPCAST:
         q = q.to(tl.float32)
-    end = tl.minimum(length, length - count + local + QUERIES)
-    share = tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for n in range(split * share, tl.minimum(end, (split + 1) * share), BLOCK_N):
+    for n in range(first, end, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
         page = tl.load(table_ptr + s.to(tl.int64) * table_stride + cols // PAGE, mask=cols < end, other=0)
         slot = (page.to(tl.int64) * PAGE + cols % PAGE) * HKV + kv_head  # row of [num_pages * PAGE * HKV, D]
@@ -542,43 +547,53 @@ def _paged_kernel(
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(cols[None, :] <= position[:, None], scores, float("-inf"))
+        # every row sees the first key of its part, so m is finite from here on
+        seen = (cols[None, :] <= position[:, None]) & (cols[None, :] < end)
+        scores = tl.where(seen, scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))
-        # an early query sees nothing of a late split: without the floor, -inf - -inf would be NaN
-        floor = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(scores - floor[:, None])
-        rescale = tl.exp2(m - floor)
+        p = tl.exp2(scores - m_new[:, None])
+        rescale = tl.exp2(m - m_new)
         total = total * rescale + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         m = m_new
-    total = tl.where(total > 0, total, 1.0)  # where nothing was seen, m is -inf and so is lse
     acc = acc / total[:, None]
-    if SPLITS > 1:
+    if SPLIT > 0:
         place += split.to(tl.int64) * T * H
         tl.store(lse_ptr + place, m + tl.log2(total), mask=live)
     out = o_ptr + place[:, None] * D + dims[None, :]
     tl.store(out, acc.to(o_ptr.dtype.element_ty), mask=live[:, None] & (dims[None, :] < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _combine_kernel(
-    partial_ptr,  # [SPLITS, T, H, D] fp32
-    lse_ptr,  # [SPLITS, T, H] fp32, base 2
+    partial_ptr,  # [parts, T, H, D] fp32
+    lse_ptr,  # [parts, T, H] fp32, base 2
+    lengths_ptr,  # [T] int32 or int64
     o_ptr,  # [T, H, D]
     rows,  # T * H
+    H: tl.constexpr,
     D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The splits' outputs weighted by their shares of the softmax. Every row saw a key in some split."""
+    """One head of one row: the outputs of its parts, weighted by their shares of the softmax."""
     row = tl.program_id(0).to(tl.int64)
-    split, dims = tl.arange(0, SPLITS).to(tl.int64), tl.arange(0, BLOCK_D)
-    lse = tl.load(lse_ptr + split * rows + row)
-    weight = tl.exp2(lse - tl.max(lse, 0))
-    at = partial_ptr + (split * rows + row)[:, None] * D + dims[None, :]
-    partial = tl.load(at, mask=dims[None, :] < D, other=0.0)
-    o = tl.sum(partial * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(o_ptr + row * D + dims, o.to(o_ptr.dtype.element_ty), mask=dims < D)
+    dims = tl.arange(0, BLOCK_D)
+    parts = tl.cdiv(tl.load(lengths_ptr + row // H).to(tl.int32), SPLIT)
+    top = -3e38  # not -inf: a difference of two tops must be a number
+    total = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for _ in range(0, parts):
+        lse = tl.load(lse_ptr + row)
+        partial = tl.load(partial_ptr + row * D + dims, mask=dims < D, other=0.0)
+        new = tl.maximum(top, lse)
+        rescale, weight = tl.exp2(top - new), tl.exp2(lse - new)
+        total = total * rescale + weight
+        acc = acc * rescale + weight * partial
+        top = new
+        lse_ptr += rows
+        partial_ptr += rows * D
+    tl.store(o_ptr + row * D + dims, (acc / total).to(o_ptr.dtype.element_ty), mask=dims < D)
 
 
 def paged_attention_triton(
@@ -589,41 +604,32 @@ def paged_attention_triton(
     lengths: Tensor,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """`paged_attention` in Triton. No size is read back from the device, so a CUDA graph can hold it."""
-    q = q.contiguous()
-    (tokens, heads, width), (sequences, pages), (_, page_size, kv_heads, _) = (
-        q.shape,
-        page_table.shape,
-        k_pages.shape,
-    )
-    config = tiles("decode" if cu_seqlens is None else "extend", width, q.dtype)
+    """`paged_attention` in Triton. No size is read back from the device, so a CUDA graph can hold it.
+
+    Decoding with tables of more than SPLIT tokens takes a second kernel, which combines the parts. A block of
+    several queries is work enough for a program, and is not split.
+    """
+    q, decode = q.contiguous(), cu_seqlens is None
+    (tokens, heads, width), (sequences, pages) = q.shape, page_table.shape
+    page_size, kv_heads = k_pages.shape[1:3]
+    config = tiles("decode" if decode else "extend", width, q.dtype)
     group = heads // kv_heads
     config["BLOCK_M"] = max(config["BLOCK_M"], triton.next_power_of_2(group))
-    blocks = sequences if cu_seqlens is None else tokens // (config["BLOCK_M"] // group) + sequences
-    wanted = min(PROGRAMS // (blocks * kv_heads), pages * page_size // config["BLOCK_N"], 16)
-    splits = 1 << max(0, wanted.bit_length() - 1)
-    if splits == 1:
-        partial, lse = torch.empty_like(q), q
-    else:
-        partial = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
-        lse = torch.empty(splits, tokens, heads, dtype=torch.float32, device=q.device)
-    arrays = (
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        lengths,
-        lengths if cu_seqlens is None else cu_seqlens,
-        partial,
-        lse,
-    )
-    sizes = (sequences, tokens, page_table.stride(0), LOG2E.value * width**-0.5)
-    shape = (heads, kv_heads, width, page_size, splits, cu_seqlens is None)
-    _paged_kernel[(blocks, kv_heads, splits)](*arrays, *sizes, *shape, UPCAST=INTERPRET, **config)
-    if splits == 1:
-        return partial
+    blocks = sequences if decode else tokens // (config["BLOCK_M"] // group) + sequences
+    parts = triton.cdiv(pages * page_size, SPLIT) if decode else 1
+    split = SPLIT if parts > 1 else 0
     o = torch.empty_like(q)
-    _combine_kernel[(tokens * heads,)](partial, lse, o, tokens * heads, width, splits, config["BLOCK_D"])
+    partial, lse = o, q
+    if split:
+        partial = torch.empty(parts, *q.shape, dtype=torch.float32, device=q.device)
+        lse = torch.empty(parts, tokens, heads, dtype=torch.float32, device=q.device)
+    arrays = (q, k_pages, v_pages, page_table, lengths, lengths if decode else cu_seqlens, partial, lse)
+    sizes = (sequences, tokens, page_table.stride(0), LOG2E.value * width**-0.5)
+    shape = (heads, kv_heads, width, page_size, split, decode)
+    _paged_kernel[(blocks, kv_heads, parts)](*arrays, *sizes, *shape, UPCAST=INTERPRET, **config)
+    if split:
+        arrays = (partial, lse, lengths, o, tokens * heads)
+        _combine_kernel[(tokens * heads,)](*arrays, heads, width, split, config["BLOCK_D"], num_warps=1)
     return o
 
 
@@ -666,7 +672,7 @@ def paged_attention(
     q           [T, H, Dh]; their own keys and values are in the pages already
     k_pages     [num_pages, page_size, Hkv, Dh], v_pages likewise, contiguous
     page_table  [S, P] int32: entries past a sequence's end may hold any valid page, which is never looked at
-    lengths     [S] int32, at least 1: tokens of context, the queries among them
+    lengths     [S] int32 or int64, at least 1: tokens of context, the queries among them
     cu_seqlens  None: one query per sequence (T = S). Otherwise int32 [S+1]: sequence s has queries cu_seqlens[s] to
                 cu_seqlens[s+1], its last ones, each seeing the context up to itself
     returns     [T, H, Dh] in q's dtype; softmax and sums in fp32

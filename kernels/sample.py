@@ -3,10 +3,10 @@
     z = logits / temperature        lse = log Σ_v exp z_v        logprob = z_token - lse
     token = the first v with  Σ_{i<=v} exp z_i > u Σ_i exp z_i         u in (0, 1), one number per row
 
-A row's u is a counter hash of its 64-bit key, and nothing else is random: the same key and the same logits
-give the same token in any batch, on any rank, on any device (up to floating-point ties). `hash_key` makes
-keys from the address of a draw: hash_key(seed, step, problem, sample, position). temperature = 0 takes the
-largest logit (the first, if several are equal) and reports its log-prob at temperature 1.
+A row's u is a counter hash of its 64-bit key and its position, and nothing else is random: the same key, position
+and logits give the same token in any batch, on any rank, on any device (up to floating-point ties). `hash_key`
+makes keys from the address of a completion, hash_key(seed, step, problem, sample); the draw adds the position.
+temperature = 0 takes the largest logit (the first, if several are equal) and reports its log-prob at temperature 1.
 
 Letters: B rows, V vocabulary.
 
@@ -36,6 +36,7 @@ from torch import Tensor
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit numbers, whose sums and products wrap in torch
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX_2 = 0x94D049BB133111EB - 2**64
+_GOLDEN, _MIX_1, _MIX_2 = (tl.constexpr(number) for number in (GOLDEN, MIX_1, MIX_2))  # as kernels see them
 
 
 def hash_key(*words: int | Tensor) -> Tensor:
@@ -45,9 +46,8 @@ def hash_key(*words: int | Tensor) -> Tensor:
     word too: a row's key is made once, and hash_key(key, position) at each step.
     """
     device = next((word.device for word in words if isinstance(word, Tensor)), "cpu")
-    key = torch.zeros(
-        (), dtype=torch.int64, device=device
-    )  # a copy from the host would wait for the device, at every step
+    # made there: a copy from the host would wait for the device
+    key = torch.zeros((), dtype=torch.int64, device=device)
     for word in words:
         key = _mix((key ^ word) + GOLDEN)
     return key
@@ -65,7 +65,9 @@ def uniform(keys: Tensor) -> Tensor:
     return ((keys >> 32 & 0xFFFFFFFF).double() + 0.5) * 2.0**-32
 
 
-def sample_token_ref(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def sample_token_ref(
+    logits: Tensor, keys: Tensor, positions: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of `sample_token`: fp64, the whole cumulative sum."""
     z = logits.double() / (temperature or 1.0)
     logprobs = z.log_softmax(-1)
@@ -73,13 +75,14 @@ def sample_token_ref(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> 
         token = z.argmax(-1)
     else:
         cdf = logprobs.exp().cumsum(-1)
-        token = torch.searchsorted(cdf, uniform(keys)[:, None] * cdf[:, -1:], right=True)[:, 0]
+        u = uniform(hash_key(keys, positions))[:, None]
+        token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
     logprob = logprobs.gather(-1, token[:, None])[:, 0]
     return token, logprob.float(), z.logsumexp(-1).float()
 
 
 def sample_token_torch(
-    logits: Tensor, keys: Tensor, temperature: float = 1.0
+    logits: Tensor, keys: Tensor, positions: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sample_token` in PyTorch ops: a large vocabulary by blocks of 64 tokens first, then the tokens of
     one block.
@@ -91,10 +94,10 @@ def sample_token_torch(
     if temperature == 0:
         token = z.argmax(-1, keepdim=True)
     elif z.shape[-1] <= 512:
-        token, _ = _invert(probability, uniform(keys)[:, None])
+        token, _ = _invert(probability, uniform(hash_key(keys, positions))[:, None])
     else:
         blocks = F.pad(probability, (0, -z.shape[-1] % 64)).unflatten(-1, (-1, 64))  # [B, V/64, 64]
-        block, share = _invert(blocks.sum(-1), uniform(keys)[:, None])
+        block, share = _invert(blocks.sum(-1), uniform(hash_key(keys, positions))[:, None])
         inside, _ = _invert(blocks.gather(1, block[..., None].expand(-1, 1, 64))[:, 0], share)
         token = (block * 64 + inside).clamp_(max=z.shape[-1] - 1)
     logprob = probability.gather(-1, token).log_()
@@ -115,9 +118,19 @@ def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
+def _hash_word(key, word):
+    """One word of `hash_key`, in the same wrapping int64 arithmetic."""
+    x = (key ^ word) + _GOLDEN
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+@triton.jit
 def _sample_kernel(
     logits_ptr,  # [B, V]
     keys_ptr,  # [B] int64; not read when GREEDY
+    positions_ptr,  # [B] int64; not read when GREEDY
     token_ptr,  # [B] int64
     logprob_ptr,  # [B] fp32
     lse_ptr,  # [B] fp32
@@ -154,7 +167,9 @@ def _sample_kernel(
         z = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32) * scale
         token = block * BLOCK + tl.argmax(z, 0)
     else:
-        u = (((tl.load(keys_ptr + row) >> 32) & 0xFFFFFFFF).to(tl.float64) + 0.5) * (1.0 / 4294967296.0)
+        zero = tl.zeros([], tl.int64)
+        key = _hash_word(_hash_word(zero, tl.load(keys_ptr + row)), tl.load(positions_ptr + row))
+        u = (((key >> 32) & 0xFFFFFFFF).to(tl.float64) + 0.5) * (1.0 / 4294967296.0)
         masses64 = masses.to(tl.float64)
         cdf = tl.cumsum(masses64, 0)
         target = u * tl.sum(tl.where(index == BLOCKS - 1, cdf, 0.0), 0)
@@ -176,38 +191,41 @@ def _sample_kernel(
 
 
 def sample_token_triton(
-    logits: Tensor, keys: Tensor, temperature: float = 1.0
+    logits: Tensor, keys: Tensor, positions: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sample_token` in Triton: one program per row, one read of the logits and of one more block."""
-    logits, keys = logits.contiguous(), keys.contiguous()
+    logits, keys, positions = logits.contiguous(), keys.contiguous(), positions.contiguous()
     rows, vocab = logits.shape
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprob, lse = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     block = min(4096, max(16, triton.next_power_of_2(vocab)))
     blocks = max(2, triton.next_power_of_2(triton.cdiv(vocab, block)))
     scale = 1.0 / (temperature or 1.0)
-    _sample_kernel[(rows,)](
-        logits, keys, token, logprob, lse, vocab, scale, temperature == 0, blocks, block, num_warps=8
-    )
+    arrays = (logits, keys, positions, token, logprob, lse)
+    _sample_kernel[(rows,)](*arrays, vocab, scale, temperature == 0, blocks, block, num_warps=8)
     return token, logprob, lse
 
 
-def sample_token(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def sample_token(
+    logits: Tensor, keys: Tensor, positions: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draws one token per row of logits.
 
     logits       [B, V], any float dtype; -inf marks a token that cannot be drawn
     keys         [B] int64, one per row from `hash_key`; not looked at when temperature is 0
+    positions    [B] int64, the last word of the draw's address: u is made from hash_key(keys, positions)
     temperature  0 is greedy
     returns      token [B] int64, logprob [B] fp32 (of that token, at the temperature it was drawn with; greedy: at 1),
                  logsumexp [B] fp32 of logits / temperature
     raises       ValueError when keys and rows do not match
     """
-    if keys.shape != logits.shape[:1]:
+    if not keys.shape == positions.shape == logits.shape[:1]:
         raise ValueError(
-            f"one key per row of logits, not {(*keys.shape,)} keys for {(*logits.shape,)} logits"
+            f"one key and position per row of logits, not {(*keys.shape,)} keys and {(*positions.shape,)} positions "
+            f"for {(*logits.shape,)} logits"
         )
     sample = sample_token_triton if logits.is_cuda and logits.dtype != torch.float64 else sample_token_torch
-    return sample(logits, keys, temperature)
+    return sample(logits, keys, positions, temperature)
 
 
 def _benchmark() -> None:
@@ -216,13 +234,14 @@ def _benchmark() -> None:
     for rows, vocab in ((256, 152_064), (64, 152_064)) if DEVICE == "cuda" else ((64, 4096), (64, 32)):
         logits = torch.randn(rows, vocab, dtype=DTYPE, device=DEVICE)
         keys = hash_key(torch.arange(rows, device=DEVICE))
+        positions = torch.zeros_like(keys)
         ops = dict(
             ref=sample_token_ref, compiled_ref=torch.compile(sample_token_ref), torch=sample_token_torch
         )
         if DEVICE == "cuda":
             ops["triton"] = sample_token_triton
         runs = {
-            name: lambda op=op, logits=logits, keys=keys: op(logits, keys, 0.8) for name, op in ops.items()
+            name: lambda op=op, arrays=(logits, keys, positions): op(*arrays, 0.8) for name, op in ops.items()
         }
         compare(f"draw from {rows} x {vocab} logits", 4 * logits.numel(), logits.nbytes, **runs)
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.sample import hash_key, sample_token
-from thinkrl.paged_model import PagedModel, attend_to_pages, rectangle, storing
+from kernels.sample import sample_token
+from thinkrl.paged_model import PagedModel, rectangle
 from thinkrl.pages import Pages
 from thinkrl.tokenizer import StopStrings
 
@@ -264,16 +264,11 @@ class DecodeLoop:
 
     def _step(self) -> None:
         """One token for every row."""
-        n, page_size = len(self.rows), self.pool.page_size
-        state = self.state.first(n)
-        table = self.page_table[:n, : self.width]
-        page = table.gather(1, (state.length // page_size).unsqueeze(1)).squeeze(1)
-        slots = page.long() * page_size + state.length % page_size
-        lengths = (state.length + 1).int()
-        attend = storing(self.pool, slots, attend_to_pages(self.pool, table, lengths))
-        hidden = self.paged.model(state.token, positions=state.length, attend=attend)
+        n = len(self.rows)
+        state, table = self.state.first(n), self.page_table[:n, : self.width]
+        hidden = self.paged.decode(state.token, state.length, table)
         logits = self.paged.model.logits(hidden)
-        new, logprob, _ = sample_token(logits, hash_key(state.key, state.position), self.request.temperature)
+        new, logprob, _ = sample_token(logits, state.key, state.position, self.request.temperature)
 
         self.tokens.index_copy_(0, state.cursor, new)
         self.logprobs.index_copy_(0, state.cursor, logprob)

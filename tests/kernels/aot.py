@@ -44,8 +44,8 @@ def compile_for(
 
     signature   name -> "*bf16", "*fp32", "*i32", "i32", "fp32", … of every argument that is no constexpr
     constexprs  name -> value
-    Pointers and, as at a launch with friendly sizes, i32 arguments are declared multiples of 16: without that, loads
-    are not vectorised and asynchronous copies not used.
+    Pointers and, as at a launch with friendly sizes, i32 arguments are declared multiples of 16 unless the kernel
+    says do_not_specialize: without that, loads are not vectorised and asynchronous copies not used.
     """
     assert os.environ.get("TRITON_INTERPRET") != "1", (
         "this process interprets kernels: start it with THINKRL_AOT=1"
@@ -61,7 +61,7 @@ def compile_for(
         attrs={
             (index[name],): [["tt.divisibility", 16]]
             for name, t in signature.items()
-            if t[0] == "*" or t == "i32"
+            if t[0] == "*" or (t == "i32" and not kernel.params[index[name]].do_not_specialize)
         },
     )
     options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)

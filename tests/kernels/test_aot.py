@@ -10,7 +10,7 @@ import pytest
 import torch
 from aot import check, compile_for
 
-from kernels import attention, fisher, logprob, sample
+from kernels import attention, fisher, gate, logprob, norm, rotary, sample
 
 ARCHS = (80, 90)
 HEADS = dict(H=28, HKV=4, UPCAST=False)  # Qwen2.5-7B: seven query heads to a key head
@@ -49,23 +49,29 @@ def test_packed_attention(name, width, dtype, arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("width, dtype", SHAPES)
-@pytest.mark.parametrize("name, splits", [("decode", 1), ("decode", 16), ("extend", 1)])
-def test_paged_attention(name, splits, width, dtype, arch):
+@pytest.mark.parametrize("name, split", [("decode", 0), ("decode", attention.SPLIT), ("extend", 0)])
+def test_paged_attention(name, split, width, dtype, arch):
     x = POINTER[dtype]
     signature = dict(q_ptr=x, k_ptr=x, v_ptr=x, table_ptr="*i32", lengths_ptr="*i32", cu_ptr="*i32")
-    signature |= dict(o_ptr=x if splits == 1 else "*fp32", lse_ptr="*fp32")
+    signature |= dict(o_ptr="*fp32" if split else x, lse_ptr="*fp32")
     signature |= dict(S="i32", T="i32", table_stride="i32", scale="fp32")
     config, options = tiles(name, width, dtype)
-    shape = dict(D=width, PAGE=16, SPLITS=splits, DECODE=name == "decode", **HEADS, **config)
+    shape = dict(D=width, PAGE=16, SPLIT=split, DECODE=name == "decode", **HEADS, **config)
     made = compile_for(attention._paged_kernel, signature, shape, arch, **options)
     check(made, arch)
     assert made.tensor_cores == expected_cores(dtype, arch, config["BLOCK_M"])
 
 
 LOGPROB = dict(logits_ptr="*fp32", targets_ptr="*i64", lse_ptr="*fp32", V="i32", scale="fp32")
-SAMPLE = dict(
-    logits_ptr="*bf16", keys_ptr="*i64", token_ptr="*i64", logprob_ptr="*fp32", lse_ptr="*fp32", V="i32"
+SAMPLE = dict(logits_ptr="*fp32", keys_ptr="*i64", positions_ptr="*i64", token_ptr="*i64")
+SAMPLE |= dict(logprob_ptr="*fp32", lse_ptr="*fp32", V="i32", scale="fp32")
+ROTATE = dict(
+    qkv_ptr="*bf16", positions_ptr="*i64", table_ptr="*i32", frequency_ptr="*fp32", q_weight_ptr="*bf16"
 )
+ROTATE |= dict(
+    k_weight_ptr="*bf16", k_ptr="*bf16", v_ptr="*bf16", q_ptr="*bf16", table_stride="i32", eps="fp32"
+)
+ROTATE_SHAPE = dict(H=28, HKV=4, D=128, PAGE=16, BLOCK=64)
 POINTWISE = {
     "delta": (
         attention._delta_kernel,
@@ -74,8 +80,8 @@ POINTWISE = {
     ),
     "combine": (
         attention._combine_kernel,
-        dict(partial_ptr="*fp32", lse_ptr="*fp32", o_ptr="*bf16", rows="i32"),
-        dict(D=128, SPLITS=16, BLOCK_D=128),
+        dict(partial_ptr="*fp32", lse_ptr="*fp32", lengths_ptr="*i64", o_ptr="*bf16", rows="i32"),
+        dict(H=28, D=128, SPLIT=attention.SPLIT, BLOCK_D=128),
     ),
     "rows": (
         logprob._rows_kernel,
@@ -87,15 +93,36 @@ POINTWISE = {
         LOGPROB | dict(coef_ptr="*fp32", out_ptr="*bf16"),
         dict(BLOCK=4096),
     ),
-    "draw": (sample._sample_kernel, SAMPLE | dict(scale="fp32"), dict(GREEDY=False, BLOCKS=64, BLOCK=4096)),
-    "greedy": (sample._sample_kernel, SAMPLE | dict(scale="fp32"), dict(GREEDY=True, BLOCKS=64, BLOCK=4096)),
+    "draw": (sample._sample_kernel, SAMPLE, dict(GREEDY=False, BLOCKS=64, BLOCK=4096)),
+    "greedy": (sample._sample_kernel, SAMPLE, dict(GREEDY=True, BLOCKS=64, BLOCK=4096)),
+    "norm": (
+        norm._add_rms_norm_kernel,
+        dict(
+            x_ptr="*bf16", delta_ptr="*bf16", weight_ptr="*bf16", sum_ptr="*bf16", y_ptr="*bf16", eps="fp32"
+        ),
+        dict(D=3584, ADD=True, BLOCK=4096),
+    ),
+    "gate": (
+        gate._silu_mul_kernel,
+        dict(gate_up_ptr="*bf16", y_ptr="*bf16"),
+        dict(WIDTH=18_944, BLOCK=gate.BLOCK),
+    ),
+    "rotate": (rotary._rotate_and_store_kernel, ROTATE, dict(NORM=False, **ROTATE_SHAPE)),
+    "rotate_and_norm": (rotary._rotate_and_store_kernel, ROTATE, dict(NORM=True, **ROTATE_SHAPE)),
 }
+WARPS = {
+    "combine": 1,
+    "norm": 4,
+    "gate": 4,
+    "rotate": 1,
+    "rotate_and_norm": 1,
+}  # as they are launched; others: 8
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", POINTWISE)
 def test_pointwise(name, arch):
-    made = compile_for(*POINTWISE[name], arch, num_warps=8)
+    made = compile_for(*POINTWISE[name], arch, num_warps=WARPS.get(name, 8))
     check(made, arch)
     assert made.tensor_cores == ""
 

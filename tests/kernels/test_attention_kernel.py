@@ -172,16 +172,25 @@ def test_paged_matches_specification(counts, dtype, heads, kv_heads, attention):
     within_twice(ours, paged_attention_ref(*arrays, cu_seqlens), exact)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4])
-def test_paged_splits_agree(splits, monkeypatch):
-    """The context cut among 1, 2 or 4 programs; early queries see nothing of the later splits."""
-    q, k, v, table, lengths, cu_seqlens = paged_case([64, 9], [20, 2], 6, 1, 16)
-    blocks = 22 // (16 // 6) + 2
-    monkeypatch.setattr("kernels.attention.PROGRAMS", blocks * splits)
-    ours = paged_attention_triton(q, k, v, table, lengths, cu_seqlens)
-    torch.testing.assert_close(
-        ours, paged_attention_ref(q, k, v, table, lengths, cu_seqlens), rtol=0, atol=2e-6
-    )
+@pytest.mark.parametrize("split", [16, 32, 1024])
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_paged_splits_agree(split, kind, monkeypatch):
+    """Contexts of 64, 9, 16 and 33 tokens in parts of 16 or 32: a row has as many parts as it fills."""
+    q, k, v, table, lengths, _ = paged_case([64, 9, 16, 33], [1] * 4, 6, 1, 16)
+    monkeypatch.setattr("kernels.attention.SPLIT", split)
+    ours = paged_attention_triton(q, k, v, table, lengths.to(kind))
+    torch.testing.assert_close(ours, paged_attention_ref(q, k, v, table, lengths), rtol=0, atol=2e-6)
+
+
+def test_paged_sums_do_not_depend_on_the_width_of_the_table(monkeypatch):
+    """A row decodes to the same bits beside a longer one, and in a table made wider than any row needs."""
+    q, k, v, table, lengths, _ = paged_case([40, 9], [1] * 2, 2, 1, 16)
+    monkeypatch.setattr("kernels.attention.SPLIT", 16)
+    wide = torch.cat([table, torch.zeros_like(table)], 1)
+    together = paged_attention_triton(q, k, v, wide, lengths)
+    alone = paged_attention_triton(q[1:], k, v, table[1:], lengths[1:])
+    assert torch.equal(together, paged_attention_triton(q, k, v, table, lengths))
+    assert torch.equal(together[1:], alone)
 
 
 @pytest.mark.parametrize("attention", PAGED)

@@ -23,8 +23,13 @@ MASK = 2**64 - 1
 
 
 def random_logits(rows, vocab, dtype=torch.float32, seed=0):
+    """Logits [B, V], keys [B] and positions [B] of which no two are alike."""
     logits = 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
-    return logits.to(DEVICE, dtype), hash_key(seed, torch.arange(rows)).to(DEVICE)
+    return logits.to(DEVICE, dtype), hash_key(seed, torch.arange(rows)).to(DEVICE), positions(rows)
+
+
+def positions(rows):
+    return torch.arange(rows, device=DEVICE) * 7
 
 
 def splitmix64(state: int) -> int:
@@ -74,8 +79,8 @@ def test_draw_by_hand(sample):
     """
     logits = torch.tensor([1.0, 2.0, 0.0, 1.0], device=DEVICE).log().expand(8, 4)
     keys = hash_key(0, torch.arange(8)).to(DEVICE)
-    u = uniform(keys)
-    token, logprob, logsumexp = sample(logits, keys)
+    u = uniform(hash_key(keys, positions(8)))
+    token, logprob, logsumexp = sample(logits, keys, positions(8))
     assert token.tolist() == torch.where(u < 0.25, 0, torch.where(u < 0.75, 1, 3)).tolist()
     assert len(set(token.tolist())) == 3
     expected = torch.tensor([0.25, 0.5, 0.0, 0.25], device=DEVICE).log()[token]
@@ -86,7 +91,7 @@ def test_draw_by_hand(sample):
 @pytest.mark.parametrize("sample", [sample_token_ref, *FAST, sample_token])
 def test_greedy_takes_the_first_of_equals_and_reports_temperature_1(sample):
     logits = torch.tensor([[0.0, math.log(2), math.log(2), 0.0]], device=DEVICE)
-    token, logprob, logsumexp = sample(logits, hash_key(torch.arange(1)).to(DEVICE), temperature=0)
+    token, logprob, logsumexp = sample(logits, positions(1), positions(1), temperature=0)
     assert token.item() == 1
     assert logprob.item() == pytest.approx(math.log(1 / 3)) and logsumexp.item() == pytest.approx(math.log(6))
 
@@ -96,13 +101,13 @@ def test_greedy_takes_the_first_of_equals_and_reports_temperature_1(sample):
 @pytest.mark.parametrize("rows, vocab", [(40, 1), (40, 33), (20, 500), (6, 9001)])
 def test_fast_matches_specification(rows, vocab, dtype, sample):
     """The same token from the same key, its numbers to fp32 rounding, at sizes on both sides of a block."""
-    logits, keys = random_logits(rows, vocab, dtype)
+    logits, keys, at = random_logits(rows, vocab, dtype)
     if vocab > 64:
         logits[:, 5] = logits[:, 64:] = float("-inf")  # whole blocks without a token that can be drawn
         logits[:, -1] = 4.0
     for temperature in (0, 0.7, 1.0):
-        token, *numbers = sample(logits, keys, temperature)
-        expected, *expected_numbers = sample_token_ref(logits, keys, temperature)
+        token, *numbers = sample(logits, keys, at, temperature)
+        expected, *expected_numbers = sample_token_ref(logits, keys, at, temperature)
         assert token.dtype == torch.int64 and torch.equal(token, expected)
         for ours, theirs in zip(numbers, expected_numbers):
             assert ours.dtype == torch.float32
@@ -110,11 +115,11 @@ def test_fast_matches_specification(rows, vocab, dtype, sample):
 
 
 @pytest.mark.parametrize("sample", FAST)
-def test_a_row_depends_on_nothing_but_its_key_and_logits(sample):
-    logits, keys = random_logits(12, 600)
-    whole = sample(logits, keys, 0.8)
+def test_a_row_depends_on_nothing_but_its_address_and_logits(sample):
+    logits, keys, at = random_logits(12, 600)
+    whole = sample(logits, keys, at, 0.8)
     order = torch.tensor([7, 3, 11], device=DEVICE)
-    for full, part in zip(whole, sample(logits[order], keys[order], 0.8)):
+    for full, part in zip(whole, sample(logits[order], keys[order], at[order], 0.8)):
         assert torch.equal(full[order], part)
 
 
@@ -123,14 +128,18 @@ def test_tokens_come_as_often_as_they_should():
 
     Once as 150 neighbours, once spread over a vocabulary of 600, most of which can never be drawn.
     """
-    logits, _ = random_logits(1, 150)
-    logits, keys = logits.cpu() / 3, hash_key(1, torch.arange(20_000))
+    logits, *_ = random_logits(1, 150)
+    logits, keys, at = (
+        logits.cpu() / 3,
+        hash_key(1, torch.arange(20_000)),
+        torch.zeros(20_000, dtype=torch.int64),
+    )
     expected = 20_000 * logits[0].softmax(0)
     assert expected.min() > 5
     spread = torch.full((1, 600), float("-inf"))
     spread[:, 1::4] = logits
     for row, place in ((logits, torch.arange(150)), (spread, torch.arange(1, 600, 4))):
-        token, logprob, _ = sample_token_torch(row.expand(20_000, -1), keys, 1.0)
+        token, logprob, _ = sample_token_torch(row.expand(20_000, -1), keys, at, 1.0)
         counts = token.bincount(minlength=row.shape[-1])[place]
         assert counts.sum() == 20_000 and ((counts - expected) ** 2 / expected).sum() < 205.6
         torch.testing.assert_close(logprob, row[0].log_softmax(0)[token])
@@ -138,13 +147,14 @@ def test_tokens_come_as_often_as_they_should():
 
 def test_nan_logits_give_a_nan_logprob():
     for vocab in (100, 600):
-        logits, keys = random_logits(2, vocab)
+        logits, keys, at = random_logits(2, vocab)
         logits[1, 3] = float("nan")
-        token, logprob, _ = sample_token_torch(logits, keys)
+        token, logprob, _ = sample_token_torch(logits, keys, at)
         assert logprob.isnan().tolist() == [False, True] and 0 <= token[1] < vocab
 
 
-def test_keys_must_match_rows():
-    logits, keys = random_logits(3, 10)
-    with pytest.raises(ValueError, match="one key per row"):
-        sample_token(logits, keys[:2])
+def test_keys_and_positions_must_match_rows():
+    logits, keys, at = random_logits(3, 10)
+    for mismatch in ((keys[:2], at), (keys, at[:2])):
+        with pytest.raises(ValueError, match="one key and position per row"):
+            sample_token(logits, *mismatch)
