@@ -402,7 +402,7 @@ TILES = {  # BLOCK_M, BLOCK_N, num_warps, num_stages: in 16 bits | in fp32, whic
     "backward_kv": ((32, 64, 8, 2), (32, 32, 8, 1)),
     "backward_q": ((64, 64, 8, 2), (32, 32, 8, 1)),
     "decode": ((16, 64, 4, 3), (16, 32, 8, 1)),
-    "extend": ((64, 64, 8, 2), (16, 32, 8, 1)),
+    "extend": ((64, 32, 8, 2), (16, 32, 8, 1)),
 }
 
 
@@ -491,7 +491,7 @@ def _paged_kernel(
     HKV: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
-    SPLIT: tl.constexpr,  # tokens of context per program; 0: all of them
+    SPLIT: tl.constexpr,  # tokens of context per program, a multiple of BLOCK_N; 0: all of them
     DECODE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -534,12 +534,13 @@ def _paged_kernel(
     )
     if UPCAST:
         q = q.to(tl.float32)
+    table_ptr += s.to(tl.int64) * table_stride
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for n in range(first, end, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
-        page = tl.load(table_ptr + s.to(tl.int64) * table_stride + cols // PAGE, mask=cols < end, other=0)
+        page = tl.load(table_ptr + cols // PAGE, mask=cols < end, other=0)
         slot = (page.to(tl.int64) * PAGE + cols % PAGE) * HKV + kv_head  # row of [num_pages * PAGE * HKV, D]
         mask = (cols[:, None] < end) & (dims[None, :] < D)
         k = tl.load(k_ptr + slot[:, None] * D + dims[None, :], mask=mask, other=0.0)
@@ -548,8 +549,7 @@ def _paged_kernel(
             k, v = k.to(tl.float32), v.to(tl.float32)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         # every row sees the first key of its part, so m is finite from here on
-        seen = (cols[None, :] <= position[:, None]) & (cols[None, :] < end)
-        scores = tl.where(seen, scores, float("-inf"))
+        scores = tl.where(cols[None, :] <= position[:, None], scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))
         p = tl.exp2(scores - m_new[:, None])
         rescale = tl.exp2(m - m_new)

@@ -10,6 +10,7 @@ from tokenizers import decoders, models
 from thinkrl.checkpoint import load_model
 from thinkrl.distributed import shard, start, stop
 from thinkrl.model import ModelConfig, Transformer
+from thinkrl.paged_model import rectangle
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import UserError
@@ -18,10 +19,10 @@ V = 97
 PROMPTS = [[1, 2, 3], [5] * 17, [7], list(range(33)), list(range(40, 56))]
 
 
-def random_model(layers=2, seed=0, scale=3.0, vocab=V):
+def random_model(layers=2, seed=0, scale=3.0, vocab=V, family="Qwen2"):
     """Weights large enough that the next token depends on the context."""
     config = ModelConfig(
-        "Qwen2ForCausalLM",
+        f"{family}ForCausalLM",
         vocab_size=vocab,
         width=32,
         layers=layers,
@@ -94,6 +95,26 @@ def test_logprobs_and_hidden_states_are_those_of_a_packed_forward(model):
             )
             torch.testing.assert_close(completion.hidden, hidden[len(prompt) - 1 :], atol=1e-4, rtol=0)
             assert not completion.hidden.is_inference()
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama"])
+def test_a_decode_step_is_a_forward_with_attention_over_pages(family):
+    """Three sequences of 5, 17 and 32 tokens, and one token more of each: at a page's start, inside, at its end."""
+    model = random_model(family=family)
+    sampler = Sampler(model, num_pages=20)
+    sequences = [sampler.prefill(list(range(n, 2 * n))) for n in (6, 17, 33)]
+    for pages in sequences:
+        pages.reserve(pages.filled + 1)
+    table = torch.tensor(rectangle([pages.table for pages in sequences]), dtype=torch.int32)
+    token, position = torch.tensor([[pages.tokens[-1], pages.filled] for pages in sequences]).T.contiguous()
+    before = sampler.pool.storage.clone()
+    with torch.inference_mode():
+        fast = sampler.paged.decode(token, position, table)
+        stored = sampler.pool.storage.clone()
+        sampler.pool.storage.copy_(before)
+        slow = sampler.paged.forward([(pages, pages.unfed) for pages in sequences])
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stored, sampler.pool.storage, atol=1e-5, rtol=1e-5)
 
 
 def test_greedy_logprobs_are_at_temperature_one(model):
@@ -494,6 +515,15 @@ def test_the_pool_sizes_itself_and_can_be_given_back(model):
     )
     sampler.release_pool()
     assert tokens_of(sampler.generate(PROMPTS, max_tokens=10)) == first
+
+
+def test_the_pool_takes_its_share_of_what_the_allocator_can_free(model, monkeypatch):
+    """After an update, 900 of 1,000 pages' bytes are in the allocator's cache: they are free, once it is emptied."""
+    page_bytes, cached = 2 * 2 * 16 * 2 * 8 * 4, [900]  # K and V, layers, tokens, key heads, width, fp32
+    monkeypatch.setattr(torch.cuda, "empty_cache", cached.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: ((1000 - sum(cached)) * page_bytes, None))
+    monkeypatch.setattr(Sampler, "device", torch.device("cuda", 0))
+    assert Sampler(model, max_rows=1000, memory_share=0.5)._default_pages() == 500
 
 
 def test_nothing_asked_for_gives_nothing(model):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels.sample import sample_token
-from thinkrl.paged_model import PagedModel, rectangle
+from thinkrl.paged_model import PagedModel
 from thinkrl.pages import Pages
 from thinkrl.tokenizer import StopStrings
 
@@ -223,20 +223,21 @@ class DecodeLoop:
 
     def _reserve_ahead(self) -> None:
         """Pages for the next `page_size` tokens of every row, the oldest row first."""
-        changed = set()
+        page_size = self.pool.page_size
         for row in list(self.rows):
             if row.pages is None:  # an older row took its pages a moment ago
                 continue
             row.pages.filled = len(row.pages.tokens) - 1 + self.clock - row.admitted
             # the last token of a completion needs no K/V
             last = len(row.group.tokens) + self.request.max_tokens - 1
-            moved = self.pool.reserve(row.pages, min(row.pages.filled + self.pool.page_size, last))
-            if moved or row.admitted == self.clock:
-                changed.add(row)
-        places = [i for i, row in enumerate(self.rows) if row in changed]
-        if places:
-            tables = torch.tensor(rectangle([self.rows[i].pages.table for i in places]), dtype=torch.int32)
-            self.page_table[places, : tables.shape[1]] = tables.to(self.page_table.device)
+            self.pool.reserve(row.pages, min(row.pages.filled + page_size, last))
+        entries = []  # of a new row the whole table; else the pages that are written next, which may be new or copies
+        for place, row in enumerate(self.rows):
+            table = row.pages.table
+            first = 0 if row.admitted == self.clock else row.pages.filled // page_size
+            entries += [(place, i, table[i]) for i in range(first, len(table))]
+        place, column, page = torch.tensor(entries, device=self.paged.device).view(-1, 3).unbind(1)
+        self.page_table[place, column] = page.int()
         self.width = max(len(row.pages.table) for row in self.rows)
         self.reserved = self.clock + self.pool.page_size
 

@@ -135,6 +135,14 @@ def shard(
     return model
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated. On CUDA the allocator's cache is emptied first: it keeps what a step has freed."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def global_sum(value: Tensor | float) -> Tensor:
     """Sum over all ranks, in fp64. Every rank must call it."""
     total = torch.as_tensor(value, dtype=torch.float64).detach().clone().cpu()

@@ -105,6 +105,7 @@ def new_learner(
             load_model(path, dtype, world.device),
             tokenizer,
             config.kv_pages or None,
+            max_rows=config.max_rows,
             memory_share=0.8 / samplers,
         )
     reference = sharded().requires_grad_(False) if config.kl_coef else None

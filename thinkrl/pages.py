@@ -110,22 +110,22 @@ class PagePool:
             if self.references[page] == 0:
                 self._free.append(page)
 
-    def reserve(self, pages: Pages, length: int) -> bool:
-        """`pages.reserve(length)`, preempting other sequences where no page is free. True if the table changed.
+    def reserve(self, pages: Pages, length: int) -> None:
+        """`pages.reserve(length)`, preempting other sequences where no page is free.
 
         The preempted sequence may be `pages` itself, which is then released. Raises UserError when no
         sequence can be preempted.
         """
         while pages in self.handles:
             try:
-                return pages.reserve(length)
+                pages.reserve(length)
+                return
             except OutOfPages:
                 if not (any(preempt(pages) for preempt in reversed(self.preempters)) or self._forget_idle()):
                     raise UserError(
                         f"a sequence of {length} tokens finds no free KV page: it and forks hold all "
                         f"{self.num_pages}; release forks earlier or raise num_pages"
                     ) from None
-        return False
 
     def _forget_idle(self) -> bool:
         """Free the pages of the idle forks; False if they hold none."""
@@ -167,13 +167,13 @@ class Pages:
         shared = self.pool.share(self.table[: self.pool.pages_for(filled)])
         return Pages(self.pool, self.tokens[:cut], shared, filled)
 
-    def reserve(self, length: int) -> bool:
-        """Make positions filled..length-1 writable; True if the table changed. Raises OutOfPages.
+    def reserve(self, length: int) -> None:
+        """Make positions filled..length-1 writable. Raises OutOfPages.
 
         A page that others still list is copied before this sequence writes into it. On OutOfPages the
         sequence stays valid and keeps what it got.
         """
-        pool, changed = self.pool, False
+        pool = self.pool
         assert self in pool.handles, "a released sequence cannot grow"
         first = self.filled // pool.page_size
         for i in range(first, len(self.table)):
@@ -182,11 +182,8 @@ class Pages:
                 pool.storage[:, :, page] = pool.storage[:, :, self.table[i]]
                 pool.free([self.table[i]])
                 self.table[i] = page
-                changed = True
         while len(self.table) < pool.pages_for(length):
             self.table.append(pool.allocate())
-            changed = True
-        return changed
 
     def forget(self) -> None:
         """Give the pages back and keep the tokens: everything must be fed again."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from kernels.logprob import linear_logprob
 from kernels.sample import hash_key
 from thinkrl.decode import LOOK_EVERY, Completion, DecodeLoop, Group, Request, Row
+from thinkrl.distributed import free_memory
 from thinkrl.model import Transformer
 from thinkrl.paged_model import PagedModel, TokenForwards
 from thinkrl.pages import OutOfPages, PagePool, Pages
@@ -94,7 +95,7 @@ class Sampler:
         page_bytes = 2 * config.layers * self.page_size * config.kv_heads * config.head_dim
         page_bytes *= self.model.embed.weight.dtype.itemsize
         if self.device.type == "cuda":
-            room = int(self.memory_share * torch.cuda.mem_get_info(self.device)[0])
+            room = int(self.memory_share * free_memory(self.device))
         else:
             room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
         return min(self.max_rows * -(-config.max_positions // self.page_size), room // page_bytes)
@@ -105,8 +106,6 @@ class Sampler:
             held = len(self.pool.handles)
             assert held == 0, f"{held} sequences still hold pages: release the forks first"
             self._paged = None
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # or the next pool would see as free only what this one left
 
     @torch.no_grad()
     def load_weights(self, policy: nn.Module) -> None:

@@ -43,9 +43,8 @@ def train(config: Config, world: World) -> Run:
     segment([], tokenizer, config.episodes)  # a tokenizer that cannot encode the tags is refused now
     stream = Stream(load_problems(config.data, config.source), config.seed)
     require_enough(stream, config, world)
-    policy = Sampler(
-        load_model(path, compute_dtype(config, world), world.device), tokenizer, config.kv_pages or None
-    )
+    model = load_model(path, compute_dtype(config, world), world.device)
+    policy = Sampler(model, tokenizer, config.kv_pages or None, max_rows=config.max_rows)
     require_room(
         stream.preview(config.problems_per_step),
         tokenizer,
