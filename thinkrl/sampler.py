@@ -32,6 +32,8 @@ from thinkrl.pages import OutOfPages, PagePool, Pages
 from thinkrl.tokenizer import StopStrings, Tokenizer
 from thinkrl.types import UserError
 
+Choice = tuple[int, tuple[int, ...]]  # a place, and the ids that may stand there
+
 
 class Sampler:
     """Writes completions with `model`, which it may own alone (`load_weights`) or share with the caller.
@@ -202,13 +204,23 @@ class Sampler:
         return pages
 
     @torch.inference_mode()
-    def score(self, forks: Sequence[Pages], suffixes: Sequence[list[int]]) -> list[Tensor]:
+    def score(
+        self,
+        forks: Sequence[Pages],
+        suffixes: Sequence[list[int]],
+        choices: Sequence[Sequence[Choice]] | None = None,
+    ) -> list[Tensor]:
         """Log-probs (temperature 1) of each suffix behind its fork, teacher-forced: a list of [len(suffix)] fp32.
+
+        choices   per suffix, (i, ids): also the log of the probability that one of `ids` stands in the place of its
+                  token i. They follow the suffix's own: [len(suffix) + len(choices)]
 
         All suffixes go through the model in one packed forward, as far as max_tokens_per_forward and the free
         pages allow. The forks are released.
         """
         results: list[Tensor] = []
+        if choices is None:
+            choices = [()] * len(suffixes)
         try:
             for fork, suffix in zip(forks, suffixes, strict=True):
                 self._require(fork.tokens, len(suffix), "probe")
@@ -227,7 +239,7 @@ class Sampler:
                         self.pool.reserve(fork, fork.filled + len(fed))
                     batch.append((fork, fed, suffix))
                     size += len(fed)
-                results += self._score(batch)
+                results += self._score(batch, choices[len(results) :])
                 for fork, _, _ in batch:
                     fork.release()
         finally:
@@ -235,16 +247,36 @@ class Sampler:
                 fork.release()
         return results
 
-    def _score(self, batch: list[tuple[Pages, list[int], list[int]]]) -> list[Tensor]:
+    def _score(
+        self, batch: list[tuple[Pages, list[int], list[int]]], choices: Sequence[Sequence[Choice]]
+    ) -> list[Tensor]:
         hidden = self.paged.forward([(fork, fed) for fork, fed, _ in batch])
         self.forwards.probe += len(hidden)
         ends = torch.tensor([len(fed) for _, fed, _ in batch]).cumsum(0).tolist()
-        rows = [r for end, (_, _, suffix) in zip(ends, batch) for r in range(end - len(suffix), end)]
+        starts = [end - len(suffix) for end, (_, _, suffix) in zip(ends, batch)]
+        rows = [r for start, end in zip(starts, ends) for r in range(start, end)]
         targets = [token for _, _, suffix in batch for token in suffix]
         rows, targets = torch.tensor([rows, targets], dtype=torch.int64, device=self.device)
         logprob, _ = linear_logprob(hidden[rows], self.model.head_weight, targets)
+        asked = [(start + i, ids) for start, more in zip(starts, choices) for i, ids in more]
+        chosen = self._choose(hidden, asked).split([len(more) for more in choices[: len(batch)]])
+        own = logprob.split([len(suffix) for _, _, suffix in batch])
         with torch.inference_mode(False):  # a tensor made in inference mode may never meet autograd
-            return list(logprob.clone().split([len(suffix) for _, _, suffix in batch]))
+            return [torch.cat(pair) for pair in zip(own, chosen)]
+
+    def _choose(self, hidden: Tensor, asked: list[Choice]) -> Tensor:
+        """Log of the summed probability of `ids` behind a row of hidden, per (row, ids) asked: [len(asked)] fp32."""
+        places: dict[tuple[int, ...], list[int]] = {}  # the same ids are asked for behind many rows
+        for place, (_, ids) in enumerate(asked):
+            places.setdefault(ids, []).append(place)
+        chosen = hidden.new_empty(len(asked), dtype=torch.float32)
+        for ids, where in places.items():
+            wanted = torch.tensor(ids, device=self.device)
+            for at in torch.tensor(where, device=self.device).split(64):  # bounds the logits held at once
+                states = hidden[[asked[place][0] for place in at.tolist()]]
+                logits = self.model.logits(states).float()
+                chosen[at] = logits[:, wanted].logsumexp(-1) - logits.logsumexp(-1)
+        return chosen
 
     def _stop_strings(self, stop: list[str]) -> StopStrings | None:
         """The matcher for these strings, kept because it has looked at the text of the whole vocabulary."""

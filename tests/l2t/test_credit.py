@@ -643,8 +643,8 @@ class Digits:
 def test_a_probe_scores_the_answer_and_its_terminator():
     probe = make_probe(Digits(), "42", "<a>", "</a>")
     assert probe == Probe([10], [4, 2, 11])
-    assert make_probe(Digits(), "42", "<a>", "") == Probe([10], [4, 2, 12]), (
-        "the end of the completion ends the answer"
+    assert make_probe(Digits(), "42", "<a>", "") == Probe([10], [4, 2, 12], ((2, (10, 11)),)), (
+        "the end of the completion ends the answer, and so does what is no digit"
     )
     assert [
         room_behind(kind, [probe, Probe([10, 10], [1, 11])], 50) for kind in ("forced", "mc", "continue")

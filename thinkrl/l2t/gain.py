@@ -2,6 +2,10 @@
 
     J_k = p(answer, terminator | prompt, z_1 … z_k, answer-forcing text)      Delta I_k = J_k - J_{k-1}, sums to J_K - J_0
 
+The terminator is whatever ends the answer. A real vocabulary merges it with what follows or precedes it: a model that
+writes `}.` in one token gives the token `}` almost nothing. So p is summed over the ids whose text begins with what is
+left of answer and terminator, at every token of the answer. z_1 includes a sampled `<think>`, and J_0 is read behind it.
+
 When the sampler finishes a completion its pages are still there. A probe is a page table forked at the end of
 an episode and a short suffix, so all of J costs the suffixes, not K+1 forwards of the completion.
 `predicted_correctness_ref` is those forwards. `python -m thinkrl.l2t.gain [REWARD_MODEL]` prints J along a few
@@ -10,17 +14,19 @@ completions of the embedded model, by each estimator.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kernels.logprob import linear_logprob
 from thinkrl import UserError
 from thinkrl.checkpoint import load_model
 from thinkrl.grading import grade, rule_set
@@ -33,24 +39,36 @@ from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem
 
-FORCING = {  # by grading rule: what asks for the answer, and what ends it; "": the end of the completion does
+FORCING = {  # by grading rule: what asks for the answer, and what ends it; "": whatever ends a number
     "arith": ("</think><answer>", "</answer>"),
     "gsm8k": ("\n</think>\n\n#### ", ""),
     "last_number": ("\n</think>\n\nThe answer is ", ""),
     "math": ("\n</think>\n\nThe final answer is \\boxed{", "}"),
 }
+NUMBER_ENDS = re.compile(r"\.?(?:\s*\n|\s+[^\s\d/])|[^\s\d.,/eE]")  # 4 may go on as 4.2, 4,200, 4/2, 4e2
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What is put behind a prefix to ask for the answer: `forced` closes the thinking, `gold` is what is
-    scored.
+    """What is put behind a prefix to ask for the answer: `forced` closes the thinking, `gold` is what is scored.
+
+    gold      the answer and its terminator: without the terminator 1 would score on the way to 12
+    endings   (i, ids): other tokens than gold[i] that, in its place, complete answer and terminator at once
     """
 
     forced: list[int]
-    gold: list[
-        int
-    ]  # the gold answer and its terminator: without the terminator 1 would score on the way to 12
+    gold: list[int]
+    endings: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    @property
+    def suffix(self) -> list[int]:
+        """All that is put behind the prefix."""
+        return self.forced + self.gold
+
+    @property
+    def choices(self) -> list[tuple[int, tuple[int, ...]]]:
+        """`endings` by their place in `suffix`, for `Sampler.score`."""
+        return [(len(self.forced) + i, ids) for i, ids in self.endings]
 
 
 def forcing(problem: Problem, prefix: str = "", suffix: str = "") -> tuple[str, str]:
@@ -70,18 +88,74 @@ def forcing(problem: Problem, prefix: str = "", suffix: str = "") -> tuple[str, 
 
 
 def make_probe(tokenizer: Tokenizer, answer: str, prefix: str, suffix: str) -> Probe:
-    """Probe for one problem: `prefix` forces the answer, `suffix` or else the end of the completion ends it.
+    """Probe for one problem: `prefix` forces the answer, `suffix` or else the end of a number ends it.
 
-    Each part is encoded by itself.
+    Prefix and answer are encoded together, as a model would write them: where they share a token, such as ` 42`
+    behind `####`, that token is scored.
 
     Raises UserError for an answer without tokens: its probability would be that of the terminator.
     """
-    gold = tokenizer.encode(answer)
-    if not gold:
+    if not tokenizer.encode(answer):
         raise UserError(
             f"the gold answer {answer!r} tokenizes to nothing: a fitting gain needs an answer to score"
         )
-    return Probe(tokenizer.encode(prefix), gold + (tokenizer.encode(suffix) or [tokenizer.eos_id]))
+    forced, written = tokenizer.encode(prefix), tokenizer.encode(prefix + answer)
+    shared = next((i for i, (a, b) in enumerate(zip(forced, written)) if a != b), len(forced))
+    forced, gold = written[:shared], written[shared:]
+    gold += tokenizer.encode(suffix) or [tokenizer.eos_id]
+    text = (prefix + answer + suffix)[len(tokenizer.continuation(forced)) :]
+    return Probe(forced, gold, _endings(tokenizer, gold, text, ends_number=not suffix))
+
+
+def _endings(tokenizer: Tokenizer, gold: list[int], text: str, ends_number: bool) -> tuple:
+    """`Probe.endings`: `text` is that of the answer and its terminator, gold their ids."""
+    endings = []
+    for i, token in enumerate(gold):
+        begun = tokenizer.continuation(gold[:i])
+        if not text.startswith(begun):
+            continue  # inside a character that takes several tokens
+        rest = text[len(begun) :]
+        if rest:
+            ids = _ids_beginning_with(tokenizer, rest) if not ends_number else ()
+        else:
+            ids = _ids_ending_a_number(tokenizer)
+        if i == len(gold) - 1:
+            ids = tuple(other for other in ids if other != token)
+        if ids:
+            endings.append((i, ids))
+    return tuple(endings)
+
+
+def endings_ref(tokenizer: Tokenizer, gold: list[int], text: str) -> tuple:
+    """The specification of `_endings` for an answer with a terminator: try every id in every place."""
+    found = []
+    for i in range(len(gold)):
+        texts = (tokenizer.continuation([*gold[:i], v]) for v in range(len(tokenizer.pieces)))
+        ids = tuple(v for v, t in enumerate(texts) if t.startswith(text) and [v] != gold[i:])
+        found += [(i, ids)] if ids else []
+    return tuple(found)
+
+
+@lru_cache(maxsize=8)
+def _sorted_pieces(tokenizer: Tokenizer) -> list[tuple[str, int]]:
+    return sorted((piece, i) for i, piece in enumerate(tokenizer.pieces))
+
+
+@lru_cache(maxsize=4096)
+def _ids_beginning_with(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """All ids whose text begins with `text`, ascending."""
+    pieces = _sorted_pieces(tokenizer)
+    first = last = bisect_left(pieces, (text, -1))
+    while last < len(pieces) and pieces[last][0].startswith(text):
+        last += 1
+    return tuple(sorted(i for _, i in pieces[first:last]))
+
+
+@lru_cache(maxsize=8)
+def _ids_ending_a_number(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """All ids behind which a number on the answer's line is complete: stop ids, and what cannot belong to it."""
+    ends = {i for i, piece in enumerate(tokenizer.pieces) if NUMBER_ENDS.match(piece)}
+    return tuple(sorted(ends | set(tokenizer.stop_ids)))
 
 
 def room_behind(kind: str, probes: Sequence[Probe], max_tokens: int) -> int:
@@ -98,26 +172,34 @@ def _answer_limit(probes: Sequence[Probe]) -> int:
 
 
 def answer_probability(logprob: Tensor, probe: Probe) -> Tensor:
-    """J: probability of the gold answer and its terminator, from log-probs of the whole suffix. Scalar
-    fp64 in [0, 1].
+    """J: probability of the gold answer and what ends it. Scalar fp64 in [0, 1].
+
+    logprob is what `Sampler.score` gives for the probe: of the tokens of its suffix, then of its choices.
     """
-    return logprob[len(probe.forced) :].double().sum().exp()  # L2T Prop. D.1
+    tokens, choices = logprob.double().split([len(probe.suffix), len(probe.endings)])
+    tokens = tokens[len(probe.forced) :]
+    paths = [tokens.sum()] + [tokens[:i].sum() + choice for (i, _), choice in zip(probe.endings, choices)]
+    return torch.stack(paths).exp().sum()  # L2T Prop. D.1
 
 
 @torch.no_grad()
 def predicted_correctness_ref(
     model: Transformer, prompt: list[int], completion: list[int], episodes: Episodes, probe: Probe
 ) -> Tensor:
-    """J_0, …, J_K, [K+1] fp64: a full forward of each of the K+1 prefixes with its probe. The
-    specification of `Gain`.
+    """J_0, …, J_K, [K+1] fp64: a full forward of each of the K+1 prefixes with its probe, and the whole
+    vocabulary's probabilities. The specification of `Gain`.
     """
-    suffix = probe.forced + probe.gold
     J = []
     for n in episodes.prefixes:
-        tokens = torch.tensor(prompt + completion[:n] + suffix, device=model.embed.weight.device)
+        tokens = torch.tensor(prompt + completion[:n] + probe.suffix, device=model.embed.weight.device)
         hidden = model(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device))
-        logprob, _ = linear_logprob(hidden[-1 - len(suffix) : -1], model.head_weight, tokens[-len(suffix) :])
-        J.append(answer_probability(logprob, probe))
+        p = model.logits(hidden[-1 - len(probe.gold) : -1]).double().softmax(-1)
+        endings, written = dict(probe.endings), torch.ones((), dtype=torch.float64, device=p.device)
+        total = torch.zeros_like(written)
+        for i, token in enumerate(probe.gold):
+            total += written * p[i, list(endings.get(i, ()))].sum()
+            written = written * p[i, token]
+        J.append(total + written)
     return torch.stack(J).cpu()
 
 
@@ -145,6 +227,7 @@ class Gain:
     probes     one per prompt of the call; none for continue
     segment    completion tokens -> Episodes
     grade      (prompt index, text of an answer or of a completion) -> bool, for mc and continue
+    temperature   of what is sampled, for mc and continue
     keys       per prompt, the address of its randomness; what is sampled adds (sample, k, m)
 
     `seconds` and `forwards`, tokens that went through the model, say what it has cost so far.
@@ -159,6 +242,7 @@ class Gain:
         *,
         samples: int = 4,
         max_tokens: int = 256,
+        temperature: float = 1.0,
         grade: Callable[[int, str], bool] | None = None,
         seed: int = 0,
         keys: Sequence[tuple[int, ...]] = (),
@@ -173,6 +257,7 @@ class Gain:
             seed,
             keys,
         )
+        self.temperature = temperature
         self.seconds, self.forwards = 0.0, 0
         self._seen: dict[
             tuple[int, int], tuple[Episodes, list]
@@ -199,7 +284,7 @@ class Gain:
             0,
         )  # tokens of forced answers; what is to be sampled gains by waiting for more
         if self.kind == "forced":
-            suffixes = len(self._waiting) * len(self.probes[prompt].forced + self.probes[prompt].gold)
+            suffixes = len(self._waiting) * len(self.probes[prompt].suffix)
         if suffixes >= self.sampler.max_tokens_per_forward or 4 * pool.free_pages < pool.num_pages:
             self._flush()
 
@@ -229,7 +314,9 @@ class Gain:
         waiting, self._waiting = self._waiting, {}
         probes = [self.probes[prefix.prompt] for prefix in waiting.values()]
         logprobs = self.sampler.score(
-            [prefix.fork for prefix in waiting.values()], [p.forced + p.gold for p in probes]
+            [prefix.fork for prefix in waiting.values()],
+            [probe.suffix for probe in probes],
+            [probe.choices for probe in probes],
         )
         for key, probe, logprob in zip(waiting, probes, logprobs):
             self._J[key] = float(answer_probability(logprob, probe))
@@ -248,6 +335,7 @@ class Gain:
                 forced,
                 self.samples,
                 max_tokens=longest,
+                temperature=self.temperature,
                 seed=self.seed,
                 keys=keys,
                 prefix=[p.fork for p in prefixes],

@@ -175,6 +175,7 @@ class L2T(OnePolicy[EpisodeTrajectory]):
             c.gain if c.gain in PROBED else "forced",
             samples=c.gain_samples,
             max_tokens=c.max_tokens,
+            temperature=c.temperature,
             seed=c.seed,
             keys=[(PROBE, step, p.id) for p in problems],
             grade=lambda i, text: grade(text, problems[i].answer, problems[i].source),
