@@ -28,7 +28,7 @@ from thinkrl.metrics import Stopwatch, Tally, require_sinks
 from thinkrl.options import exit_with_error
 from thinkrl.presets import Grpo, Preset
 from thinkrl.problems import Stream, held_out_problems, load_problems, subsample
-from thinkrl.rollout import EVALUATION
+from thinkrl.rollout import EVALUATION, sample_differences
 from thinkrl.runs import Run
 from thinkrl.session import Session, require_enough
 from thinkrl.types import Problem, Trajectory
@@ -49,18 +49,29 @@ def method(preset: str) -> type[Preset]:
 
 
 def train_step(
-    preset: Preset, problems: list[Problem], step: int, world: World, tally: Tally
+    preset: Preset,
+    problems: list[Problem],
+    step: int,
+    world: World,
+    tally: Tally,
+    spare: Sequence[list[Problem]] = (),
 ) -> tuple[Sequence[Trajectory], list[Tensor], dict[str, float]]:
     """One step of reinforcement learning on this rank's problems. Collective.
 
+    spare: for each round of dynamic sampling, a problem that can take the place of each of these.
     Returns the trajectories, their advantages, and the numbers of the update: loss, grad_norm, lr.
     """
     config, clock = preset.config, Stopwatch()
     learner, lr = preset.begin_step(step), preset.learning_rate(step)
-    trajectories = preset.rollout(problems, step, tally)  # sampled and graded; sets loss mask and log-probs
+    trajectories, replaced = sample_differences(  # sampled and graded; sets loss mask and log-probs
+        lambda problems: preset.rollout(problems, step, tally), [problems, *spare], config.group_size
+    )
     for each in preset.learners.values():
         each.sampler.release_pool()  # the memory of the KV pages is the backward's now
     tally.add("rollout_seconds", clock.seconds)
+    if spare:
+        tally.add("resampled", len(replaced) / config.group_size, len(problems))
+        tally.add_sum("sampled_tokens", sum(t.tokens for t in replaced))
     preset.reward(trajectories, step, tally)  # the outcome plus what the method adds
     advantages = preset.advantages(trajectories, step, tally)  # per trajectory, a value per trained token
     samples = preset.samples(trajectories, advantages, step)  # (prompt, completion) pairs
@@ -91,8 +102,10 @@ def train(config: Config, world: World) -> Run:
     evaluate_after(session.first)  # a kill may have come between a step and its evaluation
     for step in session.steps():
         tally = Tally()
-        problems = stream.take(step, config.problems_per_step, world.rank, world.size)
-        trajectories, advantages, numbers = train_step(preset, problems, step, world, tally)
+        problems, *spare = stream.take_rounds(
+            step, config.problems_per_step, 1 + config.dynamic_sampling, world.rank, world.size
+        )
+        trajectories, advantages, numbers = train_step(preset, problems, step, world, tally, spare)
         tally_outcomes(tally, trajectories, config.group_size)
         shown = config.log_groups * config.group_size
         records = [t.record(advantage) for t, advantage in zip(trajectories[:shown], advantages)]

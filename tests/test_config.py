@@ -1,6 +1,7 @@
 """Options: where a value comes from, which preset reads it, and the sentence that a mistake gets."""
 
 import dataclasses
+import inspect
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from helpers import ROOT
-from thinkrl import UserError, config
+from thinkrl import UserError, config, length
 from thinkrl.aliases import ELSEWHERE, elsewhere
 from thinkrl.config import (
     PRESETS,
@@ -66,8 +67,9 @@ def test_published_l2t_values_on_a_real_model():
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("tiny", [False, True])
 @pytest.mark.parametrize("profile", config.PROFILE_VALUES)
-def test_every_default_is_allowed_by_its_field(preset, tiny, profile):
-    values = preset_values(preset, tiny, profile)
+@pytest.mark.parametrize("method", config.LENGTH_VALUES)
+def test_every_default_is_allowed_by_its_field(preset, tiny, profile, method):
+    values = preset_values(preset, tiny, profile, method)
     for f in OPTIONS:
         assert within(f, values.get(f.name, f.default)), f.name
 
@@ -124,12 +126,65 @@ def test_a_mistake_gets_one_sentence(argv, sentence):
     assert "\n" not in str(mistake.value)
 
 
+LENGTH = {
+    "--length kimi --length_alpha 1": "--length kimi does not read --length_alpha, it reads --length_weight",
+    "--length_weight 1": "--length_weight belongs to a method: choose one with --length",
+    "--length truncation": "--length truncation needs --length_limit",
+    "--length overlong --length_limit 100": "--length overlong needs --length_cache",
+    "--length l1_max": "--length l1_max needs --length_target",
+    "--length gfpo": "--length gfpo needs --length_keep",
+    "--length laser --length_limit 200": "--length laser does nothing from 200 tokens on: completions end at",
+    "--length overlong --length_limit 300 --length_cache 100": "--length overlong does nothing from 200 tokens",
+    "--length overlong --length_limit 50 --length_cache 60": "--length_cache is 60: it must be at most",
+    "--length gfpo --length_keep 8": "--length_keep is 8: gfpo keeps 2 or more, and fewer than --group_size 8",
+    "--length gfpo --length_keep 1": "--length_keep is 1: gfpo keeps 2 or more, and fewer than --group_size 8",
+    "--length gfpo --length_keep 4 --advantage_std none": "--length gfpo has its own advantages",
+    "--length l1_max --length_target 9:3": "--length_target is '9:3': it must be N or LOW:HIGH, tokens",
+    "--length l1_max --length_target 0": "--length_target is '0': it must be N or LOW:HIGH, tokens",
+    "--length l1_max --length_target 9 --length_prompt x": "--length_prompt must say {target}",
+    "--length kimi --advantage_std mean": "--advantage_std mean divides by a group's mean reward, which kimi may",
+    "--length limit": "--length is 'limit': it must be one of truncation,",
+    "--surrogate sapo": "--surrogate sapo does nothing with one update per rollout",
+    "--surrogate cispo --updates_per_rollout 2 --level sequence": "--surrogate cispo is one of tokens",
+    "--surrogate sapo --updates_per_rollout 2 --clip_low 0.1": "--surrogate sapo has no clip",
+    "--importance_low 0.5": "--importance_low 0.5 needs --importance_cap, the upper bound",
+}
+
+
+@pytest.mark.parametrize("line", LENGTH)
+def test_an_option_that_would_do_nothing_is_refused(line):
+    with pytest.raises(UserError) as mistake:
+        parse(["grpo", *line.split()])
+    assert str(mistake.value).startswith(LENGTH[line]) and "\n" not in str(mistake.value)
+
+
+def test_every_length_method_is_a_function_and_reads_its_arguments():
+    for name, values in config.LENGTH_VALUES.items():
+        arguments = {key.removeprefix("length_") for key in values if key.startswith("length_")} - {"prompt"}
+        if name == "laser_d":  # `laser` with limits of its own
+            arguments, name = arguments | {"limit"}, "laser"
+        if name:
+            assert list(arguments) and arguments == set(
+                inspect.signature(getattr(length, name)).parameters
+            ) - {"correct", "tokens", "eps"}
+
+
+def test_published_length_values_are_those_of_the_functions():
+    for name, values in config.LENGTH_VALUES.items():
+        for key, value in values.items():
+            if name not in ("", "laser_d") and key.startswith("length_") and value and key != "length_prompt":
+                default = (
+                    inspect.signature(getattr(length, name)).parameters[key.removeprefix("length_")].default
+                )
+                assert default == value, (name, key)
+
+
 @pytest.mark.parametrize(
     "argv, sentence",
     [
         (["grpo", "--beta", "0.04"], "--beta is read by l2t, not by grpo: TRL's beta is --kl_coef here"),
         (["sft", "--beta", "0.04", "--data", "x"], "--beta is read by l2t, not by sft"),
-        (["l2t", "--length_penalty", "0.1"], "--length_penalty is read by grpo, not by l2t"),
+        (["l2t", "--length", "kimi"], "--length is read by grpo, not by l2t"),
         (["grpo", "--profile", "paper"], "--profile is read by l2t, not by grpo"),
         (["--rounds", "L"], "--rounds is read by longshort, not by l2t"),
         (["sft", "--gain_samples", "2"], "--gain_samples is read by l2t and prm, not by sft"),
@@ -161,7 +216,8 @@ def test_every_preset_sets_only_what_some_preset_reads():
         ("--learning_rate", "TRL's learning_rate is --lr here"),
         (
             "--loss_type",
-            "TRL's loss_type dapo / grpo / dr_grpo is --aggregate token / sequence / constant here",
+            "TRL's loss_type dapo / grpo / dr_grpo / cispo / sapo is --aggregate token / sequence / constant, "
+            "--surrogate cispo / sapo here",
         ),
         ("--actor_rollout_ref.rollout.n=8", "verl's rollout.n is --group_size here"),
         ("--rollout_n", "verl's rollout.n is --group_size here"),

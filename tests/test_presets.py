@@ -2,6 +2,7 @@
 reward.
 """
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -11,7 +12,7 @@ import torch
 
 import thinkrl.l2t.compression
 import train
-from thinkrl import UserError
+from thinkrl import UserError, length
 from thinkrl.arith import heldout
 from thinkrl.checkpoint import save_hf
 from thinkrl.config import parse
@@ -25,10 +26,10 @@ from thinkrl.longshort.preset import LongShort
 from thinkrl.longshort.protocol import Conversation
 from thinkrl.metrics import DEFINITIONS, Tally
 from thinkrl.model import ModelConfig, Transformer
-from thinkrl.rollout import EVALUATION
+from thinkrl.rollout import EVALUATION, sample_differences
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
-from thinkrl.types import Problem
+from thinkrl.types import Problem, Trajectory
 
 PROBLEMS = heldout()[40:240:100]  # one of two digits, one of three
 
@@ -161,11 +162,125 @@ def test_profile_code_sums_gains_by_length(world, monkeypatch):
         assert t.reward == pytest.approx(t.outcome_reward - 0.01 * t.episodes.malformed)
 
 
-def test_a_price_per_token_is_paid_by_the_correct(world):
-    _, plain, _, _ = step_of(world, "grpo")
-    _, priced, _, _ = step_of(world, "grpo", "--length_penalty", "0.01")
-    for a, b in zip(plain, priced):
-        assert b.reward == pytest.approx(a.outcome_reward * (1 - 0.01 * a.tokens))
+LENGTHS = {
+    "truncation --length_limit 40": dict(limit=40),
+    "overlong --length_limit 60 --length_cache 40": dict(limit=60, cache=40),
+    "l1_exact --length_target 30": dict(target=30, alpha=3e-4),
+    "l1_max --length_target 30 --length_alpha 0.02": dict(target=30, alpha=0.02),
+    "kimi": dict(weight=1.0),
+    "arora_zanette": dict(alpha=0.2),
+    "laser --length_limit 40 --length_weight 0.25": dict(limit=40, weight=0.25),
+    "shorter_better --length_beta 0.01": dict(alpha=2.0, beta=0.01),
+    "gr3": dict(alpha=0.33),
+    "prime_linear": dict(weight=0.25),
+    "priced --length_price 0.01": dict(price=0.01),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(world):
+    return step_of(world, "grpo")
+
+
+def shaped_by(plain, *argv: str):
+    """The rewards and advantages of those completions under another --length."""
+    preset, trajectories, _, _ = plain
+    preset, copies = copy.copy(preset), [dataclasses.replace(t) for t in trajectories]
+    preset.config = parse(
+        ["grpo", *argv, "--group_size", "4", "--problems_per_step", "2", "--max_tokens", "100"]
+    )
+    preset.reward(copies, 0, Tally())
+    return copies, preset.advantages(copies, 0, Tally())
+
+
+def grid(trajectories) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(
+        torch.tensor(values).view(-1, 4)
+        for values in zip(*((t.outcome_reward, t.tokens) for t in trajectories))
+    )
+
+
+@pytest.mark.parametrize("line", LENGTHS)
+def test_every_length_method_reaches_the_reward(plain, line):
+    name, _, _ = line.partition(" ")
+    trajectories, advantages = shaped_by(plain, "--length", *line.split())
+    expected = getattr(length, name)(*grid(trajectories), **LENGTHS[line])
+    assert [t.reward for t in trajectories] == expected.flatten().tolist()
+    assert any(t.reward != t.outcome_reward for t in trajectories)
+    compared = group_advantages(expected, "none" if name in ("arora_zanette", "prime_linear") else "sample")
+    for advantage, value in zip(advantages, compared.flatten().float(), strict=True):
+        assert torch.equal(advantage, value.expand(len(advantage)))
+
+
+def test_gfpo_is_an_advantage(plain):
+    trajectories, advantages = shaped_by(plain, "--length", "gfpo", "--length_keep", "3")
+    assert all(t.reward == t.outcome_reward for t in trajectories)
+    expected = length.gfpo(*grid(trajectories), keep=3).flatten().float()
+    assert [float(a[0]) for a in advantages] == expected.tolist() and expected.abs().sum() > 0
+
+
+def test_laser_d_chooses_limits_from_the_step(plain):
+    trajectories, _ = shaped_by(plain, "--length", "laser_d")
+    limits = length.laser_d_limits(*grid(trajectories), torch.arange(1, 17) * 100 / 16)
+    expected = length.laser(*grid(trajectories), limits)
+    assert [t.reward for t in trajectories] == expected.flatten().tolist()
+
+
+def test_l1_asks_for_its_length_in_the_prompt(world):
+    preset, trajectories, _, _ = step_of(
+        world, "grpo", "--length", "l1_exact", "--length_target", "20:60", "--length_prompt", " {target}"
+    )
+    targets = []
+    for group in (trajectories[:4], trajectories[4:]):
+        question, target = group[0].problem.question.split()
+        assert question in [p.question for p in PROBLEMS]
+        assert preset.tokenizer.decode(group[0].turns[0].prompt).split()[-1].startswith(target)
+        targets.append(int(target))
+        assert [t.reward for t in group] == pytest.approx(
+            [t.outcome_reward - 3e-4 * abs(t.tokens - int(target)) for t in group]
+        )
+    assert targets[0] != targets[1] and all(20 <= target <= 60 for target in targets)
+    greedy = preset.attempt(PROBLEMS, 1, 0.0, (EVALUATION, 0))
+    assert [int(t.problem.question.split()[1]) for t in greedy] == targets, (
+        "also in evaluation, and every time"
+    )
+
+
+def test_equal_groups_make_place_for_others():
+    """Problems 0 and 2 are always right; of the first spare ones only that of slot 0 has differences, of the second both."""
+    asked = []
+
+    def sample(problems):
+        asked.append([p.id for p in problems])
+        mixed = {1, 10, 22}
+        return [
+            Trajectory(p, i, [], outcome_reward=float(i == 0 or p.id not in mixed))
+            for p in problems
+            for i in range(2)
+        ]
+
+    rounds = [[Problem(n + k, "", "") for k in range(3)] for n in (0, 10, 20)]
+    kept, replaced = sample_differences(sample, rounds, group_size=2)
+    assert asked == [[0, 1, 2], [10, 12], [22]]
+    assert [t.problem.id for t in kept] == [10, 10, 1, 1, 22, 22]
+    assert [t.problem.id for t in replaced] == [0, 0, 2, 2, 12, 12]
+    kept, replaced = sample_differences(sample, rounds[:2], group_size=2)
+    assert [t.problem.id for t in kept] == [10, 10, 1, 1, 12, 12], "the last round's group stays as it is"
+    assert sample_differences(sample, [[]], group_size=2) == ([], [])
+
+
+def test_dynamic_sampling_in_a_step(world):
+    """Two problems of one digit, which the embedded policy always solves, make place for two of three."""
+    easy, hard = heldout()[:2], heldout()[240:300:50]
+    options = "--group_size 4 --problems_per_step 2 --max_tokens 100 --dynamic_sampling 1".split()
+    preset, tally = train.method("grpo")(parse(["grpo", *options]), world), Tally()
+    first = preset.rollout(easy, 0, Tally())
+    trajectories, _, _ = train.train_step(preset, easy, 0, world, tally, [hard])
+    equal = [len({t.outcome_reward for t in first[i : i + 4]}) == 1 for i in (0, 4)]
+    expected = [h if flat else e for e, h, flat in zip(easy, hard, equal)]
+    assert any(equal) and [t.problem for t in trajectories[::4]] == expected
+    assert list(tally.pairs["resampled"]) == [sum(equal), 2]
+    assert tally.sums["sampled_tokens"] > 0
 
 
 def test_flat_compression_is_grpo_with_a_fixed_price_per_episode(world):

@@ -296,6 +296,15 @@ def test_an_epoch_of_a_list_meets_each_row_once_and_no_step_meets_one_twice():
         stream.take(0, 11)
 
 
+def test_spare_rows_of_a_step_are_the_same_on_any_number_of_ranks_and_none_comes_twice():
+    stream = Stream(list(range(30)), seed=0)
+    whole = stream.take_rounds(1, 5, 3)
+    assert len({row for rows in whole for row in rows}) == 15
+    apart = [stream.take_rounds(1, 5, 3, rank, 2) for rank in range(2)]
+    assert [a + b for a, b in zip(*apart)] == whole
+    assert stream.take_rounds(4, 5, 1) == [stream.take(4, 5)]
+
+
 def test_arith_trains_on_what_it_does_not_evaluate():
     stream = Stream(load_problems("arith"), seed=3)
     trained = {p.question for step in range(20) for p in stream.take(step, 32)}

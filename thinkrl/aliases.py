@@ -30,11 +30,19 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     ("--clip_low and --clip_high", "", "clip_ratio"),
     ("--kl_coef", "beta", "kl_loss_coef"),
     (
-        "--aggregate token / sequence / constant",
-        "loss_type dapo / grpo / dr_grpo",
+        "--aggregate token / sequence / constant, --surrogate cispo / sapo",
+        "loss_type dapo / grpo / dr_grpo / cispo / sapo",
         "loss_agg_mode token-mean / seq-mean-token-mean / seq-mean-token-sum-norm",
     ),
-    ("--level sequence", "importance_sampling_level sequence", "policy_loss.loss_mode gspo"),
+    (
+        "--level sequence, --surrogate cispo / sapo / dppo",
+        "importance_sampling_level sequence",
+        "policy_loss.loss_mode gspo / cispo / sapo / dppo_tv",
+    ),
+    ("--dynamic_sampling, rounds", "", "filter_groups.enable, filter_groups.max_num_gen_batches"),
+    ("--length overlong", "", "overlong_buffer.enable"),
+    ("--length_cache, of --length overlong", "", "overlong_buffer.len"),
+    ("--importance_low", "vllm_importance_sampling_clip_min", ""),
     ("--advantage_std none", "scale_rewards none", "norm_adv_by_std_in_grpo False"),
     (
         "--importance_cap",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +99,23 @@ class Config:
 
     _objective = group("Objective", RL)
     advantage_std: str = option(
-        "sample", "standard deviation that divides a group's advantages", ("sample", "population", "none")
+        "sample",
+        "what divides a group's advantages: its standard deviation | with G for G - 1 | nothing | one standard deviation "
+        "for the whole step (DLER) | the group's mean (MaxRL; grpo only)",
+        ("sample", "population", "none", "batch", "mean"),
     )
-    clip_low: float = option(0.2, "ε of the lower clip of the ratio, 1 - ε", low=0, high=1)
-    clip_high: float = option(0.2, "ε of the upper clip of the ratio, 1 + ε", low=0)
+    surrogate: str = option(
+        "clip",
+        "what the loss does with a ratio other than 1: clip it | bound its weight on the log-prob | a smooth gate | mask by "
+        "the change of probability",
+        ("clip", "cispo", "sapo", "dppo"),
+    )
+    clip_low: float = option(
+        0.2, "ε of the lower clip of the ratio, 1 - ε; dppo: the largest fall of a probability", low=0, high=1
+    )
+    clip_high: float = option(
+        0.2, "ε of the upper clip of the ratio, 1 + ε; dppo: the largest rise of a probability", low=0
+    )
     kl_coef: float = option(
         0.0, "weight of the k3 KL to the reference, the start policy; 0: no reference is held", low=0
     )
@@ -115,11 +129,52 @@ class Config:
     importance_cap: float = option(
         0.0, "cap of the truncated importance weights trainer/sampler; 0: no weights", low=0
     )
-    length_penalty: float = option(
-        0.0,
-        "control: penalty per completion token in the reward of a correct completion",
+    importance_low: float = option(
+        0.0, "above 0: importance weights below it or above the cap are 0 (IcePop), not truncated", low=0
+    )
+    dynamic_sampling: int = option(
+        0,
+        "rounds in which groups that are all right or all wrong make place for other problems' (DAPO)",
         low=0,
         presets=("grpo",),
+    )
+
+    _length = group("Length", ("grpo",))
+    length: str = option(
+        "",
+        "reward for brevity, docs/methods.md has the formulas; it needs or reads the options below that its row of "
+        "docs/options.md lists",
+        (
+            "",
+            "truncation",
+            "overlong",
+            "l1_exact",
+            "l1_max",
+            "kimi",
+            "arora_zanette",
+            "laser",
+            "laser_d",
+            "shorter_better",
+            "gfpo",
+            "gr3",
+            "prime_linear",
+            "priced",
+        ),
+    )
+    length_limit: int = option(0, "tokens within which an answer counts, or earns its bonus", low=0)
+    length_cache: int = option(
+        0, "overlong: tokens before the limit over which the penalty grows to 1", low=0
+    )
+    length_target: str = option(
+        "", "tokens that the prompt asks for: N, or LOW:HIGH, from which every problem draws its own"
+    )
+    length_prompt: str = option("", "text put behind the question, {target} stands for the tokens")
+    length_alpha: float = option(0.0, "α of the method, as published if not given", low=0)
+    length_beta: float = option(0.0, "β of the method, as published if not given", low=0)
+    length_weight: float = option(0.0, "weight of the method's length term, as published if not given", low=0)
+    length_keep: int = option(0, "gfpo: attempts of a group that are kept", low=0)
+    length_price: float = option(
+        0.0, "priced: price of a token, as a share of a right answer's reward", low=0
     )
 
     _optimizer = group("Optimizer", tuple(PRESETS))
@@ -324,6 +379,25 @@ PROFILE_VALUES: dict[str, dict] = {
     "grpo": dict(alpha=0.0, statistic="return_sum", credit="uniform", gain="none", compression="none"),
 }
 
+# What --length sets: the options that a method reads, with its published values; 0 and "" must be given.
+LENGTH_VALUES: dict[str, dict] = {
+    "": {},
+    "truncation": dict(length_limit=0),
+    "overlong": dict(length_limit=0, length_cache=0),
+    "l1_exact": dict(length_target="", length_prompt=" Think for {target} tokens.", length_alpha=3e-4),
+    "l1_max": dict(length_target="", length_prompt=" Think for maximum {target} tokens.", length_alpha=2e-3),
+    "kimi": dict(length_weight=1.0),
+    "arora_zanette": dict(length_alpha=0.2, advantage_std="none"),
+    "laser": dict(length_limit=0, length_weight=0.5),
+    "laser_d": dict(length_weight=0.5),
+    "shorter_better": dict(length_alpha=2.0, length_beta=1e-3),
+    "gfpo": dict(length_keep=0),
+    "gr3": dict(length_alpha=0.33),
+    "prime_linear": dict(length_weight=0.25, advantage_std="none"),
+    "priced": dict(length_price=0.0),
+}
+NEVER_NEGATIVE = ("", "truncation", "l1_max", "arora_zanette", "laser", "laser_d", "gr3", "priced")  # rewards
+
 
 # What takes the place of an option that a preset does not read.
 INSTEAD = {
@@ -355,7 +429,7 @@ def resolve(preset: str, given: dict[str, Any]) -> Config:
     for key in given:
         require_read(preset, key)
     model = (given.get("long") if preset == "longshort" else None) or given.get("model", Config.model)
-    values = preset_values(preset, embedded(model), given.get("profile", ""))
+    values = preset_values(preset, embedded(model), given.get("profile", ""), given.get("length", ""))
     config = Config(**(values | given), preset=preset, given=frozenset(given))
     if preset == "longshort":  # the rounds say how long it takes, and each ends with an evaluation
         rounds = config.rounds.replace(",", "")
@@ -369,9 +443,10 @@ def resolve(preset: str, given: dict[str, Any]) -> Config:
     return config
 
 
-def preset_values(preset: str, tiny: bool = False, profile: str = "") -> dict[str, Any]:
-    """What a preset sets, with the embedded model's values if `tiny`, and a profile's."""
-    return PRESET_VALUES[preset] | (EMBEDDED_VALUES[preset] if tiny else {}) | PROFILE_VALUES[profile]
+def preset_values(preset: str, tiny: bool = False, profile: str = "", length: str = "") -> dict[str, Any]:
+    """What a preset sets, with the embedded model's values if `tiny`, and a profile's or a length method's."""
+    small = EMBEDDED_VALUES[preset] if tiny else {}
+    return PRESET_VALUES[preset] | small | PROFILE_VALUES[profile] | LENGTH_VALUES[length]
 
 
 def fit_to_context(config: Config, context: int) -> tuple[Config, str]:
@@ -443,6 +518,8 @@ def _check(config: Config) -> None:
         c.preset in RL and c.group_size == 1,
         f"--group_size is 1: {c.preset} compares the completions of a group, use 2 or more",
     )
+    _check_objective(c, refuse)
+    _check_length(c, refuse)
     refuse(
         c.preset == "l2t" and c.gain == "prm" and not c.prm,
         "--gain prm needs --prm PATH, a step reward model made by train.py prm",
@@ -462,6 +539,72 @@ def _check(config: Config) -> None:
         c.episodes not in ("tags", "paragraphs") and not (kind == "fixed" and n.isdigit() and int(n)),
         f"--episodes is '{c.episodes}': it must be tags, paragraphs or fixed:N with N at least 1",
     )
+
+
+def _check_objective(c: Config, refuse: Callable[[Any, str], None]) -> None:
+    refuse(
+        c.surrogate != "clip" and c.level == "sequence",
+        f"--surrogate {c.surrogate} is one of tokens: --level sequence goes with --surrogate clip",
+    )
+    refuse(
+        c.surrogate != "clip" and c.updates_per_rollout == 1,
+        f"--surrogate {c.surrogate} does nothing with one update per rollout, where every ratio is 1: use "
+        "--updates_per_rollout 2 or more",
+    )
+    refuse(
+        c.surrogate == "sapo" and c.given & {"clip_low", "clip_high"},
+        "--surrogate sapo has no clip: leave out --clip_low and --clip_high",
+    )
+    refuse(
+        c.importance_low > c.importance_cap,
+        f"--importance_low {c.importance_low} needs --importance_cap, the upper bound of the weights that are kept",
+    )
+    refuse(
+        c.advantage_std == "mean" and (c.preset in ("l2t", "longshort") or c.length not in NEVER_NEGATIVE),
+        f"--advantage_std mean divides by a group's mean reward, which {c.length or c.preset} may make negative",
+    )
+
+
+def _check_length(c: Config, refuse: Callable[[Any, str], None]) -> None:
+    """Options that the chosen --length does not read, does not have, or that would change nothing."""
+    own = {key for values in LENGTH_VALUES.values() for key in values} - {"advantage_std"}
+    reads = [key for key in LENGTH_VALUES[c.length] if key in own]
+    listed = ", ".join(f"--{key}" for key in reads)
+    for key in sorted(c.given & own):
+        refuse(
+            key not in reads,
+            f"--length {c.length} does not read --{key}, it reads {listed}"
+            if c.length
+            else f"--{key} belongs to a method: choose one with --length",
+        )
+    for key in reads:
+        refuse(not c[key], f"--length {c.length} needs --{key}")
+    start = c.length_limit - c.length_cache
+    refuse(
+        c.length in ("truncation", "laser", "overlong") and start >= c.max_tokens,
+        f"--length {c.length} does nothing from {start} tokens on: completions end at --max_tokens {c.max_tokens}",
+    )
+    refuse(
+        start < 0, f"--length_cache is {c.length_cache}: it must be at most --length_limit {c.length_limit}"
+    )
+    if c.length == "gfpo":
+        refuse(
+            not 2 <= c.length_keep < c.group_size,
+            f"--length_keep is {c.length_keep}: gfpo keeps 2 or more, and fewer than --group_size {c.group_size}",
+        )
+        refuse("advantage_std" in c.given, "--length gfpo has its own advantages: leave out --advantage_std")
+    if c.length_target:
+        target_range(c.length_target)
+        refuse("{target}" not in c.length_prompt, "--length_prompt must say {target}, the tokens asked for")
+
+
+def target_range(text: str) -> tuple[int, int]:
+    """The tokens that --length_target allows: "100" -> (100, 100), "100:4000" -> (100, 4000). UserError for others."""
+    low, _, high = text.partition(":")
+    high = high or low
+    if not (low.isdigit() and high.isdigit() and 0 < int(low) <= int(high)):
+        raise UserError(f"--length_target is '{text}': it must be N or LOW:HIGH, tokens of at least 1")
+    return int(low), int(high)
 
 
 def schedule(rounds: str) -> list[str]:

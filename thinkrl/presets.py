@@ -12,14 +12,18 @@ the loss, the optimizer step, logging and checkpoints are the same for all.
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from thinkrl.config import Config
-from thinkrl.distributed import World
+from thinkrl import length
+from thinkrl.config import LENGTH_VALUES, Config, target_range
+from thinkrl.distributed import World, gather, global_sum
 from thinkrl.evaluate import summarise
 from thinkrl.grpo import group_advantages
 from thinkrl.learner import Learner, learning_rate, model_path, new_learner
@@ -156,22 +160,75 @@ class OnePolicy(Preset[T]):
 
 
 class Grpo(OnePolicy[Trajectory]):
-    """The baseline: the graded outcome is the reward, one advantage for all tokens of a completion."""
+    """The baseline: the graded outcome is the reward, or what --length makes of it; one advantage for all tokens of a
+    completion.
+    """
+
+    def require_room(self, problems: list[Problem], training: bool, more: int = 0) -> None:
+        super().require_room([with_target(problem, self.config) for problem in problems], training, more)
+
+    def attempt(
+        self, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...], **hooks
+    ) -> list[Trajectory]:
+        asked = [with_target(problem, self.config) for problem in problems]
+        return super().attempt(asked, n, temperature, address, **hooks)
 
     def rollout(self, problems: list[Problem], step: int, tally: Tally) -> Sequence[Trajectory]:
         return self.attempt(problems, self.config.group_size, self.config.temperature, (TRAINING, step))
 
     def reward(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> None:
-        """The outcome, less a price per token of a correct completion under --length_penalty."""
-        for t in trajectories:
-            t.reward = t.outcome_reward * (1 - self.config.length_penalty * t.tokens)
+        """The outcome, or what --length makes of outcome and tokens."""
+        if self.config.length in ("", "gfpo"):  # gfpo's function returns advantages
+            return
+        for t, reward in zip(trajectories, self._by_length(trajectories).flatten().tolist(), strict=True):
+            t.reward = reward
 
     def advantages(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> list[Tensor]:
-        scalars = grpo_advantages(trajectories, self.config)
+        if self.config.length == "gfpo":
+            scalars = self._by_length(trajectories).flatten().float()
+        else:
+            scalars = grpo_advantages(trajectories, self.config)
         return [value.expand(t.tokens) for value, t in zip(scalars, trajectories)]
+
+    def _by_length(self, trajectories: Sequence[Trajectory]) -> Tensor:
+        """The function of thinkrl/length.py that --length names, on this rank's groups: [P, G] fp64. Collective."""
+        c = self.config
+        options = {
+            key.removeprefix("length_"): c[key]
+            for key in LENGTH_VALUES[c.length]
+            if key.startswith("length_")
+        }
+        correct, tokens = (
+            torch.tensor(values, dtype=torch.float64).view(-1, c.group_size)
+            for values in zip(*((t.outcome_reward, t.tokens) for t in trajectories))
+        )
+        if c.length_target:
+            del options["prompt"]
+            targets = [target_tokens(t.problem, c) for t in trajectories[:: c.group_size]]
+            options["target"] = torch.tensor(targets, dtype=torch.float64)[:, None]
+        if c.length == "laser_d":  # the step's groups of all ranks stand in for the paper's monitored set
+            everywhere = gather((correct, tokens))
+            sixteenths = torch.arange(1, 17) * c.max_tokens / 16
+            limits = length.laser_d_limits(*map(torch.cat, zip(*everywhere)), sixteenths)
+            before = sum(len(part) for part, _ in everywhere[: dist.get_rank()])
+            return length.laser(correct, tokens, limits[before : before + len(correct)], **options)
+        return getattr(length, c.length)(correct, tokens, **options)
+
+
+def with_target(problem: Problem, config: Config) -> Problem:
+    """The problem with the length that L1 asks for behind its question; the problem itself under other methods."""
+    if not config.length_target:
+        return problem
+    target = config.length_prompt.replace("{target}", str(target_tokens(problem, config)))
+    return dataclasses.replace(problem, question=problem.question + target)
+
+
+def target_tokens(problem: Problem, config: Config) -> int:
+    """The length that L1 asks for in this problem's prompt: drawn once per problem, as in its data preparation."""
+    return random.Random(f"target/{config.seed}/{problem.id}").randint(*target_range(config.length_target))
 
 
 def grpo_advantages(trajectories: Sequence[Trajectory], config: Config) -> Tensor:
-    """One fp32 number per trajectory, from its group's raw rewards."""
+    """One fp32 number per trajectory, from its group's raw rewards. Collective under --advantage_std batch."""
     reward = torch.tensor([t.reward for t in trajectories], dtype=torch.float64).view(-1, config.group_size)
-    return group_advantages(reward, config.advantage_std).flatten().float()
+    return group_advantages(reward, config.advantage_std, reduce=global_sum).flatten().float()

@@ -81,6 +81,11 @@ class Stream(Generic[Row]):
         order = _order(self.seed, epoch, len(self.rows))
         return [self.rows[order[step * n + i]] for i in block]
 
+    def take_rounds(self, step: int, n: int, rounds: int, rank: int = 0, world: int = 1) -> list[list[Row]]:
+        """`take` of a step of n rows and as many spare ones for each further round: a list per round, slot by slot."""
+        rows, block = self.take(step, n * rounds), share(n, rank, world)
+        return [[rows[r * n + i] for i in block] for r in range(rounds)]
+
     def preview(self, n: int) -> list[Row]:
         """What can be looked at before the first step: the whole list, or what a generator gives to a
         first step of n.

@@ -6,7 +6,7 @@ world size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from thinkrl import UserError
 from thinkrl.grading import extract, grade
@@ -82,3 +82,26 @@ def rollout(
                 Trajectory(problem, sample, [turn], text, extract(text, problem.source), outcome, outcome)
             )
     return trajectories
+
+
+def sample_differences(
+    sample: Callable[[list[Problem]], Sequence[Trajectory]], rounds: list[list[Problem]], group_size: int
+) -> tuple[list[Trajectory], list[Trajectory]]:
+    """DAPO's dynamic sampling: groups that are all right or all wrong make place for other problems'. DAPO (2503.14476) §3.2
+
+    sample attempts problems, groups of `group_size` contiguous. rounds: the problems, then the spare ones of each
+    further round, slot by slot. A group that still has no differences after the last round stays. Returns the
+    trajectories that are trained on, as many as without, and those that were replaced.
+    """
+
+    def groups_of(problems: list[Problem]) -> list[list[Trajectory]]:
+        flat = list(sample(problems)) if problems else []
+        return [flat[i : i + group_size] for i in range(0, len(flat), group_size)]
+
+    groups, replaced = groups_of(rounds[0]), []
+    for spare in rounds[1:]:
+        equal = [i for i, group in enumerate(groups) if len({t.outcome_reward for t in group}) == 1]
+        for i, fresh in zip(equal, groups_of([spare[i] for i in equal]), strict=True):
+            replaced += groups[i]
+            groups[i] = fresh
+    return sum(groups, []), replaced

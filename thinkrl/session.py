@@ -28,7 +28,9 @@ def require_enough(stream: Stream, config: Config, world: World) -> None:
             f"{world.size} ranks share {config.problems_per_step} problems per step, some would have none: raise "
             "--problems_per_step, or lower --nproc_per_node"
         )
-    stream.take(0, config.problems_per_step)  # raises if there are not as many
+    stream.take(
+        0, config.problems_per_step * (1 + config.dynamic_sampling)
+    )  # raises if there are not as many
 
 
 class Session:

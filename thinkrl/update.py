@@ -61,7 +61,7 @@ def update(
     def objective(p: Pack) -> Tensor:
         logprob, entropy = token_logprobs(learner.policy, p, config.temperature)
         old_logprob = logprob.detach() if p.old_logprob is None else p.old_logprob
-        cap = config.importance_cap
+        cap, low = config.importance_cap, config.importance_low
         loss, stats = policy_loss(
             logprob,
             p.old_logprob,
@@ -69,12 +69,13 @@ def update(
             p.mask,
             p.cu_seqlens,
             ref_logprob=p.ref_logprob,
-            weight=importance_weight(old_logprob, p.sampler_logprob, cap) if cap else None,
+            weight=importance_weight(old_logprob, p.sampler_logprob, cap, low) if cap else None,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             kl_coef=config.kl_coef,
             aggregate=config.aggregate,
             level=config.level,
+            surrogate=config.surrogate,
             denominator=denominator,
         )
         tally.add_all(stats)

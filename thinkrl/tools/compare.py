@@ -43,7 +43,7 @@ RECIPES = {
     "l2t": "l2t",
     # a plain price per token, tuned to l2t's tokens; divided by a group's std it would weigh the same
     # whatever it is
-    "grpo_length_penalty": "grpo --advantage_std none --length_penalty 0.004",
+    "grpo_length_penalty": "grpo --advantage_std none --length priced --length_price 0.004",
     # GRPO with a fixed price of 0.02 per episode: no fitting gain, C_k = 1
     "grpo_episode_price": "l2t --gain none --compression flat --alpha 1 --beta 0.02",
     "l2t_beta0": "l2t --beta 0",  # fitting gain alone

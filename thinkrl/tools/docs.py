@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from thinkrl.aliases import ELSEWHERE
-from thinkrl.config import PRESETS, PROFILE_VALUES, Config, preset_values, readers
+from thinkrl.config import LENGTH_VALUES, PRESETS, PROFILE_VALUES, Config, preset_values, readers
 from thinkrl.metrics import DEFINITIONS
 from thinkrl.options import groups, requirement, shown
 from thinkrl.runs import ROOT
@@ -30,21 +30,29 @@ def options_page() -> str:
         if heading.title:
             rows = [[f"`--{f.name}`", code(f.default), read_by(f.name), meaning(f)] for f in fields]
             parts += [f"## {heading.title}", table(["option", "default", "read by", "meaning"], rows)]
-    profiles = [
-        [f"`{name}`", ", ".join(f"`--{key} {shown(value)}`" for key, value in values.items())]
-        for name, values in PROFILE_VALUES.items()
-        if name
-    ]
+    profiles = [[f"`{name}`", sets(values)] for name, values in PROFILE_VALUES.items() if name]
     parts += [
         "## Values that presets set",
         "Where the embedded model has its own, it follows in brackets.",
         table(["option", *PRESETS], preset_rows()),
         "## Profiles of l2t",
         table(["`--profile`", "sets"], profiles),
+        "## Methods of --length",
+        "What `--length` sets, and so the options that the method reads; those without a value must be given.",
+        table(
+            ["`--length`", "sets"],
+            [[f"`{name}`", sets(values, required=(0, ""))] for name, values in LENGTH_VALUES.items() if name],
+        ),
         "## What other libraries call it",
         table(["here", "TRL", "verl"], [[cell and f"`{cell}`" for cell in row] for row in ELSEWHERE]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def sets(values: dict[str, Any], required: tuple = ()) -> str:
+    """Options with the values that a name stands for. required: values that stand for none, which must be given."""
+    parts = [f"--{key}" if value in required else f"--{key} {shown(value)}" for key, value in values.items()]
+    return ", ".join(f"`{part}`" for part in parts)
 
 
 def metrics_page() -> str:
