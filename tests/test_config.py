@@ -114,6 +114,11 @@ def test_spellings_of_an_option():
         (["longshort", "--rounds", ""], "--rounds is '': it must be letters L and S"),
         (["grpo", "--group_size", "1"], "--group_size is 1: grpo compares the completions of a group, use 2"),
         (["--gain", "prm"], "--gain prm needs --prm PATH, a step reward model made by train.py prm"),
+        (
+            ["--credit", "to_go", "--advantage_std", "none"],
+            "--advantage_std none: --credit to_go divides a group by the root mean square",
+        ),
+        (["l2t", "--group_size", "1", "--advantage_std", "none"], "--group_size is 1: l2t compares the"),
         (["sft"], "sft needs --data FILE.jsonl or an alpaca JSON list"),
         (["longshort", "--long", "L0"], "longshort starts from both --long DIR and --short DIR, or, without"),
         (["--temperature", "0.7"], "--temperature 0.7: the Fisher information in the penalty is that of"),

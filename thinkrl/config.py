@@ -237,9 +237,10 @@ class Config:
     prm: str = option("", "folder of the step reward model of --gain prm")
     compression: str = option(
         "diag",
-        "C_k: PAC-Bayes with a diagonal Fisher | the paper's Eq. 4 as printed | natural gradient step | "
-        "drift from the start policy | 1, a fixed penalty β per episode that κ does not scale | 0",
-        ("diag", "rank1", "natural", "drift", "flat", "none"),
+        "C_k: PAC-Bayes with a diagonal Fisher | the same for a natural gradient step, in any parametrization | "
+        "the paper's Eq. 4 as printed | natural gradient step, squared | drift from the start policy | 1, a fixed "
+        "penalty β per episode that κ does not scale | 0",
+        ("diag", "invariant", "rank1", "natural", "drift", "flat", "none"),
     )
     proxy: str = option(
         "svd",
@@ -528,6 +529,11 @@ def _check(config: Config) -> None:
         c.preset == "l2t" and c.temperature != 1 and c.compression not in ("flat", "none"),
         f"--temperature {c.temperature}: the Fisher information in the penalty is that of tokens sampled at "
         "temperature 1; keep it, or use --compression none",
+    )
+    refuse(
+        c.preset == "l2t" and c.credit == "to_go" and c.advantage_std != "sample",
+        f"--advantage_std {c.advantage_std}: --credit to_go divides a group by the root mean square of its tokens' "
+        "advantages instead; leave it out",
     )
     refuse(c.preset == "sft" and not c.data, "sft needs --data FILE.jsonl or an alpaca JSON list")
     refuse(

@@ -66,7 +66,7 @@ def group_advantages(
     group_size = reward.shape[1]
     if group_size == 1 and std != "none":
         raise ValueError(
-            'a group of 1 has no standard deviation: use group_size of at least 2, or std="none"'
+            "a group of 1 has no differences that could be compared: use group_size of at least 2"
         )
     r = reward.double()
     if std == "mean" and (r < 0).any():

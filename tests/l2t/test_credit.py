@@ -251,7 +251,7 @@ def test_to_go_subtracts_what_the_state_let_expect():
     to_go = [torch.tensor([r, r]) for r in outcome]
     A = to_go_advantages(to_go, J, [ids] * 6)
     # first episode: same state for all, so reward alone decides
-    assert A[0][0] == A[1][0] > 0 > A[3][0]
+    assert A[0][0] == A[1][0] > 0.1 and A[3][0] < -0.1
     # from the good state success is no surprise, from the bad one it is
     assert abs(A[0][2]) < 1e-9 < 1 < A[5][2]
     assert A[0][0] == A[0][1] and A[0][2] == A[0][3]
@@ -270,6 +270,34 @@ def test_to_go_s_baseline_ignores_its_own_completion():
         # D_0 = own - 1, and D_3 - D_2 = (2 - (own + 1) / 3) - (1 - (own + 2) / 3) = 4 / 3: the common scale
         # cancels
         assert math.isclose(A[0][0] / (A[3][0] - A[2][0]), (own - 1) / (4 / 3), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("lengths, returns, ratio", [((1, 3), (2.0, 2.0), 1.5), ((3, 1), (2.0, -1.0), -1.0)])
+def test_to_go_s_baseline_knows_the_tokens_already_written(lengths, returns, ratio):
+    """All J alike; the others earn 1 from token 0 on and 0 from token 2 on: b = 1 - n / 2, between 0 and 1.
+
+    After 1 token it is 1/2, so D = 2 - 1 and 2 - 1/2; after 3 it would be -1/2, held at 0: D = 2 - 1 and -1 - 0.
+    """
+    own = torch.repeat_interleave(torch.tensor([0, 1]), torch.tensor(lengths))
+    ids, J = torch.tensor([0, 0, 1, 1]), torch.full((3,), 0.5)
+    to_go = [torch.tensor(returns), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])]
+    A = to_go_advantages(to_go, [J] * 3, [own, ids, ids])[0]
+    assert float(A[-1] / A[0]) == pytest.approx(ratio, rel=1e-6)
+
+
+def test_paper_credit_divides_by_the_truncated_mean():
+    """The central half of 0, 1, 1, 4 has the mean 1; all have 1.5."""
+    tokens = [torch.tensor([0.0, 1.0, 1.0, 4.0]), torch.zeros(4)]
+    A = token_advantages(tokens, keep=0.5, mode="paper", statistic="token_trunc_mean")
+    near(A[0] / 0.707107, [0.0, 1.0, 1.0, 4.0], 1e-5)
+
+
+def test_the_guard_is_a_share_of_the_mean_statistic():
+    """Statistics .015, 1, 0, 0: a fiftieth of their mean is .005, of their largest .02."""
+    tokens = [torch.tensor([0.02, 0.01]), torch.ones(2), torch.zeros(2), torch.zeros(2)]
+    returns = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    A = token_advantages(tokens, mode="guarded", statistic="return_sum", returns=returns)
+    near(A[0] / A[0].mean(), [4 / 3, 2 / 3])
 
 
 def test_the_released_sum_counts_from_closing_tag_to_closing_tag():
@@ -445,9 +473,10 @@ def test_compression_by_hand():
     cu, fisher = torch.tensor([0, 2, 3]), [torch.tensor([[6.0]])]
     near(compression("diag", factors, cu, fisher, 3), [0.5 * 6 * 4, 0.5 * 6 * 1], 1e-4)
     near(compression("rank1", factors, cu, fisher, 3), [16.0, 1.0])
+    near(compression("invariant", factors, cu, fisher, 3), [0.5 * 4 / 6, 0.5 * 1 / 6], 1e-4)
     near(compression("natural", factors, cu, fisher, 3), [(4 / 2) ** 2, (1 / 2) ** 2], 1e-4)
     near(compression("drift", factors, cu, fisher, 3, [torch.tensor([[0.1]])]), [0.04, 0.01])
-    with pytest.raises(ValueError, match="diag, rank1, natural or drift"):
+    with pytest.raises(ValueError, match="diag, invariant, rank1, natural or drift"):
         compression("full", factors, cu, fisher, 3)
 
 
@@ -525,10 +554,11 @@ def test_fisher_is_a_running_mean_of_earlier_steps():
     first = proxy.penalties("diag", turns, episodes)
     squares = sum(g.T.square() @ x.square() for x, g in [proxy.factors(Row.of(turns, episodes))[0]])
     torch.testing.assert_close(proxy.fisher[0], squares)
-    again = proxy.penalties("diag", turns, episodes)
-    assert torch.equal(first[0], again[0])  # the second step's Fisher is the first's tokens still
-    torch.testing.assert_close(proxy.fisher[0], 1.5 * squares)
-    assert proxy.count == 0.5 * 11 + 11
+    (again,) = proxy.penalties("diag", turns[:1], episodes[:1])
+    torch.testing.assert_close(first[0], again)  # the second step's Fisher is the first's tokens still
+    new = sum(g.T.square() @ x.square() for x, g in [proxy.factors(Row.of(turns[:1], episodes[:1]))[0]])
+    torch.testing.assert_close(proxy.fisher[0], 0.5 * squares + new)
+    assert proxy.count == 0.5 * 11 + 6
     # with F fixed, the order of the responses does not matter (the kernel's part to the last bit:
     # tests/kernels; the states come from products over a whole row, of which a CPU's library may round the
     # last rows differently)

@@ -184,6 +184,13 @@ def test_paragraphs():
     assert cut_text("a\n\nc\\boxed{5}", "paragraphs")[1] == ["", "a\n\n", "a\n\nc"]
 
 
+def test_a_probe_may_see_a_token_that_only_begins_the_closing_tag():
+    """`b</` ends the text so far and may be cut off behind; `think>5` completes the tag and tells the answer."""
+    words = Words("<think>", "a", "b</", "think>5", "<eos>")
+    e = segment([0, 1, 2, 3, 4], words, "fixed:1")
+    assert e.prefixes == [1, 2, 3]
+
+
 def test_fixed_length():
     spans, prefixes, _ = cut_text("<think>abcabcab</think>5<eos>", "fixed:3")
     assert spans == ["<think>abc", "abc", "ab</think>5<eos>"]

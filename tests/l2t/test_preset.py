@@ -31,6 +31,7 @@ from thinkrl.l2t.preset import L2T, EpisodeTrajectory
 from thinkrl.l2t.prm import SEPARATOR, SYSTEM, StepRewardModel, new_prm, save_prm
 from thinkrl.learner import TINY
 from thinkrl.metrics import Tally
+from thinkrl.rollout import PROBE, TRAINING
 from thinkrl.tokenizer import Tokenizer
 
 ALPHA = 0.8
@@ -111,6 +112,43 @@ def test_gain_samples_is_the_number_of_continuations(world):
 
 
 @pytest.mark.slow
+def test_continuations_are_drawn_at_their_own_address_as_the_completion_was(world, monkeypatch):
+    options = ["--temperature", "0.7", "--compression", "none", "--gain_samples", "2", "--max_tokens", "40"]
+    preset, asked = preset_of(world, "--gain", "continue", "--seed", "5", *options), []
+    sampler = preset.learners["policy"].sampler
+    generate = sampler.generate
+
+    def recorded(prompts, *args, **kwargs):
+        asked.append(kwargs)
+        return generate(prompts, *args, **kwargs)
+
+    monkeypatch.setattr(sampler, "generate", recorded)
+    rolled(preset, 3)
+    completions, *continuations = sorted(asked, key=lambda call: call.get("prefix") is not None)
+    assert continuations and {key[:2] for key in completions["keys"]} == {(TRAINING, 3)}
+    for call in continuations:
+        assert (call["max_tokens"], call["temperature"], call["seed"]) == (40, 0.7, 5)
+        assert {key[:2] for key in call["keys"]} == {(PROBE, 3)} and len(set(call["keys"])) == len(
+            call["keys"]
+        )
+        assert {key[2] for key in call["keys"]} <= {p.id for p in PROBLEMS}
+
+
+@pytest.mark.parametrize("std", ["sample", "population", "none"])
+def test_the_return_counts_malformed_tags_and_its_std_is_the_one_asked_for(world, std):
+    options = ["--max_tokens", "60", "--malformed_penalty", "0.5", "--advantage_std", std]
+    preset = preset_of(world, *options)
+    trajectories, tally = rolled(preset)
+    malformed = torch.tensor([float(t.episodes.malformed) for t in trajectories], dtype=torch.float64)
+    assert 0 < malformed[:4].sum() < 4 or 0 < malformed[4:].sum() < 4, (
+        "a group in which it makes a difference"
+    )
+    earned = torch.stack([t.outcome_reward + ALPHA * t.process_reward.sum() for t in trajectories])
+    expected = torch.cat([group_normalise(g, std=std) for g in (earned - 0.5 * malformed).split(4)])
+    A = torch.stack([a[0] for a in preset.advantages(trajectories, 0, tally)])
+    torch.testing.assert_close(A, expected.float())
+
+
 def test_the_basis_has_its_rank_and_is_refreshed_in_time(world):
     preset = preset_of(world, "--rank_share", "0.25", "--refresh_every", "2", "--fisher_decay", "0.25")
     bases, tokens = [], []

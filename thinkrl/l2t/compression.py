@@ -8,8 +8,9 @@ without ever forming a gradient. A proxy says whose matrix: the SVD core of the 
 needs only the states the sampler kept and one LM-head pass.
 
 Departures: Eq. 4 is (g_k · D_k)² with D_k the parameters' move, which no rollout makes. `diag` is the
-PAC-Bayes form with D_k a virtual gradient step; the printed form is `rank1`; two more readings of D_k are
-`natural` and `drift`.
+PAC-Bayes form with D_k a virtual gradient step; the printed form is `rank1`; more readings of D_k are
+`invariant`, `natural` and `drift`. `diag` pairs a Euclidean step with the Fisher's metric, so a few sensitive
+coordinates carry most of it; `invariant` takes both from the Fisher, and each coordinate carries alike.
 
 The gradient is the *sum* over an episode's tokens: scores of sampled tokens are martingale differences, so
 the expected total of a completion does not depend on how it is cut. With means instead, long episodes would
@@ -175,6 +176,8 @@ def compression(
 
     fisher   per matrix [D2, D1], the sum over `count` tokens of squared token gradients: count · F
     diag     ½ Σ_j (N F_jj + λ) D_kj²        KL between Gaussians of precision N F + λ, N = count              L2T §4.2, Eq. 8
+    invariant  ½ Σ_j g_kj² / (N F_jj + λ)    the same KL for the natural step D_k = (N F + λ)⁻¹ g_k: a rescaled
+             parameter leaves it as it is, up to λ
     rank1    (g_k · D_k)² = ‖g_k‖⁴           as printed                                                        L2T Eq. 4
     natural  (g_k · D_k)², D_k = (F + λ)⁻¹ g_k
     drift    (g_k · D_k)², D_k = `move`, the parameters' way since the start of training
@@ -185,6 +188,9 @@ def compression(
         return sum(
             0.5 * episode_quadratic(x, g, cu_episodes, nF + DAMPING) for (x, g), nF in zip(factors, fisher)
         )
+    if kind == "invariant":
+        precisions = [1 / (nF + DAMPING) for nF in fisher]
+        return sum(0.5 * episode_quadratic(x, g, cu_episodes, w) for (x, g), w in zip(factors, precisions))
     if kind == "rank1":
         return sum(ghost_norm(x, g, cu_episodes) for x, g in factors) ** 2  # L2T Eq. 4
     if kind == "natural":
@@ -192,7 +198,7 @@ def compression(
         return sum(episode_quadratic(x, g, cu_episodes, w) for (x, g), w in zip(factors, damped)) ** 2
     if kind == "drift":
         return sum(episode_quadratic(x, g, cu_episodes, d, power=1) for (x, g), d in zip(factors, move)) ** 2
-    raise ValueError(f"compression must be diag, rank1, natural or drift, not {kind!r}")
+    raise ValueError(f"compression must be diag, invariant, rank1, natural or drift, not {kind!r}")
 
 
 def _alone(value: Tensor) -> Tensor:
