@@ -16,21 +16,23 @@ if __name__ == "__main__":  # before torch is imported: --help and misspelt opti
     CONFIG = command_line("train.py", parse)
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
 from thinkrl import UserError, require_own_kernels, sft
 from thinkrl.config import Config
 from thinkrl.distributed import World, gather, run_and_exit, start, stop
-from thinkrl.evaluate import summary_table, tally_outcomes
+from thinkrl.evaluate import held_out_record, summary_table, tally_outcomes
 from thinkrl.learner import fitted, model_path
-from thinkrl.metrics import Stopwatch, Tally, require_sinks
+from thinkrl.metrics import Stopwatch, Tally
 from thinkrl.options import exit_with_error
 from thinkrl.presets import Grpo, Preset
 from thinkrl.problems import Stream, held_out_problems, load_problems, subsample
 from thinkrl.rollout import EVALUATION, sample_differences
 from thinkrl.runs import Run
 from thinkrl.session import Session, require_enough
+from thinkrl.sinks import require_sinks
 from thinkrl.types import Problem, Trajectory
 from thinkrl.update import Diverged, pack_evenly, update
 
@@ -91,14 +93,14 @@ def train(config: Config, world: World) -> Run:
         held_out_problems(config.eval_data, config.data, config.source), config.eval_problems
     )
     preset.require_room(held_out, training=False)
-    session = Session(config, world, preset.learners)
+    session = Session(config, world, preset.learners, report=write_report)
     preset.load_state_dict(session.state)
 
     def evaluate_after(step: int) -> None:
         if config.eval_every and step % config.eval_every == 0 and 0 < step < config.steps:
-            evaluate(preset, held_out, session.run, preset.name(step), step, world)
+            evaluate(preset, held_out, session, preset.name(step), step)
 
-    evaluate(preset, held_out, session.run, "before", session.first, world)
+    evaluate(preset, held_out, session, "before", session.first)
     evaluate_after(session.first)  # a kill may have come between a step and its evaluation
     for step in session.steps():
         tally = Tally()
@@ -111,41 +113,50 @@ def train(config: Config, world: World) -> Run:
         records = [t.record(advantage) for t, advantage in zip(trajectories[:shown], advantages)]
         session.end_step(step, tally, numbers, records, preset.state_dict())
         evaluate_after(step + 1)
-    evaluate(preset, held_out, session.run, "after", config.steps, world)
+    evaluate(preset, held_out, session, "after", config.steps)
+    session.close()
     if world.main:
         print(summary_table(session.run.summary))
     return session.run
 
 
-def evaluate(preset: Preset, problems: list[Problem], run: Run, when: str, step: int, world: World) -> None:
+def evaluate(preset: Preset, problems: list[Problem], session: Session, when: str, step: int) -> None:
     """Evaluate on held-out problems, sampled and greedily, into summary.json under `when`. Collective."""
-    if when in run.summary or not problems:
+    if when in session.run.summary or not problems:
         return
-    c, mine = preset.config, [problems[i] for i in world.share(len(problems))]
-    results = []
-    for n, temperature in ((c.eval_samples, c.temperature), (1, 0.0)):
-        attempts = gather(preset.attempt(mine, n, temperature, (EVALUATION, step)))
-        results.append(preset.summarise(sum(attempts, [])))
-    if world.main:
-        run.update_summary(**{when: {"step": step, **results[0], "greedy": results[1]}})
+    c, mine = preset.config, [problems[i] for i in session.world.share(len(problems))]
+    tokenizer = next(iter(preset.learners.values())).tokenizer
+    results, records = [], []
+    for decoding, n, temperature in (("sampled", c.eval_samples, c.temperature), ("greedy", 1, 0.0)):
+        attempts = sum(gather(preset.attempt(mine, n, temperature, (EVALUATION, step))), [])
+        results.append(preset.summarise(attempts))
+        records += [{"decoding": decoding, **held_out_record(t, tokenizer)} for t in attempts]
+    session.end_evaluation(when, step, {**results[0], "greedy": results[1]}, records)
 
 
 def train_sft(config: Config, world: World) -> Run:
     """Supervised fine-tuning; rows of the Long⊗Short cold start are encoded as its conversations are."""
     rows = sft.load_rows(config.data)
     if not any(row.conversation for row in rows):
-        return sft.train(config, world, rows)
+        return sft.train(config, world, rows, report=write_report)
     from thinkrl.longshort.cold_start import role_files, row_prompt
 
     files = role_files(rows, config.prompts, model_path(config.model))
-    return sft.train(config, world, rows, row_prompt, files)
+    return sft.train(config, world, rows, row_prompt, files, write_report)
 
 
 def train_prm(config: Config, world: World) -> Run:
     """The step reward model of `l2t --gain prm`."""
     from thinkrl.l2t.prm_training import train
 
-    return train(config, world)
+    return train(config, world, write_report)
+
+
+def write_report(folder: Path) -> Path:
+    """The page of a run. Nothing else of tools is needed to train."""
+    from thinkrl.tools import report
+
+    return report.write_report(folder)
 
 
 def main(config: Config) -> None:
@@ -156,8 +167,6 @@ def main(config: Config) -> None:
         config = fitted(config, world)
         run = {"sft": train_sft, "prm": train_prm}.get(config.preset, train)(config, world)
         if world.main:
-            from thinkrl.tools.report import write_report
-
             print(f"report: {write_report(run.folder)}\nrun: {run.folder}")
     except UserError as mistake:
         exit_with_error("train.py", mistake)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from thinkrl.config import as_dict, parse
+from thinkrl.evaluate import held_out_record
 from thinkrl.metrics import Log
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory, Turn
@@ -100,10 +101,7 @@ def trajectory(
 def row(text: str, answer="10", question="What is (2+3)*2?", roles=("policy",), sample=0, **method) -> dict:
     """A row of samples.jsonl as train.py writes it, with the keys that a method adds."""
     t = trajectory(text, answer, question, roles, sample)
-    out = t.record(torch.full((t.tokens,), 0.5)) | method
-    for turn, written in zip(t.turns, out["turns"]):
-        written["logprobs"] = turn.logprobs
-    return out
+    return t.record(torch.full((t.tokens,), 0.5)) | method
 
 
 def episodes(log: Log, tokenizer: Tokenizer) -> None:
@@ -133,23 +131,16 @@ def write_summary(log: Log, **results: dict) -> None:
 
 
 def evaluation(when: str, step: int, verdicts: list[bool], decoding: str = "sampled", text="5") -> list[dict]:
-    """Rows of evaluations.jsonl: one attempt per problem."""
-    return [
-        {
-            "step": step,
-            "when": when,
-            "decoding": decoding,
-            "problem": i,
-            "sample": 0,
-            "question": f"question {i}",
-            "gold": "10",
-            "level": "easy" if i % 2 else "hard",
-            "answer": "10" if right else None,
-            "outcome_reward": float(right),
-            "turns": [{"role": "policy", "text": text, "tokens": 10 + i, "finish_reason": "stop"}],
-        }
-        for i, right in enumerate(verdicts)
-    ]
+    """Rows of evaluations.jsonl as train.py writes them: one attempt per problem, of 10, 11, 12, … tokens."""
+    tokenizer, rows = Tokenizer(TINY), []
+    for i, right in enumerate(verdicts):
+        t = trajectory("5", "10" if right else None)
+        t.problem = Problem(i, f"question {i}", "10", level="easy" if i % 2 else "hard")
+        t.turns[0].completion = [5] * (10 + i)
+        row = {"step": step, "when": when, "decoding": decoding, **held_out_record(t, tokenizer)}
+        row["turns"][0]["text"] = text
+        rows.append(row)
+    return rows
 
 
 def write_evaluations(log: Log, *evaluations: list[dict]) -> None:

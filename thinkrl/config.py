@@ -48,7 +48,11 @@ class Config:
         0, "optimizer steps between evaluations; 0: only before and after training", low=0, presets=RL
     )
     log_groups: int = option(1, "groups per step written to samples.jsonl", low=0, presets=RL)
+    report_every: int = option(
+        20, "optimizer steps between new versions of report.html; 0: only at evaluations", low=0
+    )
     wandb: bool = option(False, "also log to Weights & Biases (extra [wandb])")
+    wandb_project: str = option("thinkrl", "project that --wandb logs to")
     tensorboard: bool = option(False, "also log to TensorBoard (extra [tensorboard])")
 
     _model = group("Model and data", tuple(PRESETS))

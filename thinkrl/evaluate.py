@@ -19,6 +19,7 @@ from fractions import Fraction
 
 from thinkrl.grading import canonical
 from thinkrl.metrics import Tally
+from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Trajectory
 
 RIGHT = "right"  # every right answer's vote, however it is spelled
@@ -117,6 +118,35 @@ def tally_outcomes(tally: Tally, trajectories: Sequence[Trajectory], group_size:
         tally.add_sum("sampled_tokens", t.tokens)
     for i in range(0, len(trajectories), group_size):
         tally.add("zero_groups", len({t.reward for t in trajectories[i : i + group_size]}) == 1)
+
+
+def held_out_record(t: Trajectory, tokenizer: Tokenizer) -> dict:
+    """One line of evaluations.jsonl, to which "step", "when" (the key in summary.json) and "decoding" are added.
+
+    problem, sample           address: the problem's id, the place in its group
+    question, gold, level     of the problem
+    answer, outcome_reward    as extracted (null: none found), and 1 if it is the gold one
+    turns                     role, text, tokens and finish_reason of each turn
+    """
+    turns = [
+        {
+            "role": turn.role,
+            "text": tokenizer.decode(turn.completion),
+            "tokens": len(turn.completion),
+            "finish_reason": turn.finish_reason,
+        }
+        for turn in t.turns
+    ]
+    return {
+        "problem": t.problem.id,
+        "sample": t.sample,
+        "question": t.problem.question,
+        "gold": t.problem.answer,
+        "level": t.problem.level,
+        "answer": t.answer,
+        "outcome_reward": t.outcome_reward,
+        "turns": turns,
+    }
 
 
 def summary_table(summary: dict) -> str:

@@ -1,10 +1,7 @@
-"""Every logged number, defined once, and where it goes: metrics.jsonl, the tqdm bar, optional wandb /
-TensorBoard.
-"""
+"""Every logged number, defined once, and the files that it is written to: metrics.jsonl, samples.jsonl, the tqdm bar."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -13,7 +10,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from thinkrl import UserError
 from thinkrl.distributed import global_sum
 
 # Keys of metrics.jsonl, one line per optimizer step. Means are over the whole step and all ranks.
@@ -117,16 +113,7 @@ def correlation(x: Tensor, y: Tensor) -> float:
 class Log:
     """Rank 0 writes; the other ranks hold a Log that does nothing."""
 
-    def __init__(
-        self,
-        folder: Path,
-        main: bool,
-        first_step: int,
-        steps: int,
-        wandb: bool = False,
-        tensorboard: bool = False,
-        settings: dict | None = None,
-    ):
+    def __init__(self, folder: Path, main: bool, first_step: int, steps: int):
         self.main, self.folder = main, folder
         if not main:
             return
@@ -134,11 +121,6 @@ class Log:
         self.bar = tqdm(
             total=steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True, smoothing=0.05
         )
-        self.sinks = []
-        if wandb:
-            self.sinks.append(_wandb(folder, settings))
-        if tensorboard:
-            self.sinks.append(_tensorboard(folder))
 
     def _forget_after(self, step: int) -> None:
         """A resumed run repeats the steps after its checkpoint: their old lines go, so that each step
@@ -157,18 +139,16 @@ class Log:
             return
         undefined = set(row) - set(DEFINITIONS)
         assert not undefined, f"logged without a definition: {undefined}"
-        _append(self.folder / "metrics.jsonl", {k: _short(v) for k, v in row.items()})
+        append(self.folder / "metrics.jsonl", {k: _short(v) for k, v in row.items()})
         shown = {k: row[k] for k in ("reward", "accuracy", "tokens", "tokens_per_second", "loss") if k in row}
         self.bar.set_postfix(
             {"tok/s" if k == "tokens_per_second" else k: f"{v:.3g}" for k, v in shown.items()}
         )
         self.bar.update()
-        for sink in self.sinks:
-            sink(row)
 
     def samples(self, step: int, rows: list[dict]) -> None:
         for row in rows if self.main else []:
-            _append(self.folder / "samples.jsonl", {"step": step, **row})
+            append(self.folder / "samples.jsonl", {"step": step, **row})
 
     def last(self, key: str) -> float:
         """A number of the newest step, this run's or, where nothing was left to do, the resumed one's.
@@ -193,36 +173,10 @@ def _short(value: float) -> float:
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
-def _append(path: Path, row: dict) -> None:
+def append(path: Path, row: dict) -> None:
+    """Add a line to a .jsonl file."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def require_sinks(wandb: bool, tensorboard: bool) -> None:
-    """Raise UserError if a package that is asked for is missing: before anything is loaded or written."""
-    for name, wanted in (("wandb", wandb), ("tensorboard", tensorboard)):
-        if wanted and importlib.util.find_spec(name) is None:
-            raise UserError(f"--{name} needs the {name} package: pip install 'thinkrl[{name}]'")
-
-
-def _wandb(folder: Path, settings: dict | None):
-    import wandb
-
-    run = wandb.init(project="thinkrl", name=folder.name, config=settings, dir=folder)
-    return lambda row: run.log(row, step=int(row["step"]))
-
-
-def _tensorboard(folder: Path):
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(folder)
-
-    def write(row: dict) -> None:
-        for key, value in row.items():
-            writer.add_scalar(key, value, int(row["step"]))
-        writer.flush()
-
-    return write
 
 
 class Stopwatch:

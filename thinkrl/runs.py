@@ -1,4 +1,9 @@
-"""The run folder: runs/<name>/ with config.json, metrics.jsonl, samples.jsonl, summary.json, report.html, checkpoints/, latest.
+"""The run folder, runs/<name>/:
+
+    config.json         every option, resolved              metrics.jsonl        a line per optimizer step
+    environment.json    what each start ran on              samples.jsonl        training completions, token by token
+    summary.json        held-out evaluations by name        evaluations.jsonl    the completions of these evaluations
+    report.html         all of it as a page                 checkpoints/, latest
 
 A name is used once. `--resume auto` continues the unfinished run of the same configuration, from its `latest`
 checkpoint, and refuses anything else; `--resume PATH` names the folder. Files are written under a temporary
@@ -8,19 +13,34 @@ name, then renamed.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
+import platform
+import shlex
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from thinkrl import UserError
+import torch
+
+from thinkrl import UserError, __version__
 from thinkrl.config import Config, as_dict
 from thinkrl.distributed import World, from_main, raise_on_all_ranks
 
 ROOT = Path(__file__).resolve().parent.parent  # where train.py lies
-FREE_TO_CHANGE = {"resume", "name", "runs_dir", "device", "wandb", "tensorboard", "keep_checkpoints"}
+FREE_TO_CHANGE = {
+    "resume",
+    "name",
+    "runs_dir",
+    "device",
+    "report_every",
+    "wandb",
+    "wandb_project",
+    "tensorboard",
+    "keep_checkpoints",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,29 @@ def open_run(config: Config, world: World) -> Run:
     raise_on_all_ranks(error)
     folder, resumed = from_main((folder, resumed))
     return Run(folder, resumed)
+
+
+def record_launch(folder: Path, step: int, world: World) -> None:
+    """Add this start of a run, which goes on after `step` steps, to its environment.json: command line, hardware
+    and versions.
+    """
+    path = folder / "environment.json"
+    launches = json.loads(path.read_text()) if path.exists() else []
+    device = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    if world.device.type == "cuda":
+        device = f"{torch.cuda.get_device_name(world.device)}, CUDA {torch.version.cuda}"
+    versions = {"thinkrl": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "tokenizers", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    launch = {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "step": step,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "hardware": f"{world.size} {'rank' if world.size == 1 else 'ranks'}, rank 0 on {device}",
+        "versions": versions,
+    }
+    write_json(path, [*launches, launch])
 
 
 def torchrun(ranks: int, *arguments: str) -> list[str]:

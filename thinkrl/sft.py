@@ -113,16 +113,17 @@ def train(
     rows: list[Row],
     encode: Encode = chat_prompt,
     files: dict[str, str] | None = None,
+    report: Callable[[Path], object] | None = None,
 ) -> Run:
     """Train on rows for `steps` optimizer steps of `problems_per_step` rows. `encode` as in `samples`, `files` as
-    in `Learner`. Collective.
+    in `Learner`, `report` as in `Session`. Collective.
     """
     path = model_path(config.model)
     tokenizer = Tokenizer(path)
     stream = Stream(samples(rows, tokenizer, read_config(path).max_positions, encode), config.seed)
     require_enough(stream, config, world)
     learner = new_learner(path, config, world, tokenizer, samplers=0, files=files)
-    session = Session(config, world, {"policy": learner})
+    session = Session(config, world, {"policy": learner}, report=report)
     for step in session.steps():
         tally, lr = Tally(), learning_rate(step, config.steps, config)
         batch = stream.take(step, config.problems_per_step, world.rank, world.size)
@@ -139,4 +140,5 @@ def train(
             tally.add_sum("sampled_tokens", len(sample.completion))
         session.end_step(step, tally, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
     session.summarise_loss("model", "hf")
+    session.close()
     return session.run

@@ -85,7 +85,8 @@ class Trajectory:
         question, gold, level     of the problem
         answer, text              as extracted (null: none found), and the text it was extracted from
         outcome_reward, reward    raw
-        turns                     role, prompt and completion (token ids) and finish_reason of each turn
+        turns                     role, prompt and completion (token ids), finish_reason of each turn, and the
+                                  sampler's log-probs of the completion, rounded to 4 decimals
         advantage                 one number per token that was trained on, in order, rounded to 4 decimals
         """
         turns = [
@@ -94,6 +95,7 @@ class Trajectory:
                 "prompt": turn.prompt,
                 "completion": turn.completion,
                 "finish_reason": turn.finish_reason,
+                "logprobs": [round(value, 4) for value in turn.logprobs],
             }
             for turn in self.turns
         ]

@@ -8,7 +8,8 @@ soft: the cross-entropy is least where P is the policy's chance, not where it is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,11 +33,11 @@ from thinkrl.types import Pack, Problem, Sample, Trajectory
 from thinkrl.update import descend, pack_evenly
 
 
-def train(config: Config, world: World) -> Run:
+def train(config: Config, world: World, report: Callable[[Path], object] | None = None) -> Run:
     """Train a reward model that starts as the policy's decoder under a new head. Collective.
 
     Every step samples completions as l2t does, labels their prefixes and takes one optimizer step on them. The
-    policy stays as it is.
+    policy stays as it is. `report` as in `Session`.
     """
     path = model_path(config.model)
     tokenizer = Tokenizer(path)
@@ -54,7 +55,7 @@ def train(config: Config, world: World) -> Run:
         config.suffix,
     )
     learner = new_learner(config, world, tokenizer)
-    session = Session(config, world, {"prm": learner}, export=save_prm)
+    session = Session(config, world, {"prm": learner}, export=save_prm, report=report)
     for step in session.steps():
         tally, lr = Tally(), learning_rate(step, config.steps, config)
         problems = stream.take(step, config.problems_per_step, world.rank, world.size)
@@ -72,6 +73,7 @@ def train(config: Config, world: World) -> Run:
         tally_outcomes(tally, trajectories, config.group_size)
         session.end_step(step, tally, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
     session.summarise_loss("reward model", "prm")
+    session.close()
     return session.run
 
 
