@@ -25,9 +25,15 @@ from thinkrl.options import command_line, group, option, parse_as
 @dataclass(frozen=True)
 class Options:
     _what = group("What to chunk")
-    data: str = option("arith", "FILE.jsonl | FILE.json | hub:owner/name | 'arith', the built-in chains")
+    data: str = option(
+        "arith", "FILE, hub:owner/name[:config][:split], several joined by +; or 'arith', the built-in chains"
+    )
     limit: int = option(0, "at most this many rows; 0: all (arith: 400)", low=0)
-    source: str = option("", "grading rule for rows that name none: arith | gsm8k | last_number | math")
+    source: str = option(
+        "", "grading rule, whatever rows name: arith | gsm8k | last_number | math; empty: the row's own"
+    )
+    columns: str = option("", "which column holds what, for a layout of your own: problem=NAME,answer=NAME")
+    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and say how many")
     suffix: str = option("", "text appended to every question")
     out: str = option("runs/chunk", "folder to write; an unfinished one is continued")
     plot: bool = option(False, "also draw importance along the chain (extra [report])")
@@ -104,7 +110,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from thinkrl import arith, require_own_kernels
+from thinkrl import arith, layouts, require_own_kernels, rows
 from thinkrl.checkpoint import load_model
 from thinkrl.distributed import World, from_main, raise_on_all_ranks, start, stop
 from thinkrl.learner import compute_dtype, model_path
@@ -112,7 +118,7 @@ from thinkrl.longshort import thoughts
 from thinkrl.longshort.conversation import Prompts, load_prompts
 from thinkrl.longshort.thoughts import Rejected, Thought
 from thinkrl.options import exit_with_error
-from thinkrl.problems import data_files, load_problems, messages, read_rows, text_field
+from thinkrl.problems import messages
 from thinkrl.runs import open_out, write_json
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -195,15 +201,20 @@ def load_items(options: Options) -> list[Item]:
         return [
             Item(p, arith.chain(p, random.Random(f"chunk/{options.seed}/{p.id}"), teacher)) for p in problems
         ]
-    items = []
-    rows = (row for path in data_files(options.data) for row in read_rows(path))
-    for problem, (where, row) in zip(load_problems(options.data, options.source), rows):
-        response = text_field(row, where, "thought", "response")
+
+    def item(fields: rows.Fields) -> list[Item]:
+        problem = layouts.problem(
+            fields, options.source, shuffle=False
+        )  # the chain speaks of the row's order
+        response = fields.text("thought", "response")
         if not response:
-            raise UserError(
-                f"{where}: field 'response' (or 'thought') is missing or empty: the long chain is expected there"
+            raise fields.error(
+                "field 'response' (or 'thought') is missing or empty: the long chain is expected there"
             )
-        items.append(Item(problem, response, row.get("block") or None))
+        return [Item(problem, response, fields.values.get("block") or None)]
+
+    items = rows.load(options.data, item, options.columns, options.skip_bad_rows)
+    items = [replace(item, problem=replace(item.problem, id=i)) for i, item in enumerate(items)]
     return items[: options.limit or None]
 
 
@@ -343,7 +354,7 @@ def settings_of(options: Options, prompts: Prompts) -> dict:
     """All that decides what is written of an item: the folder's config.json."""
     settings = {key: value for key, value in asdict(options).items() if key not in FREE_TO_CHANGE}
     if options.data != "arith":
-        settings["data_crc32"] = [zlib.crc32(path.read_bytes()) for path in data_files(options.data)]
+        settings["data_crc32"] = [zlib.crc32(path.read_bytes()) for path in rows.data_files(options.data)]
     if "llm" in (options.chunker, options.completer):
         settings["requests_crc32"] = [zlib.crc32(text.encode()) for text in (prompts.chunk, prompts.complete)]
     return settings

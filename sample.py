@@ -25,10 +25,15 @@ class Options:
     short: str = option("", "folder of the short-thought policy")
     base: str = option("", "folder of a model to compare with on --data: prints AES against it")
     prompt: str = option("", "answer this and print it")
-    data: str = option("", "evaluate on: 'arith' (held out) | FILE.jsonl | FILE.parquet | hub:owner/name")
-    source: str = option(
-        "", "grading rule of --prompt and of rows that name none: arith | gsm8k | last_number | math"
+    data: str = option(
+        "", "evaluate on: 'arith' (held out) | FILE | hub:owner/name[:config][:split]; several joined by +"
     )
+    source: str = option(
+        "",
+        "grading rule, whatever rows name: arith | gsm8k | last_number | math; its instruction follows a --prompt too",
+    )
+    columns: str = option("", "which column holds what, for a layout of your own: problem=NAME,answer=NAME")
+    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and say how many")
     limit: int = option(0, "at most this many problems; 0: all", low=0)
     system: str = option("", "system message")
     suffix: str = option("", "text appended to every question")
@@ -86,7 +91,7 @@ from thinkrl.learner import compute_dtype, model_path
 from thinkrl.longshort import protocol as longshort
 from thinkrl.longshort.conversation import shared_prompts
 from thinkrl.options import exit_with_error
-from thinkrl.problems import held_out_problems
+from thinkrl.problems import held_out_problems, reading
 from thinkrl.rollout import EVALUATION, rollout
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -161,11 +166,12 @@ def two_policies(options: Options, world: World) -> Attempt:
 
 
 def answer(options: Options, world: World) -> None:
-    """One prompt, n answers, as they came; a conversation turn by turn."""
+    """One prompt, n answers, as they came; a conversation turn by turn. Nothing is added to the prompt but
+    --suffix, or with --source the instruction of that grading rule.
+    """
     source = options.source or ("arith" if embedded(options.long or options.model) else "math")
-    for t in (
-        policy(options, world)([Problem(0, options.prompt, "0", source)], options.n) if world.main else []
-    ):
+    problem = Problem(0, options.prompt, "0", source, instruct=bool(options.source))
+    for t in policy(options, world)([problem], options.n) if world.main else []:
         if options.long:
             print(longshort.transcript(t, colour=sys.stdout.isatty()), f"\n[{t.tokens} tokens, {t.ended}]")
         else:
@@ -177,7 +183,7 @@ def evaluate(options: Options, world: World) -> None:
     base = model_path(options.base, "--base") if options.base else None
     if options.out and world.main:
         require_writable(Path(options.out))
-    problems = held_out_problems(options.data, options.data, options.source)
+    problems = held_out_problems(options.data, options.data, **reading(options))
     problems = problems[:: max(1, len(problems) // (options.limit or len(problems)))][
         : options.limit or len(problems)
     ]

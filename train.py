@@ -28,7 +28,7 @@ from thinkrl.learner import fitted, model_path
 from thinkrl.metrics import Stopwatch, Tally
 from thinkrl.options import exit_with_error
 from thinkrl.presets import Grpo, Preset
-from thinkrl.problems import Stream, held_out_problems, load_problems, subsample
+from thinkrl.problems import held_out_problems, reading, subsample, training_stream
 from thinkrl.rollout import EVALUATION, sample_differences
 from thinkrl.runs import Run
 from thinkrl.session import Session, require_enough
@@ -85,12 +85,12 @@ def train_step(
 
 def train(config: Config, world: World) -> Run:
     """Reinforcement learning: grpo, l2t, longshort."""
-    stream = Stream(load_problems(config.data, config.source), config.seed)
+    stream = training_stream(config.data, config.seed, config.data_weights, **reading(config))
     require_enough(stream, config, world)
     preset = method(config.preset)(config, world)
     preset.require_room(stream.preview(config.problems_per_step), training=True)
     held_out = subsample(
-        held_out_problems(config.eval_data, config.data, config.source), config.eval_problems
+        held_out_problems(config.eval_data, config.data, **reading(config)), config.eval_problems
     )
     preset.require_room(held_out, training=False)
     session = Session(config, world, preset.learners, report=write_report)
@@ -136,13 +136,14 @@ def evaluate(preset: Preset, problems: list[Problem], session: Session, when: st
 
 def train_sft(config: Config, world: World) -> Run:
     """Supervised fine-tuning; rows of the Long⊗Short cold start are encoded as its conversations are."""
-    rows = sft.load_rows(config.data)
+    parts = sft.load_parts(config)
+    rows = [row for part in parts for row in part]
     if not any(row.conversation for row in rows):
-        return sft.train(config, world, rows, report=write_report)
+        return sft.train(config, world, parts, report=write_report)
     from thinkrl.longshort.cold_start import role_files, row_prompt
 
     files = role_files(rows, config.prompts, model_path(config.model))
-    return sft.train(config, world, rows, row_prompt, files, write_report)
+    return sft.train(config, world, parts, row_prompt, files, write_report)
 
 
 def train_prm(config: Config, world: World) -> Run:

@@ -338,3 +338,23 @@ def test_the_exit_status_of_a_mistake(capsys):
         chunk.main(chunk.parse_options(["--data", "nowhere.jsonl"]))
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said == "chunk.py: nowhere.jsonl: no such data file\n"
+
+
+def test_options_keep_the_order_that_the_chain_was_written_for(tmp_path):
+    rows = [
+        {"problem": f"{i}+1?", "options": ["two", "three", "four"], "answer": "three", "response": "So (B)."}
+        for i in range(20)
+    ]
+    items = chunk.load_items(chunk.parse_options(["--data", write(tmp_path / "rows.jsonl", rows)]))
+    assert {item.problem.answer for item in items} == {"B"} and [item.problem.id for item in items] == [
+        *range(20)
+    ]
+    assert items[7].problem.question.splitlines()[1:4] == ["(A) two", "(B) three", "(C) four"]
+
+
+def test_rows_of_another_layout_and_bad_ones(tmp_path, capsys):
+    rows = [{"q": "2*3?", "a": "6", "response": "6"}, {"q": "2*4?", "a": "8"}]
+    data = ["--data", write(tmp_path / "rows.jsonl", rows), "--columns", "problem=q,answer=a"]
+    [item] = chunk.load_items(chunk.parse_options([*data, "--skip_bad_rows"]))
+    assert (item.problem.question, item.response) == ("2*3?", "6")
+    assert "rows.jsonl:2: field 'response'" in capsys.readouterr().err

@@ -251,6 +251,23 @@ def test_equal_rewards_give_exactly_zero(std):
     assert group_advantages(torch.tensor([[1.0, 1.0 + 1e-5]], dtype=torch.float64), std)[0, 1] > 0
 
 
+@pytest.mark.parametrize("std", ["sample", "population", "none", "mean"])
+def test_what_could_not_be_rewarded_stays_out_of_the_statistics(std):
+    nan = math.nan
+    reward = torch.tensor(
+        [[1.0, nan, 0.0, nan, 5.0], [nan, 2.0, nan, nan, nan], [nan] * 5, [3.0, 3.0, nan, 3.0, 3.0]]
+    )
+    advantage = group_advantages(reward, std)
+    rest = group_advantages(torch.tensor([[1.0, 0.0, 5.0]]), std)[0]
+    torch.testing.assert_close(advantage[0, [0, 2, 4]], rest, rtol=0, atol=0)
+    assert advantage[0, [1, 3]].tolist() == [0, 0]
+    assert advantage[1:].abs().max() == 0, "nothing to compare with, or nothing to tell apart"
+    if std == "none":
+        assert advantage[0].tolist() == [-1, 0, -2, 0, 3]
+    # of the batch's eight rewards, three differ from their mean, by -1, -2 and 3: 14 / 7
+    close(group_advantages(reward.double(), "batch", eps=0)[0] * 2**0.5, [-1, 0, -2, 0, 3])
+
+
 def test_a_group_of_one_has_no_std():
     for std in ("sample", "population", "batch", "mean"):
         with pytest.raises(ValueError, match="group of 1"):

@@ -1,267 +1,19 @@
-"""Files as users have them, good and bad, and an order that no number of ranks changes."""
-
-import json
-from collections import Counter
+"""The order in which every rank meets the problems, and how they are asked."""
 
 import pytest
 
 from thinkrl import arith
-from thinkrl.grading import grade
 from thinkrl.problems import (
-    GPQA_OPTIONS,
+    Mixture,
     Stream,
     held_out_problems,
     load_problems,
     messages,
-    read_rows,
-    split_files,
+    mix,
     subsample,
+    training_stream,
 )
 from thinkrl.types import Problem, UserError
-
-
-def write(path, *rows):
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
-    return str(path)
-
-
-VERL = {
-    "data_source": "openai/gsm8k",
-    "prompt": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": 'What is 6*7? Answer after "####".'},
-    ],
-    "ability": "math",
-    "reward_model": {"style": "rule", "ground_truth": "42"},
-    "extra_info": {"split": "train", "index": 0, "answer": "6*7=42\n#### 42", "question": "What is 6*7?"},
-}
-
-
-def test_jsonl_with_every_spelling_of_a_row(tmp_path):
-    path = write(
-        tmp_path / "d.jsonl",
-        {"problem": "1+1?", "answer": "2", "source": "arith", "level": 3},
-        {"question": "2+2?", "answer": "2+2=4\n#### 4"},
-        "",
-        {"problem": "Half?", "solution": r"So \boxed{\frac{1}{2}}.", "level": "Level 1"},
-        {"problem": "Cats?", "answer": 27.0, "data_source": "aime24", "system": "Meow."},
-    )
-    assert load_problems(path) == [
-        Problem(0, "1+1?", "2", "arith", "3", "2"),
-        Problem(1, "2+2?", "4", "gsm8k", "", "2+2=4\n#### 4"),
-        Problem(2, "Half?", r"\frac{1}{2}", "math", "Level 1", r"So \boxed{\frac{1}{2}}."),
-        Problem(3, "Cats?", "27.0", "aime24", "", "27.0", "Meow."),
-    ]
-
-
-def test_the_callers_source_is_for_rows_that_name_none(tmp_path):
-    path = write(
-        tmp_path / "d.jsonl",
-        {"problem": "1+1?", "answer": "2"},
-        {"problem": "x", "answer": "x", "source": "math"},
-    )
-    assert [p.source for p in load_problems(path, "arith")] == ["arith", "math"]
-
-
-def test_a_json_list(tmp_path):
-    path = tmp_path / "d.json"
-    path.write_text(
-        json.dumps([{"problem": "1+1?", "answer": 2}, {"problem": "2+2?", "answer": 4}], indent=1)
-    )
-    assert [p.answer for p in load_problems(str(path))] == ["2", "4"]
-
-
-def test_verl_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    path = tmp_path / "train.parquet"
-    only_user = VERL | {"prompt": VERL["prompt"][1:], "data_source": "math_dapo"}
-    parquet.write_table(pyarrow.Table.from_pylist([VERL, only_user]), path)
-    question = 'What is 6*7? Answer after "####".'
-    assert load_problems(str(path)) == [
-        Problem(0, question, "42", "openai/gsm8k", "", "6*7=42\n#### 42", "Be brief."),
-        Problem(1, question, "42", "math_dapo", "", "6*7=42\n#### 42", ""),
-    ]
-    assert load_problems(write(tmp_path / "same.jsonl", VERL))[0] == load_problems(str(path))[0]
-    path.write_bytes(b"not parquet")
-    with pytest.raises(UserError, match="train.parquet: not a readable parquet file"):
-        load_problems(str(path))
-
-
-GOOD = {"problem": "1+1?", "answer": "2"}
-CHOICE = {"problem": "1+1?", "options": ["2", "3", "4", "5"], "answer": "2"}
-GPQA = {"Question": "1+1?", **dict(zip(GPQA_OPTIONS, ("right", "wrong", "worse", "worst")))}
-LISTED = {
-    "problem": "1+1?\nCandidate answer: (1) two, or so, or (2) f(3), or (3) 4, or (4) five",
-    "answer": "two, or so",
-}
-
-
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        ({"answer": "2"}, r"d.jsonl:2: field 'problem' \(or 'question'\) is missing"),
-        ({"problem": "1+1?"}, "d.jsonl:2: field 'answer' is missing"),
-        ({"problem": "1+1?", "solution": "two"}, "d.jsonl:2: field 'answer' is missing"),
-        ({"problem": ["1+1?"], "answer": "2"}, "d.jsonl:2: field 'problem' must be text, not list"),
-        ({"problem": "1+1?", "answer": True}, "d.jsonl:2: field 'answer' must be text, not bool"),
-        (
-            {"problem": "1+1?", "answer": "two", "source": "gsm8k"},
-            "d.jsonl:2: field 'answer': 'two' is not a number",
-        ),
-        ({"problem": "1+1?", "answer": r"\frac{1"}, "d.jsonl:2: field 'answer': .* unpaired"),
-        (
-            {"problem": "1+1?", "answer": "2", "source": "gsm9k"},
-            "d.jsonl:2: field 'source': no grading rule.*gsm8k",
-        ),
-        ('{"problem": "1+1?"', "d.jsonl:2: not valid JSON"),
-        ("[1]", "d.jsonl:2: a row must be an object with named fields, not list"),
-        (CHOICE | {"answer": "7"}, "d.jsonl:2: field 'answer' must be one of the options"),
-        (
-            CHOICE | {"options": ["2", "2"]},
-            "d.jsonl:2: field 'options' must be a list of 2 to 26 different texts",
-        ),
-        (CHOICE | {"options": "2, 3"}, "d.jsonl:2: field 'options'"),
-        (CHOICE | {"options": ["2", "3", " "]}, "d.jsonl:2: field 'options'"),
-        (CHOICE | {"options": ["2", 3]}, "d.jsonl:2: field 'options'"),
-        (
-            GPQA | {"Incorrect Answer 2": ""},
-            "d.jsonl:2: fields .*'Incorrect Answer 2'.* must be different texts, none",
-        ),
-        (GPQA | {"Incorrect Answer 2": "worst "}, "d.jsonl:2: fields 'Correct Answer', "),
-        (
-            {k: v for k, v in GPQA.items() if k != "Incorrect Answer 3"},
-            "d.jsonl:2: fields 'Correct Answer', ",
-        ),
-        (
-            LISTED | {"problem": LISTED["problem"].replace("(4)", "(3)")},
-            "d.jsonl:2: field 'problem' must list its",
-        ),
-        (
-            LISTED | {"problem": LISTED["problem"].replace(" five", "")},
-            "d.jsonl:2: field 'problem' must list its",
-        ),
-        (
-            LISTED | {"problem": "1+1? Candidate answer: (1) two, so (2) three"},
-            "d.jsonl:2: field 'problem' must list",
-        ),
-        (LISTED | {"answer": "(1)"}, "d.jsonl:2: field 'answer' must be one of the options"),
-        (
-            VERL | {"reward_model": {"style": "rule"}},
-            "d.jsonl:2: field 'reward_model.ground_truth' is missing",
-        ),
-        (VERL | {"reward_model": "42"}, "d.jsonl:2: field 'reward_model.ground_truth' is missing"),
-        (
-            VERL | {"reward_model": {"ground_truth": "x"}},
-            "d.jsonl:2: field 'reward_model.ground_truth': 'x' is not a number",
-        ),
-        (VERL | {"prompt": "What?"}, "d.jsonl:2: field 'prompt' must be a list of messages"),
-        (VERL | {"prompt": [{"role": "user"}]}, "d.jsonl:2: field 'prompt' must be a list of messages"),
-        (VERL | {"prompt": []}, "d.jsonl:2: field 'prompt' must be a list of messages"),
-    ],
-)
-def test_a_malformed_row_is_named(tmp_path, row, message):
-    with pytest.raises(UserError, match=message):
-        load_problems(write(tmp_path / "d.jsonl", GOOD, row, GOOD))
-
-
-def test_options_are_shuffled_the_same_way_every_time(tmp_path):
-    """In the published GPQA file the right option is the first, 198 times of 198."""
-    rows = [GPQA | {"Question": f"{i}+1?"} for i in range(200)]
-    problems = load_problems(write(tmp_path / "gpqa.jsonl", *rows))
-    assert all(f"({p.answer}) right" in p.question and p.source == "math" for p in problems)
-    letters = Counter(p.answer for p in problems)
-    assert set(letters) == set("ABCD") and max(letters.values()) < 80
-    assert (
-        load_problems(write(tmp_path / "other.jsonl", *rows[100:]))[0].question == problems[100].question
-    ), "wherever it stands"
-    [asked] = load_problems(write(tmp_path / "one.jsonl", CHOICE))
-    assert sorted(line[4:] for line in asked.question.splitlines()[1:5]) == ["2", "3", "4", "5"]
-    assert grade(rf"It is \boxed{{({asked.answer})}}.", asked.answer, asked.source)
-
-
-def test_options_inside_the_question_are_shuffled_too(tmp_path):
-    """The layout of the Long⊗Short paper's GPQA file: as the same options in a field of their own."""
-    [listed] = load_problems(write(tmp_path / "listed.jsonl", LISTED | {"source": "gpqa"}))
-    [apart] = load_problems(
-        write(
-            tmp_path / "apart.jsonl",
-            {
-                "problem": "1+1?",
-                "options": ["two, or so", "f(3)", "4", "five"],
-                "answer": "two, or so",
-                "source": "gpqa",
-            },
-        )
-    )
-    assert (
-        listed == apart
-        and f"({listed.answer}) two, or so" in listed.question
-        and "Candidate" not in listed.question
-    )
-    places = Counter(
-        p.answer
-        for p in load_problems(
-            write(
-                tmp_path / "many.jsonl",
-                *(LISTED | {"problem": LISTED["problem"].replace("1+1", f"{i}+1")} for i in range(200)),
-            )
-        )
-    )
-    assert set(places) == set("ABCD") and max(places.values()) < 80
-
-
-def test_unusable_files(tmp_path):
-    for content, message in (
-        ("", "has no rows"),
-        ("\n\n", "has no rows"),
-        ("[]", "has no rows"),
-        ("[1", "not valid JSON"),
-    ):
-        (tmp_path / "d.jsonl").write_text(content)
-        with pytest.raises(UserError, match=message):
-            load_problems(str(tmp_path / "d.jsonl"))
-    (tmp_path / "d.jsonl").write_bytes(b'{"problem": "\xff"}\n')
-    with pytest.raises(UserError, match="d.jsonl:1: not valid JSON"):
-        load_problems(str(tmp_path / "d.jsonl"))
-    with pytest.raises(UserError, match="no such data file"):
-        load_problems(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(UserError, match="is a folder"):
-        load_problems(str(tmp_path))
-
-
-def test_a_missing_extra_is_named(tmp_path, monkeypatch):
-    (tmp_path / "d.parquet").write_bytes(b"")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'thinkrl\[parquet\]'"):
-        list(read_rows(tmp_path / "d.parquet"))
-    with pytest.raises(UserError, match=r"pip install 'thinkrl\[hub\]'"):
-        load_problems("hub:openai/gsm8k")
-
-
-def test_a_dataset_out_of_reach_is_a_sentence(monkeypatch):
-    pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="hub:openai/gsm8k:test: cannot be fetched"):
-        load_problems("hub:openai/gsm8k:test")
-
-
-def test_which_files_of_a_dataset_make_a_split():
-    files = [
-        "README.md",
-        "main/train-0.parquet",
-        "main/train-1.parquet",
-        "main/test-0.parquet",
-        "socratic/train-0.parquet",
-    ]
-    assert split_files(files, "main/train", "hub:a/b") == files[1:3]
-    assert split_files(files, "test", "hub:a/b") == ["main/test-0.parquet"]
-    assert split_files(["test.jsonl", "trainer.json"], "test", "hub:a/b") == ["test.jsonl"]
-    with pytest.raises(UserError, match="main/train or socratic/train"):
-        split_files(files, "train", "hub:a/b")
-    with pytest.raises(UserError, match="starts with 'train'"):
-        split_files(["test.jsonl"], "train", "hub:a/b")
 
 
 @pytest.mark.parametrize("rows", [list(range(10)), lambda seed, index: (seed, index)])
@@ -341,3 +93,63 @@ def test_problems_are_spread_evenly():
     )
     assert subsample(rows, 0) == [] == subsample([], 5)
     assert subsample(list(range(800)), 500)[-1] == 798, "the end of the file is met too"
+
+
+def test_a_free_prompt_is_asked_as_it_stands():
+    free = Problem(0, "The capital of France is", "", "math", instruct=False)
+    assert messages(free) == [{"role": "user", "content": "The capital of France is"}]
+    assert messages(free, suffix="Where?")[0]["content"].endswith("is\nWhere?"), "but for what the user adds"
+
+
+def test_a_mixture_keeps_its_shares_in_every_step_and_for_any_number_of_ranks():
+    parts = [[f"a{i}" for i in range(6)], [f"b{i}" for i in range(3)], lambda seed, index: f"c{seed}.{index}"]
+    mixture = mix(parts, "2,1,1", seed=7)
+    assert isinstance(mixture, Mixture) and mixture.counts(4) == [2, 1, 1] and mixture.counts(5) == [3, 1, 1]
+    assert mixture.counts(7) == [3, 2, 2], "3.5, 1.75, 1.75: the largest remainders are rounded up"
+    steps = [mixture.take(step, 4) for step in range(6)]
+    assert all(sorted(row[0] for row in rows) == ["a", "a", "b", "c"] for rows in steps)
+    assert [row for rows in steps for row in rows if row[0] == "c"] == [f"c7.{i}" for i in range(6)]
+    for epoch in (steps[:3], steps[3:]):
+        assert sorted(row for rows in epoch for row in rows if row[0] == "a") == parts[0], (
+            "each once in an epoch"
+        )
+    assert len({tuple(row[0] for row in rows) for rows in steps}) > 1, "a part has no fixed place in the step"
+    again = mix(parts, "2,1,1", seed=7)
+    for step in (5, 2):
+        assert sum((again.take(step, 4, rank, 3) for rank in range(3)), []) == steps[step]
+    assert mixture.preview(4) == [*parts[0], *parts[1], "c7.0"]
+    assert sum(mixture.take_rounds(0, 2, 2), []) == steps[0], "spare rows are mixed too"
+
+
+def test_one_part_is_a_plain_stream():
+    rows = list(range(10))
+    assert mix([rows], "", 7).take(1, 4) == Stream(rows, 7).take(1, 4)
+
+
+@pytest.mark.parametrize("weights", ["1", "1,2,3", "1,0", "1,-1", "1,x", "1,nan", "1,inf", ","])
+def test_weights_that_are_none(weights):
+    with pytest.raises(UserError, match="--data_weights .*a positive number for each of the 2 parts"):
+        mix([[1], [2]], weights, 0)
+
+
+def test_a_step_too_small_for_a_share():
+    with pytest.raises(
+        UserError, match="a step of 4 rows has none of part 2 of --data: raise --problems_per_step"
+    ):
+        mix([[1] * 9, [2] * 9], "9,1", 0).take(0, 4)
+
+
+def test_several_files_with_weights(tmp_path):
+    for name, answer in (("a", 2), ("b", 3)):
+        rows = "".join(f'{{"problem": "{name}{i}", "answer": {answer}}}\n' for i in range(4))
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    spec = f"{tmp_path}/a.jsonl+{tmp_path}/b.jsonl"
+    assert len(training_stream(spec, 1).rows) == 8, "without weights one list"
+    stream = training_stream(f"{spec}+arith", 1, "3,1,1")
+    taken = [problem for step in range(4) for problem in stream.take(step, 5)]
+    assert {problem.question[0] for problem in taken[:5]} > {"a", "b"}
+    assert len({p.id for p in taken if p.source == "arith"}) == 4
+    ids = {problem.question: problem.id for problem in taken}
+    assert len(set(ids.values())) == len(ids), "no two problems share an address of randomness"
+    with pytest.raises(UserError, match="arith never ends, so joined to others it needs --data_weights"):
+        training_stream(f"{spec}+arith", 1)

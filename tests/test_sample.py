@@ -49,12 +49,14 @@ BOXED = "\nThink step by step, then put the final answer in \\boxed{}."
     "embedded, argv, asked",
     [
         (True, [], "7*8?"),
-        (False, [], "7*8?" + BOXED),
+        (False, [], "7*8?"),
         (True, ["--source", "math"], "7*8?" + BOXED),
         (False, ["--source", "arith"], "7*8?"),
     ],
 )
-def test_the_instruction_of_the_grading_rule_follows_a_prompt(tmp_path, monkeypatch, embedded, argv, asked):
+def test_only_an_explicit_source_adds_its_instruction_to_a_prompt(
+    tmp_path, monkeypatch, embedded, argv, asked
+):
     model = shutil.copytree(TINY, tmp_path / "model")
     (model / "config.json").write_text(
         json.dumps(json.loads((TINY / "config.json").read_text()) | {"thinkrl_embedded": embedded})
@@ -166,3 +168,14 @@ def test_what_would_fail_in_the_end_is_refused_at_the_start(data, capsys, monkey
     with pytest.raises(SystemExit) as stopped:
         run("--data", data, *argv)
     assert stopped.value.code == 2 and capsys.readouterr().err == f"sample.py: {sentence}\n"
+
+
+def test_a_file_of_another_layout_is_measured(tmp_path, capsys):
+    rows = [{"q": "7*8?", "a": "56"}, {"q": "9*9?"}, {"q": "5*5?", "a": None}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(
+        *("--data", str(tmp_path / "rows.jsonl"), "--source", "arith", "--columns", "problem=q,answer=a"),
+        *("--skip_bad_rows", "--temperature", "0", "--max_tokens", "60"),
+    )
+    said = capsys.readouterr()
+    assert "skipped 2 of its rows" in said.err and float(numbers(said.out)["accuracy"]) == 1

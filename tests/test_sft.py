@@ -18,45 +18,34 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
-@pytest.mark.parametrize(
-    "row, messages, completion",
-    [
-        ({"prompt": "p", "completion": "c"}, user("p"), "c"),
-        ({"problem": "p", "response": "c", "answer": "42", "solution": "s"}, user("p"), "c"),
-        ({"question": "p", "answer": 42}, user("p"), "42"),
-        ({"instruction": "do", "input": "this", "output": "c"}, user("do\nthis"), "c"),
-        ({"instruction": "do", "input": "", "output": "c"}, user("do"), "c"),
-        (
-            {"system": "S", "prompt": "p", "completion": "c"},
-            [{"role": "system", "content": "S"}, *user("p")],
-            "c",
-        ),
-    ],
-)
-def test_layouts(tmp_path, row, messages, completion):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n\n")
-    (tmp_path / "alpaca.json").write_text(json.dumps([row, row]))
-    assert load_rows(tmp_path / "rows.jsonl") == [Row(messages, completion, where=f"{tmp_path}/rows.jsonl:1")]
-    assert [row[:2] for row in load_rows(tmp_path / "alpaca.json")] == [(messages, completion)] * 2
+def test_each_message_of_the_assistant_is_a_row(tmp_path):
+    """As it would be sampled, after the messages before it."""
+    talk = [
+        *user("q1"),
+        {"role": "assistant", "content": "a1"},
+        *user("q2"),
+        {"role": "assistant", "content": "a2"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": talk}, {"prompt": "p", "completion": "c"}]))
+    where = f"{tmp_path}/rows.json"
+    assert load_rows(where) == [
+        Row(talk[:1], "a1", f"{where}:1"),
+        Row(talk[:3], "a2", f"{where}:1"),
+        Row(user("p"), "c", f"{where}:2"),
+    ]
 
 
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        (
-            {"completion": "c"},
-            r"rows.jsonl:2: field 'prompt' \(or problem, question, instruction\) is missing or empty",
-        ),
-        ({"prompt": "p"}, "rows.jsonl:2: field 'completion' .* is missing or empty"),
-        ({"prompt": "p", "completion": ""}, "rows.jsonl:2: field 'completion' .* is missing or empty"),
-        ({"prompt": "p", "completion": ["c"]}, "rows.jsonl:2: field 'completion' must be text, not list"),
-    ],
-)
-def test_a_malformed_row_is_named(tmp_path, row, message):
-    good = {"prompt": "p", "completion": "c"}
-    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n")
-    with pytest.raises(UserError, match=message):
-        load_rows(tmp_path / "rows.jsonl")
+def test_rows_of_several_files_with_columns_and_bad_rows(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"q": "p", "a": "c"}\n{"q": "p"}\n')
+    (tmp_path / "b.csv").write_text("q,a\nr,s\n")
+    spec = f"{tmp_path}/a.jsonl+{tmp_path}/b.csv"
+    with pytest.raises(
+        UserError, match="a.jsonl:2: field 'completion' .*; --skip_bad_rows leaves such rows out"
+    ):
+        load_rows(spec, columns="problem=q,completion=a")
+    rows = load_rows(spec, columns="problem=q,completion=a", skip_bad_rows=True)
+    assert [(row.messages, row.completion) for row in rows] == [(user("p"), "c"), (user("r"), "s")]
+    assert "a.jsonl: skipped 1 of its rows" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -62,8 +62,16 @@ class Config:
         "the embedded model",
     )
     data: str = option(
-        "arith", "'arith' (built in) | FILE.jsonl | FILE.parquet (verl layout) | hub:owner/name"
+        "arith",
+        "arith (built in) | FILE.jsonl, .json, .csv or .parquet | hub:owner/name[:config][:split]; several joined by +",
     )
+    data_weights: str = option(
+        "", "share of a step for each of several in --data, such as 3,1; empty: their rows are one list"
+    )
+    columns: str = option(
+        "", "which column holds what, for a layout of your own: problem=NAME,answer=NAME,context=NAME"
+    )
+    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and say how many")
     eval_data: str = option(
         "", "held-out problems, same forms; empty: the held-out set of arith, else no evaluation", presets=RL
     )
@@ -78,7 +86,9 @@ class Config:
         "", "text appended to every question; empty: the instruction of its grading rule", presets=SAMPLING
     )
     source: str = option(
-        "", "grading rule of rows that name none: arith | gsm8k | last_number | math", presets=SAMPLING
+        "",
+        "grading rule, whatever rows name: arith | gsm8k | last_number | math; empty: the row's own",
+        presets=SAMPLING,
     )
     device: str = option("auto", "device", ("auto", "cpu", "cuda"))
     dtype: str = option(

@@ -57,9 +57,10 @@ def group_advantages(
     reduce sums a tensor over ranks; only "batch" calls it, and every rank must.
 
     Statistics are taken in fp64, and a group whose max - min is within 1e-6 of its largest |reward| gets exactly 0:
-    a difference that small is rounding, and dividing by its std would turn it into a full-sized reward. Raises
-    ValueError for a group of one where a statistic is divided by (its differences are 0 whatever the reward), and
-    for "mean" with a negative reward.
+    a difference that small is rounding, and dividing by its std would turn it into a full-sized reward. NaN is a
+    reward that could not be given: its advantage is 0, and every statistic is that of the rest. Raises ValueError for
+    a group of one where a statistic is divided by (its differences are 0 whatever the reward), and for "mean" with a
+    negative reward.
     """
     if std not in ADVANTAGE_STD:
         raise ValueError(f"std must be one of {', '.join(ADVANTAGE_STD)}, not {std!r}")
@@ -68,19 +69,23 @@ def group_advantages(
         raise ValueError(
             "a group of 1 has no differences that could be compared: use group_size of at least 2"
         )
-    r = reward.double()
+    scored = ~reward.isnan()
+    r = torch.where(scored, reward, 0.0).double()
     if std == "mean" and (r < 0).any():
         raise ValueError('std="mean" needs rewards of at least 0')
-    mean = r.mean(1, keepdim=True)
-    spread = r.amax(1, keepdim=True) - r.amin(1, keepdim=True)
+    count = scored.sum(1, keepdim=True)
+    mean = r.sum(1, keepdim=True) / count.clamp(min=1)
+    advantage = torch.where(scored, r - mean, 0.0)
+    spread = advantage.amax(1, keepdim=True) - advantage.amin(1, keepdim=True)
     tied = spread <= 1e-6 * r.abs().amax(1, keepdim=True)
-    advantage = torch.where(tied, 0.0, r - mean)
+    advantage = torch.where(tied, 0.0, advantage)
     if std in ("sample", "population"):
-        advantage = advantage / (r.std(1, correction=int(std == "sample"), keepdim=True) + eps)
+        degrees = (count - int(std == "sample")).clamp(min=1)
+        advantage = advantage / ((advantage.square().sum(1, keepdim=True) / degrees).sqrt() + eps)
     elif std == "mean":
         advantage = advantage / torch.where(tied, 1.0, mean)
     elif std == "batch":
-        advantage = advantage / (batch_std(advantage, reduce) + eps)
+        advantage = advantage / (batch_std(advantage[scored], reduce) + eps)
     return advantage.to(reward.dtype if reward.is_floating_point() else torch.float32)
 
 

@@ -1,7 +1,9 @@
-"""Models of the Hugging Face hub (extra [hub]): fetched to be trained, and uploaded when they are."""
+"""The Hugging Face hub (extra [hub]): models and datasets fetched, trained models uploaded."""
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from pathlib import Path
 
 from thinkrl import UserError, require_extra
@@ -14,6 +16,14 @@ MODEL_FILES = [
     "model.safetensors.index.json",
     *FILES,
 ]
+KINDS = (
+    ".parquet",
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".tsv",
+)  # in this order, where a dataset has a split in several
+SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 
 
 def fetch_model(name: str, option: str = "--model") -> Path:
@@ -40,3 +50,98 @@ def fetch_model(name: str, option: str = "--model") -> Path:
 def reason(error: Exception) -> str:
     """The kind of an error and the first line of its text."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def fetch_dataset(spec: str) -> list[Path]:
+    """The files of hub:owner/name[:config][:split], downloaded. Raises UserError, also where it cannot be reached."""
+    require_extra("huggingface_hub", "hub", spec)
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    name, *wanted = spec.removeprefix("hub:").split(":")
+    try:
+        files = huggingface_hub.list_repo_files(name, repo_type="dataset")
+        try:
+            card = huggingface_hub.DatasetCard.load(name).data.to_dict()
+        except EntryNotFoundError:
+            card = {}
+        return [
+            Path(huggingface_hub.hf_hub_download(name, file, repo_type="dataset"))
+            for file in choose_files(files, card.get("configs") or [], wanted, spec)
+        ]
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, by transport and version: not found, no access, no network
+        raise UserError(f"{spec}: cannot be fetched ({reason(error)})") from None
+
+
+def choose_files(files: list[str], configs: list[dict], wanted: list[str], spec: str) -> list[str]:
+    """Which files of a dataset make [config][, split], as `wanted` after the dataset's name.
+
+    files: all in the repository. configs: what its card says of them, as in the card's YAML; without it, a folder
+    is a configuration and a file's name begins with its split, or the folder holds only one. A configuration that
+    is not named is the card's default, or "default", or "main", or the only one that has the split.
+    Raises UserError, naming the choices.
+    """
+    table = _splits_of_card(files, configs) if configs else _splits_of_names(files)
+    if not table:
+        raise UserError(f"{spec}: none of its files can be read: {', '.join(files)}")
+    if len(wanted) > 2:
+        raise UserError(f"{spec}: write hub:owner/name[:config][:split]")
+    config, split = wanted if len(wanted) == 2 else ("", *wanted) if wanted else ("", "")
+    if len(wanted) == 1 and split in table:
+        config, split = split, ""
+    if not config:
+        defaults = [c["config_name"] for c in configs if c.get("default")] + ["default", "main"]
+        having = [c for c, splits in table.items() if (split or "train") in splits]
+        single = [options[0] for options in (list(table), having) if len(options) == 1]
+        config = next((c for c in defaults + single if c in table), "")
+    if config not in table:
+        raise UserError(f"{spec}: name one of its configurations, hub:owner/name:CONFIG: {', '.join(table)}")
+    splits = table[config]
+    split = split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
+    if split not in splits:
+        raise UserError(f"{spec}: {config!r} has no split {split!r}, but {', '.join(splits)}")
+    kind = next(kind for kind in KINDS if any(_kind(file) == kind for file in splits[split]))
+    return sorted(file for file in splits[split] if _kind(file) == kind)
+
+
+def _kind(file: str) -> str:
+    """ ".jsonl" of "a/b.jsonl.gz"; "" of a file that holds no rows."""
+    name = file.rpartition("/")[2]
+    kind = Path(name.removesuffix(".gz")).suffix
+    return kind if kind in KINDS and not name.startswith(("dataset_info", ".")) else ""
+
+
+def _splits_of_card(files: list[str], configs: list[dict]) -> dict[str, dict[str, list[str]]]:
+    """{configuration: {split: files}}; a card gives patterns, or patterns per split."""
+    table: dict[str, dict[str, list[str]]] = {}
+    for config in configs:
+        entries = config.get("data_files") or []
+        for entry in [entries] if isinstance(entries, (str, dict)) else entries:
+            split, patterns = (entry["split"], entry["path"]) if isinstance(entry, dict) else ("train", entry)
+            patterns = [patterns] if isinstance(patterns, str) else patterns
+            fitting = [f for f in files if _kind(f) and any(fnmatch.fnmatch(f, p) for p in patterns)]
+            if fitting:
+                table.setdefault(config["config_name"], {}).setdefault(split, []).extend(fitting)
+    return table
+
+
+def _splits_of_names(files: list[str]) -> dict[str, dict[str, list[str]]]:
+    """The same from the files' names alone."""
+    table: dict[str, dict[str, list[str]]] = {}
+    for file in filter(_kind, files):
+        folder, _, name = file.rpartition("/")
+        if folder.rpartition("/")[2] in SPLITS:  # config/train/0000.parquet
+            folder, _, split = folder.rpartition("/")
+        else:
+            stem = name.split(".")[0]
+            split = re.split(r"[-_]", stem)[0]
+            split = split if split in SPLITS else re.sub(r"-\d{5}-of-\d{5}", "", stem)
+        table.setdefault("default" if folder in ("", "data") else folder, {}).setdefault(split, []).append(
+            file
+        )
+    for splits in table.values():
+        if not set(splits) & set(SPLITS):  # no name says which split it is: all are for training
+            splits["train"] = [file for part in splits.values() for file in part]
+    return table

@@ -2,11 +2,10 @@
 
     loss = -sum_t m_t log pi(token_t | tokens before) / tokens of the step
 
-A row is a prompt and a completion, under the names that files in the wild give them: see `PROMPT` and
-`COMPLETION`. The prompt goes through the checkpoint's chat template as a user message; prompt and completion
-are encoded apart, as they are when the policy samples, and the completion ends with the token that ends a
-turn. Prompt tokens have mask 0. Rows whose prompt is not a chat bring a function of their own that encodes it
-(longshort.cold_start).
+A row is a chat and the completion that follows it; `chats` says how files write them. The chat goes through the
+checkpoint's template; prompt and completion are encoded apart, as they are when the policy samples, and the
+completion ends with the token that ends a turn. Prompt tokens have mask 0. Rows whose prompt is not a chat bring
+a function of their own that encodes it (longshort.cold_start).
 """
 
 from __future__ import annotations
@@ -18,26 +17,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from thinkrl import UserError
+from thinkrl import UserError, chats
 from thinkrl.checkpoint import read_config
 from thinkrl.config import Config
 from thinkrl.distributed import World, global_sum
 from thinkrl.learner import learning_rate, model_path, new_learner
 from thinkrl.metrics import Tally
-from thinkrl.problems import Stream, read_rows, text_field
+from thinkrl.problems import mix
+from thinkrl.rows import Fields, load, split_spec
 from thinkrl.runs import Run
 from thinkrl.session import Session, require_enough
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Pack, Sample
 from thinkrl.update import descend, pack_evenly, token_logprobs
-
-PROMPT = (
-    "prompt",
-    "problem",
-    "question",
-    "instruction",
-)  # alpaca's "input" follows the instruction on a new line
-COMPLETION = ("completion", "response", "output", "answer")
 
 
 class Row(NamedTuple):
@@ -47,27 +39,27 @@ class Row(NamedTuple):
     conversation: dict | None = None  # the whole row, if it has the field "conversation"
 
 
-def load_rows(path: str | Path) -> list[Row]:
-    """Rows of a JSONL file, a JSON list (alpaca) or a parquet file. Raises UserError with file, row and field.
-
-    The first field of `PROMPT` and of `COMPLETION` that is not empty counts; a "system" field becomes the
-    system message.
+def load_rows(spec: str | Path, columns: str = "", skip_bad_rows: bool = False) -> list[Row]:
+    """Rows of files and datasets in any layout of `chats`: one for each message of the assistant, as it would be
+    sampled after those before it. columns, skip_bad_rows: as in `rows.load`. Raises UserError with file, row
+    and field.
     """
-    rows = []
-    for where, fields in read_rows(path):
-        prompt = "\n".join(
-            filter(None, (text_field(fields, where, *PROMPT), text_field(fields, where, "input")))
-        )
-        completion = text_field(fields, where, *COMPLETION)
-        for names, text in ((PROMPT, prompt), (COMPLETION, completion)):
-            if not text:
-                raise UserError(
-                    f"{where}: field {names[0]!r} (or {', '.join(names[1:])}) is missing or empty"
-                )
-        system = text_field(fields, where, "system")
-        chat = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
-        rows.append(Row(chat, completion, where, fields if "conversation" in fields else None))
-    return rows
+
+    def make(fields: Fields) -> list[Row]:
+        chat, told = chats.chat(fields), fields.values if "conversation" in fields else None
+        return [
+            Row(chat[:i], message["content"], fields.where, told)
+            for i, message in enumerate(chat)
+            if message["role"] == "assistant"
+        ]
+
+    return load(str(spec), make, columns, skip_bad_rows)
+
+
+def load_parts(config: Config) -> list[list[Row]]:
+    """The rows of each part of `--data`, if --data_weights gives the parts shares; else those of all in one list."""
+    specs = split_spec(config.data) if config.data_weights else [config.data]
+    return [load_rows(spec, config.columns, config.skip_bad_rows) for spec in specs]
 
 
 def chat_prompt(row: Row, tokenizer: Tokenizer) -> list[int]:
@@ -110,17 +102,20 @@ def nll_loss(logprob: Tensor, mask: Tensor, denominator: Tensor | float) -> Tens
 def train(
     config: Config,
     world: World,
-    rows: list[Row],
+    parts: list[list[Row]],
     encode: Encode = chat_prompt,
     files: dict[str, str] | None = None,
     report: Callable[[Path], object] | None = None,
 ) -> Run:
-    """Train on rows for `steps` optimizer steps of `problems_per_step` rows. `encode` as in `samples`, `files` as
-    in `Learner`, `report` as in `Session`. Collective.
+    """Train for `steps` optimizer steps of `problems_per_step` rows, of each part its share. Collective.
+
+    parts: as `load_parts` gives them. `encode` as in `samples`, `files` as in `Learner`, `report` as in `Session`.
     """
     path = model_path(config.model)
     tokenizer = Tokenizer(path)
-    stream = Stream(samples(rows, tokenizer, read_config(path).max_positions, encode), config.seed)
+    context = read_config(path).max_positions
+    encoded = [samples(rows, tokenizer, context, encode) for rows in parts]
+    stream = mix(encoded, config.data_weights, config.seed)
     require_enough(stream, config, world)
     learner = new_learner(path, config, world, tokenizer, samplers=0, files=files)
     session = Session(config, world, {"policy": learner}, report=report)

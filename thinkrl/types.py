@@ -20,7 +20,7 @@ sampled stop token counts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ class Problem:
     level: str = ""  # difficulty, for tables
     solution: str = ""
     system: str = ""  # system message, if the row carries its own
+    instruct: bool = True  # whether the instruction of the grading rule follows the question
+    # as read, for rewards that want its columns
+    row: dict | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from thinkrl.l2t.episodes import segment
 from thinkrl.l2t.prm import StepRewardModel, new_prm, save_prm
 from thinkrl.learner import Learner, compute_dtype, learning_rate, model_path, new_optimizer
 from thinkrl.metrics import Tally
-from thinkrl.problems import Stream, load_problems
+from thinkrl.problems import reading, training_stream
 from thinkrl.rollout import LABELS, TRAINING, require_room, rollout
 from thinkrl.runs import Run
 from thinkrl.sampler import Sampler
@@ -42,7 +42,7 @@ def train(config: Config, world: World, report: Callable[[Path], object] | None 
     path = model_path(config.model)
     tokenizer = Tokenizer(path)
     segment([], tokenizer, config.episodes)  # a tokenizer that cannot encode the tags is refused now
-    stream = Stream(load_problems(config.data, config.source), config.seed)
+    stream = training_stream(config.data, config.seed, config.data_weights, **reading(config))
     require_enough(stream, config, world)
     model = load_model(path, compute_dtype(config, world), world.device)
     policy = Sampler(model, tokenizer, config.kv_pages or None, max_rows=config.max_rows)

@@ -1,0 +1,196 @@
+"""Rewards written elsewhere, for TRL or for verl:  --reward module:function, several joined by +
+
+    TRL    fn(prompts, completions, **columns) -> one number or None per completion
+    verl   compute_score(data_source, solution_str, ground_truth, extra_info) -> a number, or {"score": a number, …}
+
+Which of the two a function is, its parameters tell. The module is found as Python finds it, or in the current folder.
+"outcome" is this project's own grade, 1 or 0. A trajectory's reward is the sum of what the functions give, each times
+its weight. None is no reward: it adds nothing, and where every function gives None the reward is NaN, which
+`group_advantages` keeps out of the group's statistics.
+
+What a function is given is what it would be given there. Columns are those of the row that the problem came from; for
+problems of a generator, and where the row has no such column: question, answer, solution, source, level. Prompts and
+completions are lists of messages if the row's own prompt is one, else texts; as in TRL.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from thinkrl import UserError
+from thinkrl.problems import messages
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import Problem, Trajectory
+
+OUTCOME = "outcome"
+VERL = {"solution_str", "ground_truth"}  # parameters that tell verl's functions
+
+
+class Reward(NamedTuple):
+    name: str  # "module:function" or "outcome"
+    function: Callable | None  # None: the outcome
+    weight: float
+
+
+def load_rewards(spec: str, weights: str = "") -> list[Reward]:
+    """The rewards that `--reward` and `--reward_weights` name; weights 1 where there are none. Raises UserError."""
+    names = [name.strip() for name in spec.split("+")]
+    try:
+        numbers = [float(word) for word in weights.split(",")] if weights else [1.0] * len(names)
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(names) or not all(map(math.isfinite, numbers)):
+        raise UserError(
+            f"--reward_weights {weights}: give one number for each of the {len(names)} of --reward"
+        )
+    return [Reward(name, _function(name), weight) for name, weight in zip(names, numbers)]
+
+
+def _function(name: str) -> Callable | None:
+    if name == OUTCOME:
+        return None
+    module, colon, attribute = name.partition(":")
+    if not colon or not attribute:
+        raise UserError(f"--reward {name}: write module:function, or {OUTCOME}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--reward {name}: {error}") from None
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        raise UserError(f"--reward {name}: not a function that can be called and answers at once")
+    parameters = inspect.signature(function).parameters
+    if "completions" not in parameters and not parameters.keys() >= VERL:
+        raise UserError(
+            f"--reward {name}: neither TRL's form, with a parameter 'completions', nor verl's, with "
+            f"'solution_str' and 'ground_truth': it has {', '.join(parameters) or 'none'}"
+        )
+    return function
+
+
+def total(
+    rewards: Sequence[Reward],
+    trajectories: Sequence[Trajectory],
+    tokenizer: Tokenizer,
+    system: str = "",
+    suffix: str = "",
+) -> list[float]:
+    """The reward of each trajectory, NaN where no function gave one. The text of a completion is without its stop token.
+
+    system, suffix: what the prompts were asked with. Raises UserError, naming the function, if it fails, needs a
+    column that there is not, or returns anything else than it should.
+    """
+    texts = [_text(t, tokenizer) for t in trajectories]
+    asked = [messages(t.problem, system, suffix) for t in trajectories]
+    given = [_given(reward, trajectories, texts, asked) for reward in rewards]
+    totals = []
+    for values in zip(*given):
+        known = [reward.weight * value for reward, value in zip(rewards, values) if value is not None]
+        totals.append(math.fsum(known) if known else math.nan)
+    return totals
+
+
+def _text(t: Trajectory, tokenizer: Tokenizer) -> str:
+    ids = t.turns[-1].completion
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] in tokenizer.stop_ids else ids)
+
+
+def _given(
+    reward: Reward, trajectories: Sequence[Trajectory], texts: list[str], asked: list[list[dict]]
+) -> list[float | None]:
+    """What one function gives for each trajectory."""
+    if reward.function is None:
+        return [t.outcome_reward for t in trajectories]
+    if not trajectories:
+        return []
+    try:
+        if inspect.signature(reward.function).parameters.keys() >= VERL:
+            scores = [_call(reward, **_verl_arguments(t, text)) for t, text in zip(trajectories, texts)]
+            values = [score.get("score") if isinstance(score, dict) else score for score in scores]
+        else:
+            values = _call(reward, **_trl_arguments(trajectories, texts, asked))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's function may raise
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"--reward {reward.name} failed with {type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+        ) from error
+    values = list(values) if isinstance(values, Iterable) else []
+    if len(values) != len(trajectories):
+        raise UserError(f"--reward {reward.name} must return a list, one number or None per completion")
+    return [_number(reward, value) for value in values]
+
+
+def _number(reward: Reward, value: object) -> float | None:
+    """The value as a float; NaN is None."""
+    try:
+        number = None if value is None else float(value)
+    except (TypeError, ValueError):
+        number = math.inf
+    if number is None or math.isnan(number):
+        return None
+    if math.isinf(number):
+        raise UserError(f"--reward {reward.name} returned {value!r}: a finite number or None is expected")
+    return number
+
+
+def _call(reward: Reward, **arguments):
+    """The function on those of the arguments that it takes."""
+    parameters = inspect.signature(reward.function).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        missing = [p.name for p in parameters if p.default is p.empty and p.name not in arguments]
+        if missing:
+            raise UserError(
+                f"--reward {reward.name} wants {', '.join(missing)}; there are {', '.join(arguments)}: --data has no "
+                "such column"
+            )
+        names = {p.name for p in parameters}
+        arguments = {name: value for name, value in arguments.items() if name in names}
+    return reward.function(**arguments)
+
+
+def _columns(problem: Problem) -> dict:
+    """The row's columns, and what we know under names that it does not use."""
+    known = ("question", "answer", "solution", "source", "level")
+    return {name: getattr(problem, name) for name in known} | (problem.row or {})
+
+
+def _is_chat(problem: Problem) -> bool:
+    """Whether the row's own prompt is a list of messages."""
+    row = problem.row or {}
+    return isinstance(row.get("prompt", row.get("messages")), list)
+
+
+def _trl_arguments(
+    trajectories: Sequence[Trajectory], texts: list[str], asked: list[list[dict]]
+) -> dict[str, list]:
+    rows = [_columns(t.problem) for t in trajectories]
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion"))
+    arguments: dict[str, list] = {name: [row.get(name) for row in rows] for name in names}
+    prompts, completions = [], []
+    for t, text, chat in zip(trajectories, texts, asked):
+        as_chat = _is_chat(t.problem)
+        prompts.append(chat if as_chat else chat[-1]["content"])
+        completions.append([{"role": "assistant", "content": text}] if as_chat else text)
+    ids = [t.turns[-1].completion for t in trajectories]
+    return arguments | {"prompts": prompts, "completions": completions, "completion_ids": ids}
+
+
+def _verl_arguments(t: Trajectory, text: str) -> dict:
+    row = t.problem.row or {}
+    model = row.get("reward_model")
+    return {
+        "data_source": row.get("data_source") or t.problem.source,
+        "solution_str": text,
+        "ground_truth": model["ground_truth"] if isinstance(model, dict) else t.problem.answer,
+        "extra_info": row.get("extra_info"),
+    }
