@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from report_runs import Page
 from thinkrl.tools import pipeline
 from thinkrl.tools.pipeline import collect, parse, require_exchanges, table
 
@@ -77,6 +78,9 @@ def test_all_stages_and_continuing(tmp_path, capfd):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [r["policies"] for r in summary["rounds"]] == ["L0⊗S0", "L1⊗S0", "L1⊗S1"]
     assert {"turns", "long_tokens", "aes", "greedy"} <= summary["rounds"][-1].keys()
+    page = Page(tmp_path / "report.html")
+    assert page.data["runs"] == ["L0", "S0", "grpo", "longshort"] and page.data["chains"]
+    assert {"Rounds", "Before and after", "Training completions", "Chains"} <= set(page.texts("h2"))
     grpo, base = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("grpo", "longshort"))
     same = ("steps", "problems_per_step", "group_size", "temperature", "seed", "lr", "eval_problems")
     assert [grpo[key] for key in same] == [base[key] for key in same], "the same budget"

@@ -23,7 +23,11 @@ function number(value, key = "", sign = false) {
   return (sign && value >= 0 ? "+" : "") + text.replaceAll("-", "−");
 }
 
-const fixed = (value, sign = false) => value === null ? "–" : ((sign && value >= 0 ? "+" : "") + value.toFixed(Math.abs(value) < 10 ? 3 : 1)).replace("-", "−");
+function fixed(value, sign = false) {
+  if (value === null) return "–";
+  const text = value.toFixed(Math.abs(value) < 10 ? 3 : 1).replace("-", "−");
+  return Number(value.toFixed(3)) === 0 ? "0" : (sign && value > 0 ? "+" : "") + text;
+}
 const mean = values => values.reduce((a, b) => a + b, 0) / values.length;
 const plural = (n, word) => `${n.toLocaleString("en-US")} ${word}${n === 1 ? "" : "s"}`;
 const runName = i => DATA.runs[i];

@@ -8,8 +8,8 @@
     4 baseline     the base policy under plain GRPO, for as many steps of as many problems and attempts  train.py grpo
 
 Each stage is one torchrun. What is finished is not done again, so a killed pipeline is continued by the same
-command, and by no other: the options stand in config.json. It ends with a table and summary.json in the
-folder --out: the base policy, the chains it started from, one entry per round, GRPO. All are measured on the
+command, and by no other: the options stand in config.json. It ends with a table, report.html of all stages, and
+summary.json in the folder --out: the base policy, the chains it started from, one entry per round, GRPO. All are measured on the
 same held-out problems at T = 1 and greedily; tokens are those of both roles and of all turns.
 """
 
@@ -26,6 +26,7 @@ from thinkrl.evaluate import aes
 from thinkrl.longshort.protocol import pair_name
 from thinkrl.options import command_line, exit_with_error, option, parse_as
 from thinkrl.runs import ROOT, finished, open_out, torchrun, write_json
+from thinkrl.tools.report import write_report
 
 
 @dataclass(frozen=True)
@@ -224,9 +225,7 @@ def main(options: Options) -> None:
         run_stages(options)
         summary = collect(folder, options.rounds)
         write_json(folder / "summary.json", summary)
-        print(
-            f"\n{table(summary)}\nsummary: {folder}/summary.json   conversations: {folder}/longshort/report.html"
-        )
+        print(f"\n{table(summary)}\nsummary: {folder}/summary.json\nreport: {write_report(folder)}")
         require_exchanges(summary)
     except UserError as mistake:
         exit_with_error("pipeline", mistake, status=1)
