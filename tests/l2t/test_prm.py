@@ -7,9 +7,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import train
 from helpers import ID, PIECES, PRM_CONFIG, V, random_prm, write_tokenizer
 from thinkrl.checkpoint import save_hf
+from thinkrl.config import parse
 from thinkrl.distributed import shard, start, stop
+from thinkrl.l2t import prm_training
 from thinkrl.l2t.prm import (
     StepRewardModel,
     load_prm,
@@ -20,7 +23,14 @@ from thinkrl.l2t.prm import (
     save_prm,
     score_completions,
 )
-from thinkrl.l2t.prm_training import label_positions, pack_loss, prefix_labels, prm_loss, samples
+from thinkrl.l2t.prm_training import (
+    label_positions,
+    labelled_rollout,
+    pack_loss,
+    prefix_labels,
+    prm_loss,
+    samples,
+)
 from thinkrl.model import Transformer
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -168,6 +178,33 @@ def test_equal_prefixes_are_continued_once_and_world_size_does_not_matter(tokeni
     apart = [label(tokenizer, trajectories[i : i + 2], prefixes[:2], continuations=8)[0] for i in (0, 2)]
     assert [x.tolist() for x in together] == [x.tolist() for part in apart for x in part]
     assert together[0][0] + together[2][0] != 1.0, "two problems with the same prompt draw differently"
+
+
+def test_labels_are_drawn_at_the_completions_temperature(tokenizer):
+    """4 is more likely than 5 by e: at temperature 0.05 that is certainty, at 1 three draws in four."""
+    model = bigrams(SUCCESSORS)
+    with torch.no_grad():
+        model.head.weight[ID["5"], ID["<answer>"]] -= 1.0
+    options = ["--episodes", "fixed:1", "--max_tokens", "6", "--group_size", "2", "--gain_samples", "64"]
+    config = parse(["prm", "--temperature", "0.05", *options])
+    _, labelled = labelled_rollout(
+        Sampler(model, tokenizer, num_pages=200), [Problem(3, "?", "4")], 0, config
+    )
+    labels = torch.cat([sample.label for sample in labelled])
+    assert (labels[~labels.isnan()] == 1).all()
+
+
+def test_the_loss_is_divided_by_the_labels_of_all_ranks(tmp_path, monkeypatch):
+    """As if a second rank had as many: the loss that this one adds is half as large."""
+    options = ["prm", "--steps", "1", "--problems_per_step", "2", "--group_size", "2", "--max_tokens", "30"]
+    options += ["--gain_samples", "1", "--runs_dir", str(tmp_path)]
+    for name, ranks in (("one", 1), ("two", 2)):
+        monkeypatch.setattr(prm_training, "global_sum", lambda value, ranks=ranks: ranks * value)
+        train.main(parse([*options, "--name", name]))
+    one, two = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text())["loss"] for name in ("one", "two")
+    )
+    assert two == pytest.approx(one / 2, rel=1e-5) and one > 0
 
 
 def packed(trajectories, prefixes, labels, budget=1000):
