@@ -53,8 +53,8 @@ bench-gpu: ## the same on a CUDA machine with torch and triton already installed
 tiny: .venv/done ## rebuild the embedded model from its problem generator
 	$(BIN)/python -m thinkrl.assets.tiny.make --out runs/tiny
 	$(RUN) train.py sft --model runs/tiny/start --data runs/tiny/chains.jsonl --steps 1000 --problems_per_step 128 \
-		--lr 3e-3 --warmup 0.03 --name tiny-sft --device $(DEVICE)
-	cp runs/tiny-sft/checkpoints/step_1000/hf/model.safetensors thinkrl/assets/tiny/
+		--lr 3e-3 --warmup 0.03 --save_dtype float32 --name tiny-sft --device $(DEVICE)
+	cp runs/tiny-sft/hf/model.safetensors thinkrl/assets/tiny/
 
 compare: .venv/done ## L2T against GRPO and its controls, 3 seeds each (most of an hour on two cores)
 	$(BIN)/python -m thinkrl.tools.compare $(ARGS)

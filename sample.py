@@ -9,7 +9,7 @@ conversations also their turns, and with --base the Accuracy-Efficiency Score ag
 problems.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thinkrl import UserError
 from thinkrl.options import command_line, group, option, parse_as
@@ -17,13 +17,16 @@ from thinkrl.options import command_line, group, option, parse_as
 
 @dataclass(frozen=True)
 class Options:
+    given: frozenset[str] = frozenset()  # names of the options that were given
     _what = group("What to answer")
     model: str = option(
         "tiny", "Hugging Face folder, owner/name[@revision] of the hub, or 'tiny', the embedded model"
     )
     long: str = option("", "folder of the long-thought policy: together with --short, a conversation")
     short: str = option("", "folder of the short-thought policy")
-    base: str = option("", "folder of a model to compare with on --data: prints AES against it")
+    base: str = option(
+        "", "folder of a model to compare with on --data, asked in the same way: prints AES against it"
+    )
     prompt: str = option("", "answer this and print it")
     data: str = option(
         "", "evaluate on: 'arith' (held out) | FILE | hub:owner/name[:config][:split]; several joined by +"
@@ -35,20 +38,23 @@ class Options:
     columns: str = option("", "which column holds what, for a layout of your own: problem=NAME,answer=NAME")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and say how many")
     limit: int = option(0, "at most this many problems; 0: all", low=0)
-    system: str = option("", "system message")
-    suffix: str = option("", "text appended to every question")
+    system: str = option("", "system message; left out: that of the training, for a model trained here")
+    suffix: str = option("", "text appended to every question; left out: that of the training")
     _how = group("How")
     n: int = option(1, "completions per problem", low=1)
     max_tokens: int = option(
         0,
-        "completion length limit, per turn of a conversation; 0: 200 for the embedded model, else 2048 or half of the context",
+        "completion length limit, per turn of a conversation; 0: as in training, or 200 for the embedded model, else "
+        "2048 or half of the context",
         low=0,
     )
     max_turns: int = option(5, "exchanges (one long and one short turn) per conversation", low=1)
     prompts: str = option(
         "", "JSON file with the two role prompts; empty: the long model folder's, else the built-in ones"
     )
-    temperature: float = option(1.0, "sampling temperature; 0 is greedy", low=0)
+    temperature: float = option(
+        1.0, "sampling temperature; 0 is greedy; if it is left out, as in training or 1", low=0
+    )
     seed: int = option(42, "seed of every sampled token")
     device: str = option("auto", "device", ("auto", "cpu", "cuda"))
     dtype: str = option(
@@ -90,9 +96,9 @@ from thinkrl.evaluate import aes, summarise
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.longshort import protocol as longshort
 from thinkrl.longshort.conversation import shared_prompts
-from thinkrl.options import exit_with_error
+from thinkrl.options import exit_with_error, shown
 from thinkrl.problems import held_out_problems, reading
-from thinkrl.rollout import EVALUATION, rollout
+from thinkrl.rollout import EVALUATION, read_sampling, rollout
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory
@@ -101,6 +107,17 @@ BATCH = 64  # problems per call, so that the bar moves
 
 
 Attempt = Callable[[list[Problem], int], list[Trajectory]]  # problems, n -> n attempts at each, contiguous
+
+
+def as_trained(options: Options, world: World) -> Options:
+    """Options that were not given become what the policy was sampled with in training, if its folder says so."""
+    saved = read_sampling(model_path(options.long or options.model, "--long" if options.long else "--model"))
+    taken = {key: value for key, value in saved.items() if key not in options.given and value != ""}
+    if taken and world.main:
+        print(
+            "as in training:", *(f"--{key} {shown(value)}" for key, value in taken.items()), file=sys.stderr
+        )
+    return replace(options, **taken)
 
 
 def policy(options: Options, world: World) -> Attempt:
@@ -262,7 +279,7 @@ def main(options: Options) -> None:
     try:
         require_own_kernels()
         world = start(options.device)
-        (answer if options.prompt else evaluate)(options, world)
+        (answer if options.prompt else evaluate)(as_trained(options, world), world)
     except UserError as mistake:
         exit_with_error("sample.py", mistake)
     finally:

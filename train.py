@@ -24,6 +24,8 @@ from thinkrl import UserError, require_own_kernels, sft
 from thinkrl.config import Config
 from thinkrl.distributed import World, gather, run_and_exit, start, stop
 from thinkrl.evaluate import held_out_record, summary_table, tally_outcomes
+from thinkrl.finish import finish, push
+from thinkrl.hub import require_upload
 from thinkrl.learner import fitted, model_path
 from thinkrl.metrics import Stopwatch, Tally
 from thinkrl.options import exit_with_error
@@ -165,10 +167,16 @@ def main(config: Config) -> None:
         require_own_kernels()
         require_sinks(config.wandb, config.tensorboard)
         world = start(config.device)
+        if world.main and config.push_to_hub:
+            require_upload(config.push_to_hub)
         config = fitted(config, world)
         run = {"sft": train_sft, "prm": train_prm}.get(config.preset, train)(config, world)
         if world.main:
+            models = finish(run, config)
+            print("\n".join(f"model: {folder}" for folder in models))
             print(f"report: {write_report(run.folder)}\nrun: {run.folder}")
+            if config.push_to_hub:
+                push(models, config)
     except UserError as mistake:
         exit_with_error("train.py", mistake)
     except Diverged as reason:

@@ -169,3 +169,18 @@ def test_a_missing_extra_is_named_for_a_dataset(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'thinkrl\[hub\]'"):
         load_problems("hub:openai/gsm8k")
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("policy", "--push_to_hub is 'policy': it must be owner/name"),
+        ("me/policy@v1", "--push_to_hub is 'me/policy@v1': it must be owner/name"),
+        ("me/policy", "--push_to_hub me/policy: cannot be created or written; log in with `hf auth login`"),
+    ],
+)
+def test_what_cannot_be_uploaded_is_refused_before_training(name, sentence, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as mistake:
+        hub.require_upload(name)
+    assert str(mistake.value).startswith(sentence) and "\n" not in str(mistake.value)

@@ -19,7 +19,7 @@ LAYERS = {
         *("rows", "layouts", "chats", "problems", "arith", "grading", "notation", "values", "algebra"),
     ],
     3: ["paged_model", "decode", "sampler", "rollout", "grpo", "length", "rewards"],
-    4: ["learner", "evaluate", "update", "session", "sft", "presets"],
+    4: ["learner", "evaluate", "update", "session", "finish", "sft", "presets"],
     5: ["l2t", "longshort"],
     6: ["tools"],
     7: ["train", "sample", "chunk", "cli"],

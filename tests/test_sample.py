@@ -157,10 +157,7 @@ def test_options(argv, sentence):
             ["--out", "nowhere/out.jsonl"],
             "--out nowhere/out.jsonl cannot be written: give a file in a folder that exists",
         ),
-        (
-            ["--base", "nowhere"],
-            "--base nowhere: no such folder; give a Hugging Face checkpoint folder, or 'tiny'",
-        ),
+        (["--base", "nowhere"], "--base nowhere: no such folder; give a Hugging Face folder, owner"),
     ],
 )
 def test_what_would_fail_in_the_end_is_refused_at_the_start(data, capsys, monkeypatch, argv, sentence):

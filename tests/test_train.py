@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import sample
 import train
 from helpers import ROOT, torchrun
 from thinkrl.config import parse
@@ -189,11 +190,9 @@ def test_kill_and_resume_is_the_same_run(tmp_path, options, killed, steps):
     assert done.returncode != 0 and (tmp_path / "cut" / "latest").read_text() == f"step_{killed}\n"
     done = torchrun(2, "train.py", *cut, "--resume", "auto")
     assert done.returncode == 0, done.stderr[-3000:]
-    last = f"checkpoints/step_{steps}"
-    for saved in (
-        path.relative_to(tmp_path / "whole")
-        for path in (tmp_path / "whole" / last).rglob("model.safetensors")
-    ):
+    models = [path.relative_to(tmp_path / "whole") for path in tmp_path.glob("whole/hf*/model.safetensors")]
+    assert len(models) == (2 if options[0] == "longshort" else 1)
+    for saved in models:
         one, other = (load_file(tmp_path / name / saved) for name in ("whole", "cut"))
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), saved
 
@@ -320,6 +319,8 @@ def test_sft_learns_its_rows_and_leaves_a_folder(tmp_path):
                 str(tmp_path),
                 "--name",
                 "sft",
+                "--save_dtype",
+                "bfloat16",
             ]
         )
     )
@@ -327,9 +328,41 @@ def test_sft_learns_its_rows_and_leaves_a_folder(tmp_path):
         json.loads(line)["loss"] for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()
     ]
     assert losses[-1] < 0.7 * losses[0], losses
-    folder = tmp_path / "sft" / "checkpoints" / "step_6" / "hf"
+    folder = tmp_path / "sft" / "hf"
     assert transformers.AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 72
+    assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert not list((tmp_path / "sft" / "checkpoints").glob("*/dcp")), "no state that only a resume reads"
     assert (tmp_path / "sft" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_sample_measures_what_the_run_measured(tmp_path, capsys):
+    """The prompt and the limit of a policy are beside its weights."""
+    rows = [{"problem": f"{i}*7", "answer": str(i * 7), "source": "arith"} for i in range(1, 9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--suffix", "?", "--max_tokens", "40", "--eval_data", str(tmp_path / "rows.jsonl")]
+    small = ["--steps", "1", "--problems_per_step", "2", "--group_size", "2"]
+    train.main(parse(["grpo", *asked, *small, "--lr", "0", "--runs_dir", str(tmp_path), "--name", "run"]))
+    model = tmp_path / "run" / "hf"
+    assert json.loads((model / "sampling.json").read_text()) == {
+        "system": "",
+        "suffix": "?",
+        "max_tokens": 40,
+        "temperature": 1.0,
+    }
+
+    def measured(*options: str) -> tuple[str, str]:
+        capsys.readouterr()
+        command = ["--model", str(model), "--data", str(tmp_path / "rows.jsonl"), "--temperature", "0"]
+        sample.main(sample.parse_options([*command, *options]))
+        said = dict(
+            line.split()[:2] for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2
+        )
+        return said["accuracy"], said["tokens"]
+
+    after = json.loads((tmp_path / "run" / "summary.json").read_text())["after"]["greedy"]
+    as_in_training = (f"{after['accuracy']:.4g}", f"{after['tokens']:.4g}")
+    assert measured() == as_in_training != measured("--suffix", "")
 
 
 @pytest.mark.slow
@@ -347,7 +380,7 @@ def test_a_reward_model_is_trained_and_used(tmp_path):
     train.main(parse(["prm", "--steps", "2", "--gain_samples", "2", "--lr", "1e-3", "--name", "prm", *small]))
     rows = [json.loads(line) for line in (tmp_path / "prm" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(0 < row["label_error"] < 1 for row in rows)
-    folder = tmp_path / "prm" / "checkpoints" / "step_2" / "prm"
+    folder = tmp_path / "prm" / "prm"
     train.main(
         parse(
             [
@@ -527,6 +560,7 @@ def test_what_a_kill_left_out_is_made_up(tmp_path):
         str(tmp_path),
         "--name",
         "run",
+        "--keep_optimizer",
     ]
     train.main(parse(options))
     run = tmp_path / "run"
@@ -551,6 +585,7 @@ def test_what_a_kill_left_out_is_made_up(tmp_path):
         str(tmp_path),
         "--name",
         "sft",
+        "--keep_optimizer",
     ]
     train.main(parse(options))
     whole = json.loads((tmp_path / "sft" / "summary.json").read_text())

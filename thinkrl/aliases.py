@@ -13,6 +13,8 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     ("--wandb, --tensorboard", "report_to", "trainer.logger"),
     ("--save_every", "save_steps", "trainer.save_freq"),
     ("--keep_checkpoints", "save_total_limit", "trainer.max_actor_ckpt_to_keep"),
+    ("--push_to_hub owner/name", "hub_model_id", ""),
+    ("--keep_optimizer", "save_only_model false", "checkpoint.save_contents"),
     ("--eval_every", "eval_steps", "trainer.test_freq"),
     ("--eval_samples", "num_generations_eval", "val_kwargs.n"),
     ("--log_groups", "log_completions, num_completions_to_print", "trainer.rollout_data_dir"),

@@ -44,6 +44,13 @@ class Config:
     )
     save_every: int = option(100, "optimizer steps between checkpoints; 0: only at the end", low=0)
     keep_checkpoints: int = option(2, "checkpoints kept on disk", low=1)
+    keep_optimizer: bool = option(
+        False, "keep the sharded weights and optimizer states of a finished run, which only a resume reads"
+    )
+    save_dtype: str = option(
+        "auto", "dtype of the exported weights; auto: the compute dtype", ("auto", "float32", "bfloat16")
+    )
+    push_to_hub: str = option("", "owner/name: upload the finished policy to the hub (extra [hub])")
     eval_every: int = option(
         0, "optimizer steps between evaluations; 0: only before and after training", low=0, presets=RL
     )

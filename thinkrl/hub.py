@@ -9,11 +9,13 @@ from pathlib import Path
 from thinkrl import UserError, require_extra
 from thinkrl.tokenizer import FILES
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # owner/name[@revision]
 MODEL_FILES = [
     "config.json",
     "model.safetensors",
     "model-*.safetensors",
     "model.safetensors.index.json",
+    "sampling.json",
     *FILES,
 ]
 KINDS = (
@@ -44,6 +46,34 @@ def fetch_model(name: str, option: str = "--model") -> Path:
     except Exception as error:  # of many kinds, by transport and version: not found, no access, no network
         raise UserError(
             f"{option} {name}: no such folder, and it cannot be fetched from the hub ({reason(error)})"
+        ) from None
+
+
+def require_upload(name: str) -> None:
+    """Make owner/name on the hub, if it is not there, so that a missing login is noticed before training. UserError."""
+    if not HUB_NAME.fullmatch(name) or "@" in name:
+        raise UserError(f"--push_to_hub is '{name}': it must be owner/name")
+    require_extra("huggingface_hub", "hub", f"--push_to_hub {name}")
+    import huggingface_hub
+
+    try:
+        huggingface_hub.create_repo(name, exist_ok=True)
+    except Exception as error:
+        raise UserError(
+            f"--push_to_hub {name}: cannot be created or written; log in with `hf auth login` ({reason(error)})"
+        ) from None
+
+
+def upload(folder: Path, name: str) -> None:
+    """Upload a model's folder to owner/name. Raises UserError, with the command that uploads it by hand."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.create_repo(name, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Trained with thinkrl")
+    except Exception as error:
+        raise UserError(
+            f"the run is complete, but {folder} could not be uploaded ({reason(error)}): `hf upload {name} {folder}`"
         ) from None
 
 

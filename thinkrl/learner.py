@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +22,11 @@ from thinkrl.checkpoint import (
 )
 from thinkrl.config import Config, fit_to_context
 from thinkrl.distributed import World, shard
-from thinkrl.hub import fetch_model
+from thinkrl.hub import HUB_NAME, fetch_model
 from thinkrl.model import Transformer
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 TINY = Path(__file__).parent / "assets" / "tiny"
 
 
@@ -78,6 +76,11 @@ def compute_dtype(config: Config, world: World) -> torch.dtype:
     if config.dtype == "auto":
         return torch.bfloat16 if world.device.type == "cuda" else torch.float32
     return getattr(torch, config.dtype)
+
+
+def save_dtype(config: Config, world: World) -> torch.dtype:
+    """Of the weights in the exported folders."""
+    return compute_dtype(config, world) if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
 
 
 def new_learner(

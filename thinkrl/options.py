@@ -88,14 +88,20 @@ def groups(schema: type) -> Iterator[tuple[Group, list[dataclasses.Field]]]:
 
 
 def parse_as(schema: type[T], argv: list[str], usage: str, notes: Iterable[str] = ()) -> T:
-    """The options of a program that has no presets. --help prints usage, options and notes, and exits 0."""
+    """The options of a program that has no presets. --help prints usage, options and notes, and exits 0.
+
+    A field `given` of the schema receives the names of the options that were given.
+    """
     if asks_for_help(argv):
         lines = [f"usage: {usage}"]
         for heading, fields in groups(schema):
             lines += ["", f"{heading.title}:"] * bool(heading.title)
             lines += [help_line(f, f.default) for f in fields]
         show_help("\n".join([*lines, *notes]))
-    return schema(**read_options(argv, schema))
+    values = read_options(argv, schema)
+    if "given" in {f.name for f in dataclasses.fields(schema)}:
+        values["given"] = frozenset(values)
+    return schema(**values)
 
 
 def read_options(

@@ -28,7 +28,7 @@ from thinkrl.evaluate import summarise
 from thinkrl.grpo import group_advantages
 from thinkrl.learner import Learner, learning_rate, model_path, new_learner
 from thinkrl.metrics import Tally
-from thinkrl.rollout import TRAINING, require_room, rollout
+from thinkrl.rollout import TRAINING, require_room, rollout, sampling_file
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample, Trajectory
 
@@ -128,7 +128,8 @@ class OnePolicy(Preset[T]):
         self.config = config
         path = model_path(config.model)
         self.tokenizer = Tokenizer(path)
-        self.learners = {"policy": new_learner(path, config, world, self.tokenizer)}
+        files = sampling_file(config)
+        self.learners = {"policy": new_learner(path, config, world, self.tokenizer, files=files)}
 
     def require_room(self, problems: list[Problem], training: bool, more: int = 0) -> None:
         """Raise UserError if a problem, its completion and `more` tokens exceed the model's context."""

@@ -6,9 +6,12 @@ world size.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from thinkrl import UserError
+from thinkrl.config import Config, readers
 from thinkrl.grading import extract, grade
 from thinkrl.problems import messages
 from thinkrl.sampler import Sampler
@@ -18,6 +21,23 @@ from thinkrl.types import Problem, Trajectory, Turn
 TRAINING, EVALUATION, PROBE, LABELS = range(
     4
 )  # first part of an address: no two purposes draw the same numbers
+
+
+SAMPLING_FILE = "sampling.json"  # beside a policy's weights: how it was sampled in training
+SAMPLING_KEYS = ("system", "suffix", "max_tokens", "temperature")
+
+
+def sampling_file(config: Config) -> dict[str, str]:
+    """The file that says how a policy is sampled in this run, name -> text: sample.py does it the same way."""
+    values = {key: config[key] for key in SAMPLING_KEYS if config.preset in readers(key)}
+    return {SAMPLING_FILE: json.dumps(values, indent=2, ensure_ascii=False) + "\n"}
+
+
+def read_sampling(folder: Path) -> dict:
+    """What `sampling_file` wrote beside a policy's weights; {} for a model that was not trained here."""
+    path = folder / SAMPLING_FILE
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {key: values[key] for key in SAMPLING_KEYS if key in values}
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, system: str = "", suffix: str = "") -> list[int]:

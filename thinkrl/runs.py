@@ -3,7 +3,7 @@
     config.json         every option, resolved              metrics.jsonl        a line per optimizer step
     environment.json    what each start ran on              samples.jsonl        training completions, token by token
     summary.json        held-out evaluations by name        evaluations.jsonl    the completions of these evaluations
-    report.html         all of it as a page                 checkpoints/, latest
+    report.html         all of it as a page                 checkpoints/, latest; at the end hf/, the policy
 
 A name is used once. `--resume auto` continues the unfinished run of the same configuration, from its `latest`
 checkpoint, and refuses anything else; `--resume PATH` names the folder. Files are written under a temporary
@@ -40,6 +40,9 @@ FREE_TO_CHANGE = {
     "wandb_project",
     "tensorboard",
     "keep_checkpoints",
+    "keep_optimizer",
+    "save_dtype",
+    "push_to_hub",
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,7 +21,7 @@ from thinkrl import UserError
 from thinkrl.checkpoint import save_hf
 from thinkrl.config import Config, as_dict
 from thinkrl.distributed import World
-from thinkrl.learner import Learner, restore, save
+from thinkrl.learner import Learner, restore, save, save_dtype
 from thinkrl.metrics import Log, Tally, append
 from thinkrl.problems import Stream
 from thinkrl.runs import open_run, record_launch
@@ -44,7 +45,7 @@ class Session:
 
     first     optimizer steps taken before, by the run that is resumed; 0 for a new one
     state     what `end_step` was given with the checkpoint that is resumed; {} for a new run
-    export    writes a learner's weights where others load them, as (model, tokenizer, folder)
+    export    writes a learner's weights where others load them, as (model, tokenizer, folder, dtype=…)
     report    writes the page of a run folder: every --report_every steps and after every evaluation
     """
 
@@ -57,7 +58,8 @@ class Session:
         report: Callable[[Path], object] | None = None,
     ):
         self.config, self.world, self.learners = config, world, learners
-        self.export, self.report = export, report
+        self.export = partial(export, dtype=save_dtype(config, world))
+        self.report = report
         self.run = open_run(config, world)
         self.first, self.state = restore(self.run.folder, learners)
         self.sinks = []
@@ -119,13 +121,12 @@ class Session:
         except Exception:
             tqdm.write(f"the report was not written:\n{traceback.format_exc()}")
 
-    def summarise_loss(self, product: str, folder: str) -> None:
-        """The end of a run without held-out problems: the last loss into summary.json, and where the product is."""
+    def summarise_loss(self) -> None:
+        """The end of a run without held-out problems: the last loss into summary.json."""
         if self.world.main:
             loss = self.log.last("loss")
             self.run.update_summary(after={"loss": loss})
-            saved = self.run.folder / "checkpoints" / f"step_{self.config.steps}" / folder
-            print(f"loss {loss:.4f}\n{product}: {saved}")
+            print(f"loss {loss:.4f}")
 
     def close(self) -> None:
         """Let the trackers finish."""

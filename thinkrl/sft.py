@@ -134,6 +134,6 @@ def train(
             tally.add("tokens", len(sample.completion))
             tally.add_sum("sampled_tokens", len(sample.completion))
         session.end_step(step, tally, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
-    session.summarise_loss("model", "hf")
+    session.summarise_loss()
     session.close()
     return session.run

@@ -246,12 +246,15 @@ def load_prm(
     return model
 
 
-def save_prm(model: StepRewardModel, tokenizer: Tokenizer | None, path: str | Path) -> None:
+def save_prm(
+    model: StepRewardModel, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None = None
+) -> None:
     """Write config.json, model.safetensors and the tokenizer's files, all or nothing. Under FSDP every rank must call it.
+    dtype as in `save_hf`.
 
     Rank 0 gathers one parameter at a time and holds the whole model once, in host memory.
     """
-    tensors = hf_tensors(get_model_state_dict(model), _layout(model))
+    tensors = hf_tensors(get_model_state_dict(model), _layout(model), dtype)
     with atomic_dir(Path(path)) as folder:
         if folder:
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

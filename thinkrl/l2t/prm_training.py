@@ -72,7 +72,7 @@ def train(config: Config, world: World, report: Callable[[Path], object] | None 
         loss, grad_norm = descend(learner, packs, objective, lr, config, world)
         tally_outcomes(tally, trajectories, config.group_size)
         session.end_step(step, tally, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
-    session.summarise_loss("reward model", "prm")
+    session.summarise_loss()
     session.close()
     return session.run
 

@@ -28,7 +28,7 @@ from thinkrl.longshort.protocol import (
 )
 from thinkrl.metrics import Tally
 from thinkrl.presets import Preset, grpo_advantages
-from thinkrl.rollout import TRAINING
+from thinkrl.rollout import TRAINING, sampling_file
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample
 
@@ -47,7 +47,7 @@ class LongShort(Preset[Conversation]):
         tokenizers = {role: Tokenizer(path) for role, path in paths.items()}
         require_same_tokenizer(tokenizers["long"], tokenizers["short"])
         self.prompts = shared_prompts(config.prompts, *paths.values())
-        files = prompts_file(self.prompts)
+        files = prompts_file(self.prompts) | sampling_file(config)
         self.learners = {
             role: new_learner(path, config, world, tokenizers[role], samplers=2, files=files)
             for role, path in paths.items()

@@ -98,7 +98,7 @@ def run_stages(options: Options) -> None:
                 "auto",
                 *arguments,
             )
-        return folder / name / "checkpoints"
+        return folder / name
 
     chunks = folder / "chunk"
     run(
@@ -124,7 +124,7 @@ def run_stages(options: Options) -> None:
             "--steps",
             str(options.sft_steps),
         )
-        start += [f"--{role}", str(saved / f"step_{options.sft_steps}" / "hf")]
+        start += [f"--{role}", str(saved / "hf")]
     measured = ["--eval_problems", str(options.eval_problems)]
     train(
         "3 rounds",
