@@ -67,9 +67,12 @@ def test_published_l2t_values_on_a_real_model():
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("tiny", [False, True])
 @pytest.mark.parametrize("profile", config.PROFILE_VALUES)
-@pytest.mark.parametrize("method", config.LENGTH_VALUES)
+@pytest.mark.parametrize(
+    "method",
+    [*(dict(length=x) for x in config.LENGTH_VALUES), *(dict(method=x) for x in config.METHOD_VALUES)],
+)
 def test_every_default_is_allowed_by_its_field(preset, tiny, profile, method):
-    values = preset_values(preset, tiny, profile, method)
+    values = preset_values(preset, tiny, profile, **method)
     for f in OPTIONS:
         assert within(f, values.get(f.name, f.default)), f.name
 
@@ -154,6 +157,30 @@ LENGTH = {
     "--surrogate sapo --updates_per_rollout 2 --clip_low 0.1": "--surrogate sapo has no clip",
     "--importance_low 0.5": "--importance_low 0.5 needs --importance_cap, the upper bound",
 }
+
+
+CREDIT = {
+    "--profile paper --method mrt": "--profile paper and --method mrt: choose one",
+    "--credit_lambda 0.5": "--credit_lambda is read by --credit step and local, not by uniform",
+    "--gain mc --gain_scale log": "--gain_scale log is one of a forced answer's probability: --gain mc has none",
+    "--credit local --gain none": "--credit local needs J to be the value of a state",
+    "--credit local --gain_scale log": "--credit local needs J to be the value of a state",
+    "--credit local --advantage_std none": "--credit local has one scale for the whole step",
+    "--credit local --released_sum": "--released_sum is not read by --credit local",
+    "--advantage_std mean": "--advantage_std mean divides by a group's mean reward, which l2t may make negative",
+}
+
+
+@pytest.mark.parametrize("line", CREDIT)
+def test_contradictions_of_credit_are_refused(line):
+    with pytest.raises(UserError) as mistake:
+        parse(["l2t", *line.split()])
+    assert str(mistake.value).startswith(CREDIT[line]) and "\n" not in str(mistake.value)
+
+
+def test_a_method_sets_values_that_can_be_given_still():
+    c = parse(["l2t", "--method", "vineppo", "--gain_samples", "2"])
+    assert (c.gain, c.gain_samples, c.credit, c.beta) == ("continue", 2, "local", 0.0)
 
 
 @pytest.mark.parametrize("line", LENGTH)

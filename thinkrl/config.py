@@ -221,6 +221,11 @@ class Config:
         "named settings: paper (Alg. 1 to the letter) | code (what the released scripts train) | grpo",
         ("", "paper", "code", "grpo"),
     )
+    method: str = option(
+        "",
+        "named settings of other papers that the probes measure too, docs/methods.md: mrt | vineppo | igpo | pacr",
+        ("", "mrt", "vineppo", "igpo", "pacr"),
+    )
     alpha: float = option(0.8, "α, weight of the process reward (Eq. 5)", low=0)
     beta: float = option(0.6, "β, weight of the compression penalty in the process reward (Eq. 3)", low=0)
     statistic: str = option(
@@ -228,8 +233,12 @@ class Config:
     )
     credit: str = option(
         "uniform",
-        "how a completion's advantage is distributed over its tokens",
-        ("uniform", "guarded", "paper", "to_go"),
+        "what a token's advantage is: the completion's | the same by surprise | Alg. 1 l. 15 as printed | its episode's "
+        "return-to-go | its episode's own reward | its episode's change of J, without a group",
+        ("uniform", "guarded", "paper", "to_go", "step", "local"),
+    )
+    credit_lambda: float = option(
+        0.0, "λ of step and local credit: an episode gets λ^j of what the j-th after it earns", low=0, high=1
     )
     keep: float = option(
         0.95, "central share of the rewards that the truncated mean keeps (Alg. 1 l. 13)", above=0, high=1
@@ -245,6 +254,11 @@ class Config:
         "J_k is the gold answer's probability in a forced answer | the accuracy of M sampled forced answers | "
         "of M continuations to the end | a step reward model's score | 0",
         ("forced", "mc", "continue", "prm", "none"),
+    )
+    gain_scale: str = option(
+        "p",
+        "J_k of --gain forced: the gold answer's probability p | the geometric mean over its tokens | log p",
+        ("p", "geometric", "log"),
     )
     gain_samples: int = option(
         4, "M of --gain mc, --gain continue and prm's labels", low=1, presets=("l2t", "prm")
@@ -401,6 +415,22 @@ PROFILE_VALUES: dict[str, dict] = {
     "grpo": dict(alpha=0.0, statistic="return_sum", credit="uniform", gain="none", compression="none"),
 }
 
+# What --method sets, as far as a paper says it; tests/l2t/test_methods.py has each one's own formula.
+_NO_PENALTY = dict(beta=0.0, compression="none")
+METHOD_VALUES: dict[str, dict] = {
+    "": {},
+    # 2503.07572: the outcome and 0.2 times how much more often a forced answer is right, per completion
+    "mrt": _NO_PENALTY | dict(alpha=0.2, gain="mc", credit="uniform", statistic="return_sum"),
+    # 2410.01679: an episode's change of value, by 9 continuations; no group
+    "vineppo": _NO_PENALTY | dict(gain="continue", gain_samples=9, credit="local", credit_lambda=0.0),
+    # 2510.14967: gains of the geometric mean, normalized with the outcome, summed to the end (γ = 1)
+    "igpo": _NO_PENALTY
+    | dict(alpha=1.0, gain="forced", gain_scale="geometric", credit="step", credit_lambda=1.0),
+    # 2510.22255, by its abstract: the same on log p
+    "pacr": _NO_PENALTY | dict(alpha=1.0, gain="forced", gain_scale="log", credit="step", credit_lambda=1.0),
+}
+
+
 # What --length sets: the options that a method reads, with its published values; 0 and "" must be given.
 LENGTH_VALUES: dict[str, dict] = {
     "": {},
@@ -451,7 +481,8 @@ def resolve(preset: str, given: dict[str, Any]) -> Config:
     for key in given:
         require_read(preset, key)
     model = (given.get("long") if preset == "longshort" else None) or given.get("model", Config.model)
-    values = preset_values(preset, embedded(model), given.get("profile", ""), given.get("length", ""))
+    named = {key: given.get(key, "") for key in ("profile", "length", "method")}
+    values = preset_values(preset, embedded(model), **named)
     config = Config(**(values | given), preset=preset, given=frozenset(given))
     if preset == "longshort":  # the rounds say how long it takes, and each ends with an evaluation
         rounds = config.rounds.replace(",", "")
@@ -465,10 +496,13 @@ def resolve(preset: str, given: dict[str, Any]) -> Config:
     return config
 
 
-def preset_values(preset: str, tiny: bool = False, profile: str = "", length: str = "") -> dict[str, Any]:
-    """What a preset sets, with the embedded model's values if `tiny`, and a profile's or a length method's."""
+def preset_values(
+    preset: str, tiny: bool = False, profile: str = "", length: str = "", method: str = ""
+) -> dict[str, Any]:
+    """What a preset sets, with the embedded model's values if `tiny`, and those of named settings."""
     small = EMBEDDED_VALUES[preset] if tiny else {}
-    return PRESET_VALUES[preset] | small | PROFILE_VALUES[profile] | LENGTH_VALUES[length]
+    named = PROFILE_VALUES[profile] | METHOD_VALUES[method] | LENGTH_VALUES[length]
+    return PRESET_VALUES[preset] | small | named
 
 
 def fit_to_context(config: Config, context: int) -> tuple[Config, str]:
@@ -542,6 +576,7 @@ def _check(config: Config) -> None:
     )
     _check_objective(c, refuse)
     _check_length(c, refuse)
+    _check_credit(c, refuse)
     refuse(
         c.preset == "l2t" and c.gain == "prm" and not c.prm,
         "--gain prm needs --prm PATH, a step reward model made by train.py prm",
@@ -552,9 +587,9 @@ def _check(config: Config) -> None:
         "temperature 1; keep it, or use --compression none",
     )
     refuse(
-        c.preset == "l2t" and c.credit == "to_go" and c.advantage_std != "sample",
+        c.preset == "l2t" and c.credit == "to_go" and c.advantage_std not in ("sample", "batch"),
         f"--advantage_std {c.advantage_std}: --credit to_go divides a group by the root mean square of its tokens' "
-        "advantages instead; leave it out",
+        "advantages instead, and with batch the whole step; leave it out",
     )
     refuse(c.preset == "sft" and not c.data, "sft needs --data FILE.jsonl or an alpaca JSON list")
     refuse(
@@ -590,6 +625,31 @@ def _check_objective(c: Config, refuse: Callable[[Any, str], None]) -> None:
         c.advantage_std == "mean" and (c.preset in ("l2t", "longshort") or c.length not in NEVER_NEGATIVE),
         f"--advantage_std mean divides by a group's mean reward, which {c.length or c.preset} may make negative",
     )
+
+
+def _check_credit(c: Config, refuse: Callable[[Any, str], None]) -> None:
+    refuse(
+        c.profile and c.method,
+        f"--profile {c.profile} and --method {c.method}: choose one, they set the same",
+    )
+    refuse(
+        "credit_lambda" in c.given and c.credit not in ("step", "local"),
+        f"--credit_lambda is read by --credit step and local, not by {c.credit}",
+    )
+    refuse(
+        c.gain_scale != "p" and c.gain != "forced",
+        f"--gain_scale {c.gain_scale} is one of a forced answer's probability: --gain {c.gain} has none",
+    )
+    if c.credit == "local":
+        refuse(
+            c.gain == "none" or c.gain_scale != "p",
+            "--credit local needs J to be the value of a state: use --gain continue, with --gain_scale p",
+        )
+        refuse(
+            "advantage_std" in c.given and c.advantage_std != "batch",
+            "--credit local has one scale for the whole step: leave out --advantage_std",
+        )
+        refuse(c.released_sum, "--released_sum is not read by --credit local")
 
 
 def _check_length(c: Config, refuse: Callable[[Any, str], None]) -> None:

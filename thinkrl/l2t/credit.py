@@ -21,7 +21,7 @@ Letters: T tokens and K episodes of one completion, G completions of one problem
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -163,6 +163,66 @@ def guarded_credit(A: Tensor, r: Tensor, center: Tensor, floor: Tensor, max_rati
     return A * (r / center).clamp(-max_ratio, max_ratio)
 
 
+def discounted(rewards: Tensor, lam: float) -> Tensor:
+    """sum_{j >= k} lam^(j-k) rewards_j, [K] -> [K]: lam 0 leaves them as they are, 1 gives what is still to come."""
+    out = rewards.clone()
+    for k in range(len(rewards) - 2, -1, -1):
+        out[k] += lam * out[k + 1]
+    return out
+
+
+def step_advantages(
+    outcomes: Tensor,
+    r_prg: Sequence[Tensor],
+    alpha: float,
+    lam: float,
+    std: str = "sample",
+    eps: float = 1e-6,
+) -> list[Tensor]:
+    """Advantage of every episode of one group by its own normalised reward and what follows: list of [K_i] fp64.
+
+        A_k = sum_{j >= k} lam^(j-k) z_j,      z = (R - mean) / (std + eps)
+
+    R holds alpha r_prg_k [K_i] of all episodes and the outcomes [G], normalised together; the answer is part of the last
+    episode, so the outcome's z joins that one. lam 1 is IGPO (2510.14967) as its paper prints it, gamma = 1. std: "sample",
+    "population" or "none". Zeros where all R are equal.
+    """
+    K = [len(r) for r in r_prg]
+    R = torch.cat([*(alpha * r.double() for r in r_prg), outcomes.double()])
+    *z, outcome = group_normalise(R, eps, std).split([*K, len(outcomes)])
+    for own, last in zip(z, outcome):
+        own[-1] += last
+    return [discounted(own, lam) for own in z]
+
+
+def local_advantages(r_out: float, J: Tensor, cost: Tensor, lam: float) -> Tensor:
+    """Advantage of every episode over the value of the state in which it is written, [K] fp64.   VinePPO (2410.01679), per episode
+
+        A_k = sum_{j >= k} lam^(j-k) d_j,      d_k = J_k - J_{k-1} - cost_k  for k < K,      d_K = r_out - J_{K-1} - cost_K
+
+    J [K+1]: correctness by continuations, an estimate of the state's value; cost [K] what an episode pays, alpha beta C.
+
+    Unbiased for any lam and any number of continuations, one included: given the state and the episode, J_k and J_{k-1} are
+    in expectation the values after and before it, so d_k is the episode's advantage; later d_j have expectation 0 under the
+    policy (but for their cost, which is real). lam adds their noise and, where J is not such an estimate, takes away its
+    bias: lam 1 is r_out - J_{k-1} less costs, with J a mere baseline. There is no group baseline: a group that is all wrong
+    still says which episode lost the most. J from forced answers is no value, and biased.
+    """
+    d = torch.cat([J.double()[1:-1], J.new_tensor([r_out]).double()]) - J.double()[:-1] - cost
+    return discounted(d, lam)
+
+
+def batch_scaled(
+    advantages: Sequence[Tensor], reduce: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> list[Tensor]:
+    """Token advantages [T_i] divided by their rms over all tokens that `reduce` sums over. Zeros where that is 0."""
+    squares = sum((a.double().square().sum() for a in advantages), torch.zeros((), dtype=torch.float64))
+    count = torch.tensor(float(sum(len(a) for a in advantages)), dtype=torch.float64)
+    squares, count = reduce(torch.stack([squares, count]))
+    rms = (squares / count.clamp(min=1)).sqrt()
+    return [a / rms if rms > 0 else torch.zeros_like(a) for a in advantages]
+
+
 def returns_to_go(r_out: float, r_prg: Tensor, alpha: float) -> Tensor:
     """What episode k and all after it earn, [K] fp64: r_out + alpha sum_{j >= k} r_prg_j. The first is the
     return.
@@ -171,7 +231,7 @@ def returns_to_go(r_out: float, r_prg: Tensor, alpha: float) -> Tensor:
 
 
 def to_go_advantages(
-    to_go: Sequence[Tensor], J: Sequence[Tensor], episode_ids: Sequence[Tensor]
+    to_go: Sequence[Tensor], J: Sequence[Tensor], episode_ids: Sequence[Tensor], scaled: bool = True
 ) -> list[Tensor]:
     """Credit by what came after: an episode's return-to-go minus the baseline of its state. List of [T_i] fp64.
 
@@ -190,6 +250,7 @@ def to_go_advantages(
     nothing its coefficient is 0. So the fitting gain can only help, by telling good states from bad; the
     token count does the same for the penalty still to come.
 
+    scaled: False leaves out the division by the group's rms, for a scale that is taken over the step (`batch_scaled`).
     Zeros for a group of one, for a group of equal returns, and where only rounding is left.
     """
     G = [values.double() for values in to_go]
@@ -205,7 +266,7 @@ def to_go_advantages(
         others = torch.cat(G[:i] + G[i + 1 :])
         D.append(y - (x @ plane).clamp(others.min(), others.max()))
     rms = torch.cat(D).square().mean().sqrt()
-    return [torch.zeros_like(d) if rms <= ROUNDING * size else d / rms for d in D]
+    return [torch.zeros_like(d) if rms <= ROUNDING * size else d / rms if scaled else d for d in D]
 
 
 def _states(J: Sequence[Tensor], episode_ids: Sequence[Tensor]) -> list[Tensor]:

@@ -47,6 +47,8 @@ FORCING = {  # by grading rule: what asks for the answer, and what ends it; "": 
 }
 NUMBER_ENDS = re.compile(r"\.?(?:\s*\n|\s+[^\s\d/])|[^\s\d.,/eE]")  # 4 may go on as 4.2, 4,200, 4/2, 4e2
 
+SCALES = ("p", "geometric", "log")
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -171,15 +173,20 @@ def _answer_limit(probes: Sequence[Probe]) -> int:
     return 2 * max((len(probe.gold) for probe in probes), default=0) + 8
 
 
-def answer_probability(logprob: Tensor, probe: Probe) -> Tensor:
-    """J: probability of the gold answer and what ends it. Scalar fp64 in [0, 1].
+def answer_probability(logprob: Tensor, probe: Probe, scale: str = "p") -> Tensor:
+    """J: probability p of the gold answer and what ends it. Scalar fp64.
 
     logprob is what `Sampler.score` gives for the probe: of the tokens of its suffix, then of its choices.
+    scale: "p" in [0, 1]; "log", log p (PACR); "geometric", p^(1/n), n the tokens of answer and end, which is the geometric
+    mean of their probabilities (IGPO).
     """
     tokens, choices = logprob.double().split([len(probe.suffix), len(probe.endings)])
     tokens = tokens[len(probe.forced) :]
     paths = [tokens.sum()] + [tokens[:i].sum() + choice for (i, _), choice in zip(probe.endings, choices)]
-    return torch.stack(paths).exp().sum()  # L2T Prop. D.1
+    log_p = torch.stack(paths).logsumexp(0)
+    if scale == "log":
+        return log_p
+    return (log_p / (len(probe.gold) if scale == "geometric" else 1)).exp()  # L2T Prop. D.1
 
 
 @torch.no_grad()
@@ -226,6 +233,7 @@ class Gain:
     where a live completion finds no other. When they are asked does not change what is sampled: its randomness has an address.
     probes     one per prompt of the call; none for continue
     segment    completion tokens -> Episodes
+    scale      of a forced answer's probability, see `answer_probability`
     grade      (prompt index, text of an answer or of a completion) -> bool, for mc and continue
     temperature   of what is sampled, for mc and continue
     keys       per prompt, the address of its randomness; what is sampled adds (sample, k, m)
@@ -240,6 +248,7 @@ class Gain:
         segment: Callable[[list[int]], Episodes],
         kind: str = "forced",
         *,
+        scale: str = "p",
         samples: int = 4,
         max_tokens: int = 256,
         temperature: float = 1.0,
@@ -249,6 +258,8 @@ class Gain:
     ):
         if kind not in ("forced", "mc", "continue"):
             raise ValueError(f"kind must be forced, mc or continue, not {kind!r}")
+        if scale not in SCALES or scale != "p" and kind != "forced":
+            raise ValueError(f"scale must be one of {', '.join(SCALES)}, only p if not forced: {scale!r}")
         self.sampler, self.probes, self.segment, self.kind = sampler, probes, segment, kind
         self.samples, self.max_tokens, self.grade, self.seed, self.keys = (
             samples,
@@ -257,7 +268,7 @@ class Gain:
             seed,
             keys,
         )
-        self.temperature = temperature
+        self.temperature, self.scale = temperature, scale
         self.seconds, self.forwards = 0.0, 0
         self._seen: dict[
             tuple[int, int], tuple[Episodes, list]
@@ -319,7 +330,7 @@ class Gain:
             [probe.choices for probe in probes],
         )
         for key, probe, logprob in zip(waiting, probes, logprobs):
-            self._J[key] = float(answer_probability(logprob, probe))
+            self._J[key] = float(answer_probability(logprob, probe, self.scale))
 
     def _sample(self) -> None:
         waiting, self._waiting = self._waiting, {}

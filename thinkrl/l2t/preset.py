@@ -18,12 +18,17 @@ from torch import Tensor
 from thinkrl.config import Config
 from thinkrl.distributed import World, global_max, global_sum
 from thinkrl.grading import grade
+from thinkrl.grpo import batch_std
 from thinkrl.l2t.compression import Proxy, normalise_compression
 from thinkrl.l2t.credit import (
+    batch_scaled,
     episode_rewards,
+    group_statistic,
+    local_advantages,
     process_reward,
     released_reward,
     returns_to_go,
+    step_advantages,
     to_go_advantages,
     token_advantages,
     token_rewards,
@@ -173,6 +178,7 @@ class L2T(OnePolicy[EpisodeTrajectory]):
             self.probes(problems),
             self.segment,
             c.gain if c.gain in PROBED else "forced",
+            scale=c.gain_scale,
             samples=c.gain_samples,
             max_tokens=c.max_tokens,
             temperature=c.temperature,
@@ -251,31 +257,71 @@ class L2T(OnePolicy[EpisodeTrajectory]):
         tally.add("penalty_length_correlation", correlation(torch.cat(penalties), torch.cat(lengths)))
 
     def advantages(self, trajectories: Sequence[EpisodeTrajectory], step: int, tally: Tally) -> list[Tensor]:
-        out = []
-        for i in range(0, len(trajectories), self.config.group_size):
-            out += self._group_advantages(trajectories[i : i + self.config.group_size])
+        c, size = self.config, self.config.group_size
+        groups = [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
+        if c.credit == "local":
+            own = [
+                local_advantages(t.reward, t.J, c.alpha * c.beta * t.penalty, c.credit_lambda)[t.episodes.ids]
+                for t in trajectories
+            ]
+            out = batch_scaled(own, global_sum)
+        elif c.advantage_std == "batch":  # one scale for the step, over all ranks
+            out = [a for group in groups for a in self._group_advantages(group, std="none")]
+            out = (
+                batch_scaled(out, global_sum)
+                if c.credit in ("step", "to_go")
+                else self._over_batch_std(out, groups)
+            )
+        else:
+            out = [a for group in groups for a in self._group_advantages(group, std=c.advantage_std)]
         tally.add("advantage_max", global_max(max((float(a.abs().max()) for a in out), default=0.0)))
         return [a.float() for a in out]
 
-    def _group_advantages(self, group: Sequence[EpisodeTrajectory]) -> list[Tensor]:
-        c = self.config
+    def _group_advantages(self, group: Sequence[EpisodeTrajectory], std: str) -> list[Tensor]:
+        c, ids = self.config, [t.episodes.ids for t in group]
         if c.credit == "to_go":
             to_go = [returns_to_go(t.reward, t.process_reward, c.alpha) for t in group]
-            return to_go_advantages(to_go, [t.J for t in group], [t.episodes.ids for t in group])
-        rewards = []
-        for t in group:
-            R = episode_rewards(t.reward, t.process_reward, c.alpha)
-            rewards.append(token_rewards(R, t.episodes.ids, torch.tensor(t.turns[0].logprobs)))
-        returns = [t.reward + c.alpha * float(t.process_reward.sum()) for t in group]
+            return to_go_advantages(to_go, [t.J for t in group], ids, scaled=c.advantage_std != "batch")
+        if c.credit == "step":
+            outcomes = torch.tensor([t.reward for t in group], dtype=torch.float64)
+            r_prg = [t.process_reward for t in group]
+            steps = step_advantages(outcomes, r_prg, c.alpha, c.credit_lambda, std)
+            return [own[i] for own, i in zip(steps, ids)]
         return token_advantages(
-            rewards,
+            self._token_rewards(group),
             c.keep,
             c.credit,
             c.statistic,
-            returns=torch.tensor(returns, dtype=torch.float64),
+            returns=self._returns(group),
             max_ratio=c.max_ratio,
-            std=c.advantage_std,
+            std=std,
         )
+
+    def _token_rewards(self, group: Sequence[EpisodeTrajectory]) -> list[Tensor]:
+        return [
+            token_rewards(
+                episode_rewards(t.reward, t.process_reward, self.config.alpha),
+                t.episodes.ids,
+                torch.tensor(t.turns[0].logprobs),
+            )
+            for t in group
+        ]
+
+    def _returns(self, group: Sequence[EpisodeTrajectory]) -> Tensor:
+        returns = [t.reward + self.config.alpha * float(t.process_reward.sum()) for t in group]
+        return torch.tensor(returns, dtype=torch.float64)
+
+    def _over_batch_std(
+        self, advantages: list[Tensor], groups: Sequence[Sequence[EpisodeTrajectory]]
+    ) -> list[Tensor]:
+        """Advantages without a std, divided by the std of the groups' statistic over the step, as GRPO's are."""
+        c = self.config
+        statistics = [
+            group_statistic(self._token_rewards(g), c.statistic, c.keep, self._returns(g), std="none")[0]
+            for g in groups
+        ]
+        scale = batch_std(torch.stack(statistics), global_sum) + 1e-6
+        return [a / scale for a in advantages]
 
     def state_dict(self) -> dict:
         return {"proxy": self.proxy.state_dict()} if self.proxy else {}

@@ -10,7 +10,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from thinkrl.aliases import ELSEWHERE
-from thinkrl.config import LENGTH_VALUES, PRESETS, PROFILE_VALUES, Config, preset_values, readers
+from thinkrl.config import (
+    LENGTH_VALUES,
+    METHOD_VALUES,
+    PRESETS,
+    PROFILE_VALUES,
+    Config,
+    preset_values,
+    readers,
+)
 from thinkrl.metrics import DEFINITIONS
 from thinkrl.options import groups, requirement, shown
 from thinkrl.runs import ROOT
@@ -37,6 +45,11 @@ def options_page() -> str:
         table(["option", *PRESETS], preset_rows()),
         "## Profiles of l2t",
         table(["`--profile`", "sets"], profiles),
+        "## Methods of l2t",
+        table(
+            ["`--method`", "sets"],
+            [[f"`{name}`", sets(values)] for name, values in METHOD_VALUES.items() if name],
+        ),
         "## Methods of --length",
         "What `--length` sets, and so the options that the method reads; those without a value must be given.",
         table(
