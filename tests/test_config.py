@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -415,3 +416,41 @@ def test_a_program_without_presets(capsys):
 @pytest.mark.parametrize("name", PAGES)
 def test_pages_made_from_the_code_are_up_to_date(name):
     assert (ROOT / "docs" / name).read_text() == PAGES[name](), f"docs/{name} is out of date: run `make docs`"
+
+
+METHODS = (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_the_options_of_a_method_s_row_are_its_settings():
+    rows = re.findall(
+        r"^\| `(\w+)` \(\d{4}\.\d{5}\) \|.*\| (?:`(--[^`]*)`|the same with `(--[^`]*)`) \|$", METHODS, re.M
+    )
+    assert {name for name, _, _ in rows} == set(config.METHOD_VALUES) - {""}
+    above = ""
+    for name, options, changed in rows:
+        above = f"{above if changed else ''} {options}{changed}"
+        spelt, named = as_dict(parse(["l2t", *above.split()])), as_dict(parse(["l2t", "--method", name]))
+        assert {k: v for k, v in spelt.items() if k != "method"} == {
+            k: v for k, v in named.items() if k != "method"
+        }
+
+
+def test_recipes_of_the_page_parse():
+    recipes = re.findall(r"^\| [\w. ]+ \| `(--[^`]*)`.*\|$", METHODS, re.M)
+    assert len(recipes) == 5
+    for recipe in recipes:
+        parse(
+            [
+                "grpo",
+                "--model",
+                "some/folder",
+                "--max_tokens",
+                "20480",
+                *recipe.replace(" N ", " 4000 ").split(),
+            ]
+        )
+
+
+def test_every_length_method_has_its_row():
+    rows = set(re.findall(r"^\| `(\w+)` \|", METHODS.split("### Recipes")[0], re.M))
+    assert rows == set(config.LENGTH_VALUES) - {""}
