@@ -23,9 +23,12 @@ Sums repeat to the last bit: no atomics, and tile sizes from a fixed table.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,8 +136,8 @@ def packed_attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) 
     q, k, v = (_Pad.apply(x, tokens, slots).split(sizes) for x in (q, k, v))
     outputs = []
     for shape, *block in zip(shapes, q, k, v):
-        block = (x.unflatten(0, shape).transpose(1, 2) for x in block)  # [S_b, heads, L_b, Dh]
-        output = F.scaled_dot_product_attention(*block, is_causal=True, enable_gqa=True)
+        qb, kb, vb = (x.unflatten(0, shape).transpose(1, 2) for x in block)  # [S_b, heads, L_b, Dh]
+        output = F.scaled_dot_product_attention(qb, kb, vb, is_causal=True, enable_gqa=True)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return _Unpad.apply(torch.cat(outputs), tokens, slots, padding)
 
@@ -628,8 +631,8 @@ def paged_attention_triton(
     shape = (heads, kv_heads, width, page_size, split, decode)
     _paged_kernel[(blocks, kv_heads, parts)](*arrays, *sizes, *shape, UPCAST=INTERPRET, **config)
     if split:
-        arrays = (partial, lse, lengths, o, tokens * heads)
-        _combine_kernel[(tokens * heads,)](*arrays, heads, width, split, config["BLOCK_D"], num_warps=1)
+        parted = (partial, lse, lengths, o, tokens * heads)
+        _combine_kernel[(tokens * heads,)](*parted, heads, width, split, config["BLOCK_D"], num_warps=1)
     return o
 
 
@@ -692,11 +695,11 @@ def _benchmark() -> None:
     lengths = torch.randint(longest // 5, longest + 1, (sequences,), generator=generator)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
     tokens = int(lengths.sum())
-    shape = dict(dtype=DTYPE, device=DEVICE, requires_grad=True)
+    shape: dict[str, Any] = dict(dtype=DTYPE, device=DEVICE, requires_grad=True)
     inputs = [torch.randn(tokens, h, width, **shape) for h in (heads, kv_heads, kv_heads)]
     flop = 14 * float((lengths.double() ** 2).sum() / 2) * heads * width  # 2 products forward, 5 backward
     traffic = sum(4 * x.numel() * x.element_size() for x in (inputs[0], inputs[0], *inputs[1:]))
-    ops = dict(ref=packed_attention_ref, torch=packed_attention_torch)
+    ops: dict[str, Callable] = dict(ref=packed_attention_ref, torch=packed_attention_torch)
     if gpu:  # on a CPU, compiling a loop over sequences of every length takes minutes
         ops |= dict(compiled_ref=torch.compile(packed_attention_ref), triton=packed_attention_triton)
         if flash_attn_varlen_func:
@@ -718,7 +721,7 @@ def _benchmark() -> None:
     ops = dict(ref=paged_attention_ref, torch=paged_attention_torch)
     if gpu:
         ops |= dict(compiled_ref=torch.compile(paged_attention_ref), triton=paged_attention_triton)
-    runs = {name: lambda op=op: op(*context) for name, op in ops.items()}
+    runs = {name: functools.partial(op, *context) for name, op in ops.items()}
     traffic = 2 * tokens * kv_heads * width * k_pages.element_size()
     flop = 4 * tokens * heads * width
     compare(f"decoding, {sequences} sequences, {tokens} tokens of context", flop, traffic, **runs)

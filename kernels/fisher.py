@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -363,7 +364,7 @@ def _benchmark() -> None:
         ops = dict(
             eager_loop=episode_quadratic_ref, compiled_loop=compiled_loop, vmap=vmap, ours=episode_quadratic
         )
-        runs = {name: lambda op=op: op(x, g, cu_episodes, weight) for name, op in ops.items()}  # noqa: B023
+        runs = {name: partial(op, x, g, cu_episodes, weight) for name, op in ops.items()}
         traffic = x.nbytes + g.nbytes + weight.nbytes
         compare(
             f"quadratic forms, {T} tokens in episodes of {n}, {D2} × {D1}", 2 * T * D1 * D2, traffic, **runs
@@ -377,8 +378,7 @@ def _benchmark() -> None:
                     f"  {name:<24} {(torch.cuda.max_memory_allocated() - held) / 2**20:10.1f} MiB at its peak"
                 )
         runs = dict(
-            eager_loop=lambda: ghost_norm_ref(x, g, cu_episodes),  # noqa: B023
-            ours=lambda: ghost_norm(x, g, cu_episodes),  # noqa: B023
+            eager_loop=partial(ghost_norm_ref, x, g, cu_episodes), ours=partial(ghost_norm, x, g, cu_episodes)
         )
         compare(
             f"ghost norms, {T} tokens in episodes of {n}, {D2} × {D1}",
@@ -386,7 +386,7 @@ def _benchmark() -> None:
             x.nbytes + g.nbytes,
             **runs,
         )
-        runs = dict(diagonal_fisher=lambda: diagonal_fisher(x, g))  # noqa: B023
+        runs = dict(diagonal_fisher=partial(diagonal_fisher, x, g))
         compare(f"diagonal Fisher, {T} tokens, {D2} × {D1}", 2 * T * D1 * D2, traffic, **runs)
 
 

@@ -25,6 +25,8 @@ the backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -286,7 +288,7 @@ def _benchmark() -> None:
     for tokens, width, vocab in (
         ((4096, 3584, 152_064), (8192, 896, 151_936)) if gpu else ((1024, 128, 4096),)
     ):
-        shape = dict(dtype=DTYPE, device=DEVICE, requires_grad=True)
+        shape: dict[str, Any] = dict(dtype=DTYPE, device=DEVICE, requires_grad=True)
         hidden, weight = torch.randn(tokens, width, **shape), torch.randn(vocab, width, **shape)
         targets = torch.randint(vocab, (tokens,), device=DEVICE)
         sizes = f"{tokens} tokens, width {width}, vocabulary {vocab}"
@@ -300,9 +302,9 @@ def _benchmark() -> None:
         runs = {name: with_backward(op, hidden, weight, targets) for name, op in ops.items()}
         compare(f"log-prob, forward and backward, {sizes}", 3 * product, 3 * traffic, **runs)
         detached = (hidden.detach(), weight.detach(), targets)
-        runs = {name: lambda op=op, detached=detached: op(*detached) for name, op in ops.items()}
+        runs = {name: partial(op, *detached) for name, op in ops.items()}
         compare(f"log-prob alone, {sizes}", product, traffic, **runs)
-        runs = {name: lambda op=op, detached=detached: op(*detached) for name, op in scores.items()}
+        runs = {name: partial(op, *detached) for name, op in scores.items()}
         compare(f"score, {sizes}", 2 * product, traffic, **runs)
 
 

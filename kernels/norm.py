@@ -13,6 +13,8 @@ taken, as it is when the sum is an operation of its own. No gradient: the traine
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -78,7 +80,7 @@ def _benchmark() -> None:
     from kernels.bench import DEVICE, DTYPE, compare
 
     for rows, width in ((256, 896), (256, 3584)) if DEVICE == "cuda" else ((64, 128), (64, 640)):
-        shape = dict(dtype=DTYPE, device=DEVICE)
+        shape: dict[str, Any] = dict(dtype=DTYPE, device=DEVICE)
         inputs = (*(torch.randn(rows, width, **shape) for _ in range(2)), torch.randn(width, **shape), 1e-6)
         ops = dict(ref=add_rms_norm_ref, compiled_ref=torch.compile(add_rms_norm_ref))
         if DEVICE == "cuda":

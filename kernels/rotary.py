@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +173,7 @@ def _benchmark() -> None:
     from kernels.bench import DEVICE, DTYPE, compare
 
     rows, heads, kv_heads, width = (256, 28, 4, 128) if DEVICE == "cuda" else (64, 10, 2, 64)
-    shape = dict(dtype=DTYPE, device=DEVICE)
+    shape: dict[str, Any] = dict(dtype=DTYPE, device=DEVICE)
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * width, **shape)
     positions = torch.arange(rows, device=DEVICE) * 4 % 1024
     table = torch.randperm(rows * 64, device=DEVICE).view(rows, 64).int()

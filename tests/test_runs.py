@@ -73,8 +73,9 @@ def test_tally_divides_sums_by_counts(world):
     tally.add("reward", 1.0)
     tally.add("reward", torch.tensor(0.0))
     tally.add_all({"kl": (torch.tensor(6.0), torch.tensor(3.0)), "entropy": (0.0, 0.0)})
-    sums, means = tally.reduce()
-    assert means == {"reward": 0.5, "kl": 2.0, "entropy": 0.0} and sums["kl"] == 6.0
+    tally.add_sum("probe_tokens", 3.0)
+    tally.add_sum("probe_tokens", 4.0)
+    assert tally.reduce() == {"reward": 0.5, "kl": 2.0, "entropy": 0.0, "probe_tokens": 7.0}
 
 
 def test_a_resumed_log_repeats_no_step(world, tmp_path):

@@ -113,7 +113,8 @@ def gdpo_advantages(
     """
     if len(rewards) != len(weights):
         raise ValueError(f"{len(rewards)} rewards need as many weights, not {len(weights)}")
-    total = sum(w * group_advantages(r.double(), eps=eps) for r, w in zip(rewards, weights))
+    parts = [w * group_advantages(r.double(), eps=eps) for r, w in zip(rewards, weights)]
+    total = torch.stack(parts).sum(0)
     return total / (batch_std(total, reduce) + eps)
 
 
@@ -220,7 +221,8 @@ def policy_loss(
         bounded = ratio.clamp(1 - clip_low, 1 + clip_high).detach()
         gain, clipped = bounded * advantage * logprob, bounded != ratio
     elif surrogate == "sapo":
-        tau = torch.where(advantage > 0, *advantage.new_tensor(SAPO_TAU))
+        positive, negative = advantage.new_tensor(SAPO_TAU)
+        tau = torch.where(advantage > 0, positive, negative)
         gain = 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
         clipped = torch.zeros_like(unmasked)
     else:
@@ -229,7 +231,7 @@ def policy_loss(
         gain = torch.where(clipped, 0.0, ratio * advantage)
     token_loss = -gain if weight is None else -own(weight) * gain
     kl = None if ref_logprob is None else kl_k3(logprob, own(ref_logprob))
-    if kl_coef:
+    if kl is not None and kl_coef:
         token_loss = token_loss + kl_coef * kl
 
     if aggregate == "sequence":

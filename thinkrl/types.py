@@ -20,7 +20,7 @@ sampled stop token counts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -147,8 +147,7 @@ class Pack:
     label: Tensor | None = None  # [T] fp32, what a reward model is to predict behind a token; NaN: nothing
 
     def to(self, device: torch.device | str) -> Pack:
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Pack(**moved)
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
 def pack(samples: list[Sample], budget: int) -> list[Pack]:
