@@ -39,6 +39,7 @@ setup(
             "pytest-xdist",
             "numpy<2.4",  # Triton 3.6's interpreter, in which tests run kernels, fails with 2.4 (triton issue 9171)
             "ruff",
+            "mypy",
             "hypothesis",
             "transformers",
             *EXTRAS["parquet"],

@@ -86,7 +86,7 @@ def _benchmark() -> None:
         if DEVICE == "cuda":
             ops["triton"] = add_rms_norm_triton
         runs = {name: lambda op=op, inputs=inputs: op(*inputs) for name, op in ops.items()}
-        traffic = 4 * inputs[0].nbytes
+        traffic = 4 * rows * width * DTYPE.itemsize
         compare(f"addition and norm, {rows} x {width}", 6 * rows * width, traffic, **runs)
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,7 +148,8 @@ class Pack:
     label: Tensor | None = None  # [T] fp32, what a reward model is to predict behind a token; NaN: nothing
 
     def to(self, device: torch.device | str) -> Pack:
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def pack(samples: list[Sample], budget: int) -> list[Pack]:
