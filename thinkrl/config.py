@@ -114,6 +114,9 @@ class Config:
         1.0, "sampling temperature; log-probs are taken at the same temperature", above=0
     )
     max_rows: int = option(256, "completions that a rank decodes at the same time", low=1)
+    cuda_graphs: bool = option(
+        True, "replay the decode step as a CUDA graph; false: launch its kernels one by one"
+    )
     kv_pages: int = option(
         0, "KV pages of 16 tokens in the sampler; 0: as many as a step needs or memory holds", low=0
     )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.sample import sample_token
+from thinkrl.decode_step import RowState, eager_step
 from thinkrl.paged_model import PagedModel
 from thinkrl.pages import Pages
 from thinkrl.tokenizer import StopStrings
@@ -79,29 +79,11 @@ class Row:
     stopped: bool = False  # by one of them
 
 
-class RowState:
-    """What a step reads and advances: row i of the batch is element i of each tensor, all int64 [rows]."""
-
-    def __init__(self, columns: Tensor):
-        self.columns = columns  # [6, rows]
-        (
-            self.token,  # the last one of the sequence, to be fed
-            self.length,  # of the sequence before it, which is its position, and where its K/V goes
-            self.position,  # of the next token in the completion: the last word of its random number's address
-            self.cursor,  # where the next token goes in the output buffers
-            self.end,  # the cursor at which the row reaches its limit
-            self.key,  # hash of the other words of the address
-        ) = columns.unbind()
-
-    def first(self, n: int) -> RowState:
-        """The first n rows, as views."""
-        return RowState(self.columns[:, :n])
-
-
 class DecodeLoop:
     """The waiting completions, the live rows, and the tensors a decode step works on.
 
-    `hidden` [rows at a time × (max_tokens + 1), D] keeps the hidden states; None: they are not kept.
+    step     `eager_step`, or a `GraphStep`
+    hidden   [rows at a time × (max_tokens + 1), D] keeps the hidden states; None: they are not kept
     """
 
     def __init__(
@@ -111,10 +93,11 @@ class DecodeLoop:
         request: Request,
         max_rows: int,
         look_every: int,
+        step: Callable = eager_step,
         hidden: Tensor | None = None,
     ):
         self.paged, self.pool, self.waiting, self.request = paged, paged.pool, waiting, request
-        self.look_every, self.hidden = look_every, hidden
+        self.look_every, self.step, self.hidden = look_every, step, hidden
         self.rows: list[Row] = []
         self.clock = 0  # decode steps so far
         self.reserved = 0  # clock up to which every live row has its pages
@@ -213,7 +196,7 @@ class DecodeLoop:
             self.admissions += 1
             start, written = row.slot * self.stride, len(row.tokens)
             limit = start + self.request.max_tokens - written
-            columns.append((row.pages.tokens[-1], row.pages.filled, written, start, limit, row.key))
+            columns.append((row.pages.tokens[-1], row.pages.filled, written, row.key, start, limit))
         places = slice(len(self.rows), len(self.rows) + len(chosen))
         self.state.columns[:, places] = torch.tensor(columns, device=self.paged.device).T
         self.done[places] = False
@@ -238,7 +221,6 @@ class DecodeLoop:
             entries += [(place, i, table[i]) for i in range(first, len(table))]
         place, column, page = torch.tensor(entries, device=self.paged.device).view(-1, 3).unbind(1)
         self.page_table[place, column] = page.int()
-        self.width = max(len(row.pages.table) for row in self.rows)
         self.reserved = self.clock + self.pool.page_size
 
     def preempt(self, pages: Pages) -> bool:
@@ -266,22 +248,18 @@ class DecodeLoop:
     def _step(self) -> None:
         """One token for every row."""
         n = len(self.rows)
-        state, table = self.state.first(n), self.page_table[:n, : self.width]
-        hidden = self.paged.decode(state.token, state.length, table)
-        logits = self.paged.model.logits(hidden)
-        new, logprob, _ = sample_token(logits, state.key, state.position, self.request.temperature)
-
+        state = self.state.first(n)
+        new, logprob, hidden = self.step(self.paged, state, self.page_table[:n], self.request.temperature)
         self.tokens.index_copy_(0, state.cursor, new)
         self.logprobs.index_copy_(0, state.cursor, logprob)
         if self.hidden is not None:
             self.hidden.index_copy_(0, state.cursor, hidden)
         if self.may_end is not None:
-            self.ending[:n] |= self.may_end[new]
+            self.ending[:n].logical_or_(self.may_end[new])
         state.cursor += ~self.done[:n]
         done = self.done[:n].logical_or_(self.is_stop[new]).logical_or_(state.cursor >= state.end)
         # An ended row is fed the same token at the same position until the host looks: nothing changes.
-        state.length += ~done
-        state.position += ~done
+        state.columns[1:3].add_(~done)  # length and position
         torch.where(done, state.token, new, out=state.token)
         self.clock += 1
         self.paged.forwards.decode += n

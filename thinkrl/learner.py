@@ -109,6 +109,7 @@ def new_learner(
             tokenizer,
             config.kv_pages or None,
             max_rows=config.max_rows,
+            cuda_graphs=config.cuda_graphs,
             memory_share=0.8 / samplers,
         )
     reference = sharded().requires_grad_(False) if config.kl_coef else None

@@ -51,7 +51,7 @@ class PagePool:
         device: torch.device | str = "cpu",
     ):
         # Zeros, not empty: a masked position has probability 0, and 0 times a NaN left in memory is NaN.
-        shape = (2, num_layers, num_pages, page_size, num_kv_heads, head_dim)
+        shape = (2, num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
         if torch.device(device).type == "cpu":
             # numpy's zeros take no memory until they are written to, torch's do
             zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
@@ -61,6 +61,7 @@ class PagePool:
         self.keys, self.values = self.storage[0].unbind(), self.storage[1].unbind()
         self.page_size = page_size
         self.num_pages = num_pages
+        self.scratch = num_pages  # a page that no sequence owns, for writes that nobody reads
         self.references = [0] * num_pages
         # every sequence that holds pages, so that a failed call can give all of them back
         self.handles: set[Pages] = set()

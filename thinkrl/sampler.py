@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from kernels.logprob import linear_logprob
 from kernels.sample import hash_key
 from thinkrl.decode import LOOK_EVERY, Completion, DecodeLoop, Group, Request, Row
+from thinkrl.decode_step import GraphStep, eager_step
 from thinkrl.distributed import free_memory
 from thinkrl.model import Transformer
 from thinkrl.paged_model import PagedModel, TokenForwards
@@ -43,6 +44,7 @@ class Sampler:
     max_rows        completions that decode at the same time
     max_tokens_per_forward   prefill and probes are cut into forwards of this size
     memory_share    share of the free CUDA memory for the pages (on a CPU: a quarter of the host's memory)
+    cuda_graphs     record the decode step and replay it, on CUDA
     """
 
     def __init__(
@@ -54,14 +56,16 @@ class Sampler:
         max_rows: int = 256,
         max_tokens_per_forward: int = 8192,
         memory_share: float = 0.8,
+        cuda_graphs: bool = True,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.memory_share = memory_share
+        self.memory_share, self.cuda_graphs = memory_share, cuda_graphs and self.device.type == "cuda"
         self.num_pages, self.page_size, self.max_rows = num_pages, page_size, max_rows
         self.max_tokens_per_forward = max_tokens_per_forward
         self.look_every = LOOK_EVERY if self.device.type == "cuda" else 1
         self.forwards = TokenForwards()
         self._paged: PagedModel | None = None
+        self._step: Callable = eager_step
         self._matchers: dict[tuple[str, ...], StopStrings] = {}
 
     @property
@@ -78,6 +82,7 @@ class Sampler:
                 config.layers, count, config.kv_heads, config.head_dim, self.page_size, dtype, self.device
             )
             self._paged = PagedModel(self.model, pool, self.max_tokens_per_forward, self.forwards)
+            self._step = GraphStep(self.max_rows) if self.cuda_graphs else eager_step
         return self._paged
 
     @property
@@ -107,7 +112,7 @@ class Sampler:
         if self._paged is not None:
             held = len(self.pool.handles)
             assert held == 0, f"{held} sequences still hold pages: release the forks first"
-            self._paged = None
+            self._paged, self._step = None, eager_step
 
     @torch.no_grad()
     def load_weights(self, policy: nn.Module) -> None:
@@ -179,7 +184,7 @@ class Sampler:
         row_keys = hash_key(seed, *addresses.unbind(-1)).tolist() if prompts else []
         waiting = deque(Row(group, s, row_keys[group.index * n + s]) for group in groups for s in range(n))
         request = Request(max_tokens, temperature, stop_ids, self._stop_strings(stop), on_finish)
-        loop = DecodeLoop(self.paged, waiting, request, self.max_rows, self.look_every, hidden)
+        loop = DecodeLoop(self.paged, waiting, request, self.max_rows, self.look_every, self._step, hidden)
         results: list[list[Completion]] = [[None] * n for _ in prompts]
         try:
             for completion in loop.run():

@@ -45,7 +45,8 @@ def train(config: Config, world: World, report: Callable[[Path], object] | None 
     stream = training_stream(config.data, config.seed, config.data_weights, **reading(config))
     require_enough(stream, config, world)
     model = load_model(path, compute_dtype(config, world), world.device)
-    policy = Sampler(model, tokenizer, config.kv_pages or None, max_rows=config.max_rows)
+    engine = dict(max_rows=config.max_rows, cuda_graphs=config.cuda_graphs)
+    policy = Sampler(model, tokenizer, config.kv_pages or None, **engine)
     require_room(
         stream.preview(config.problems_per_step),
         tokenizer,

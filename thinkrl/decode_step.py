@@ -1,0 +1,105 @@
+"""One decode step, eager or as a CUDA graph: a token of every row goes in, the next one comes out.
+
+`eager_step` launches some ten kernels per layer, one after another, which takes the host longer than it takes a
+small model on a GPU to run them. `GraphStep` records the same step once and replays it with one call. What a graph
+holds is fixed, so that
+
+    sizes       rows are rounded up to a bucket, page tables have their full width
+    addresses   rows' states and page tables are copied into buffers of its own before every replay
+    dead rows   those that fill up the bucket have one token of context, in a scratch page that no sequence owns
+    numbers     the temperature is part of the key under which a graph is kept; keys and positions of the draw are data
+
+Graphs live as long as the pool whose pages they write to, and see new weights, which are copied in place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.sample import sample_token
+from thinkrl.paged_model import PagedModel
+
+
+class RowState:
+    """What a step reads and advances: row i of the batch is element i of each tensor, all int64 [rows]."""
+
+    def __init__(self, columns: Tensor):
+        self.columns = columns  # [6, rows]
+        (
+            self.token,  # the last one of the sequence, to be fed
+            self.length,  # of the sequence before it, which is its position, and where its K/V goes
+            self.position,  # of the next token in the completion: the last word of its random number's address
+            self.key,  # hash of the other words of the address
+            self.cursor,  # where the next token goes in the output buffers
+            self.end,  # the cursor at which the row reaches its limit
+        ) = columns.unbind()
+
+    def first(self, n: int) -> RowState:
+        """The first n rows, as views."""
+        return RowState(self.columns[:, :n])
+
+
+def eager_step(
+    paged: PagedModel, state: RowState, page_table: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next token [B] of every row, its log-prob [B] and the hidden state [B, D] that predicted it."""
+    hidden = paged.decode(state.token, state.length, page_table)
+    logits = paged.model.logits(hidden)
+    token, logprob, _ = sample_token(logits, state.key, state.position, temperature)
+    return token, logprob, hidden
+
+
+def bucket(rows: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, … that holds the rows: a third at most is dead, and graphs are few."""
+    power = 1 << (rows - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power
+
+
+class GraphStep:
+    """`eager_step` of one model and pool, recorded when a bucket or a temperature is first met. CUDA only."""
+
+    def __init__(self, max_rows: int):
+        self.max_rows = bucket(max_rows)
+        self.graphs: dict[tuple[int, float], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor]]] = {}
+        self.state: RowState | None = None
+        self.page_table: Tensor | None = None  # [max_rows, pages]
+        self.memory = None  # of the graphs' intermediate results, shared by all of them
+
+    def __call__(
+        self, paged: PagedModel, state: RowState, page_table: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `eager_step`. The results are overwritten by the next call."""
+        n, width = page_table.shape
+        if self.page_table is None or width > self.page_table.shape[1]:
+            self._allocate(paged, width)
+        rows = bucket(n)
+        self.state.columns[:, :n] = state.columns
+        self.page_table[:n, :width] = page_table
+        if rows > n:
+            self.state.columns[:, n:rows] = 0
+            self.page_table[n:rows] = paged.pool.scratch
+        if (rows, temperature) not in self.graphs:
+            self._record(paged, rows, temperature)
+        graph, results = self.graphs[rows, temperature]
+        graph.replay()
+        return tuple(result[:n] for result in results)
+
+    def _allocate(self, paged: PagedModel, width: int) -> None:
+        """Buffers for page tables of `width` or somewhat more; graphs that used the old ones are dropped."""
+        self.graphs.clear()
+        self.memory = torch.cuda.graph_pool_handle()
+        width = 1 << (width - 1).bit_length()
+        self.state = RowState(torch.zeros(6, self.max_rows, dtype=torch.int64, device=paged.device))
+        self.page_table = torch.zeros(self.max_rows, width, dtype=torch.int32, device=paged.device)
+
+    def _record(self, paged: PagedModel, rows: int, temperature: float) -> None:
+        arguments = paged, self.state.first(rows), self.page_table[:rows], temperature
+        eager_step(
+            *arguments
+        )  # compiles kernels, which a recording may not; the K/V it writes are written again
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread (NCCL's watchdog) may ask the device something meanwhile
+        with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
+            results = eager_step(*arguments)
+        self.graphs[rows, temperature] = graph, results
