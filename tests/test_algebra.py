@@ -45,7 +45,7 @@ def test_the_parts_of_an_answer_share_one_limit(monkeypatch):
     assert asked == [3.0, 1.75, 0.5], "and then no more"
 
 
-@pytest.mark.parametrize("word", ["east", "10:30am", "52_{8}", "x'", ""])
+@pytest.mark.parametrize("word", ["east", "10:30am", "52_{8}", "x'", "1 2", ""])
 def test_what_is_no_algebra_is_not_sent(word, monkeypatch):
     monkeypatch.setattr(algebra.worker, "equal", lambda *_: (True, 0.0))
     judge = algebra.Judge()

@@ -23,8 +23,9 @@ from thinkrl import UserError
 
 TIMEOUT = 3.0  # seconds of processor time that one answer may take
 
-# Read as algebra, "east" and "seat" are one product of variables, 10:30am is 10:30pm, 52_8 is 52_9, x' is x.
-_NO_ALGEBRA = re.compile(r"(?<!_\{)(?<![\\A-Za-z])[A-Za-z]{3,}|:|'|\d_")
+# Read as algebra, "east" and "seat" are one product of variables, 10:30am is 10:30pm, 52_8 is 52_9, x' is x,
+# and 1 2 is 2.
+_NO_ALGEBRA = re.compile(r"(?<!_\{)(?<![\\A-Za-z])[A-Za-z]{3,}|:|'|\d_|\d \d")
 
 
 @functools.cache

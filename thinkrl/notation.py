@@ -114,6 +114,10 @@ _REWRITES = [
         (r"°\s*[CF]\s*$", "°"),
         # words and units
         (rf"[\s.,;:\\{ROW_END}]+$", ""),
+        *(
+            (rf"(?<=\d)\s*({_TEXT}\{{\s*)?{name}", rf"*10^{{{zeros}}}\1")
+            for name, zeros in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
+        ),
         (rf"{_TEXT}\{{\s*,?\s*and\s*,?\s*\}}|(?<=[\s,])and(?=\s)", ", "),
         (rf"{_TEXT}\{{\s*,?\s*or\s*,?\s*\}}|(?<=[\s,])or(?=\s)", r"\\lor "),
         (r"(?<=\d)\s*(?:\\text\s*\{)?\s*([ap])\.?\s?m\.?\s*\}?\s*$", r"\1m"),
