@@ -36,6 +36,7 @@ INSIDE = {
         "rows",
         "sections",
         "report",
+        "grading_report",
         "compare",
         "pipeline",
         "bench",

@@ -22,6 +22,7 @@ import io
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,14 +30,14 @@ from pathlib import Path
 from types import ModuleType
 
 from thinkrl import UserError
-from thinkrl.grading import extract, grade
+from thinkrl.grading import grade
 from thinkrl.options import asks_for_help, command_line, exit_with_error, option, parse_as
-from thinkrl.problems import read_rows
+from thinkrl.problems import load_problems
 
 Grader = Callable[[str, str], bool]  # (completion, gold answer) -> right?
 Case = tuple[str, str, str]  # (gold answer, what was done to it, completion)
 
-WORDS = r"\\(?:text|mbox)|[A-Za-z]{4}"  # in such golds a rule about signs would meet words
+WORDS = r"\\(?:text|mbox)|(?<![\\A-Za-z])[A-Za-z]{4}"  # in such golds a rule about signs would meet words
 NO_FORMULA = rf"{WORDS}|[<>=]|\\(?:le|ge|in|cup|approx)"
 INTEGERS = r"\A-?\d+(?:\s*,\s*-?\d+)+\Z"
 MIXED_UP = r"\d,\d{3}(?!\d)"  # a comma that may be one of thousands
@@ -91,7 +92,7 @@ SPELLINGS: list[tuple[str, str, str | Callable, str]] = [
     ("sign inside", r"\A-" + FRACTION[6:], r"\\frac{-\1}{\2}", ""),
     ("decimal", FRACTION, _decimal, ""),
     ("°", r"\s*\^\s*\{?\s*\\circ\s*\}?", "°", ""),
-    ("degrees", r"(?<=\d)\s*\^\s*\{?\s*\\circ\s*\}?\Z", " degrees", r",|\\[a-z]+(?<!circ)"),
+    ("degrees", r"(?<=\d)\s*\^\s*\{?\s*\\circ\s*\}?\Z", " degrees", r",|\\(?!circ)[a-z]"),
     (r"^{\circ}", r"\s*\^\s*\\circ", r"^{\\circ}", ""),
     ("without unit", UNIT, "", r"p\.m|or"),
     ("unit in words", UNIT, lambda unit: " " + re.sub(r"\\\w+\{\s*|\}", "", unit[0]).strip(), r"p\.m|or"),
@@ -146,7 +147,6 @@ CHANGES: list[tuple[str, str, str | Callable, str]] = [
     ("other case", r"(?<![\\A-Za-z{])[A-DF-HJ-Z](?![A-Za-z])", lambda letter: letter[0].lower(), rf"{NO_FORMULA}|\A.\Z|\(.\)|,"),
     ("other choice", CHOICE, lambda part: chr((ord(part[1]) - ord("A") + 1) % 26 + ord("A")), ""),
     ("rows swapped", r"\A(\\begin\{pmatrix\})(.*?)\\\\(.*?)(?=\\\\|\\end)", r"\1\3\\\\\2", ""),
-    ("other base", r"(?<=\d)_\{?(\d+)\}?", lambda base: f"_{int(base[1]) + 1}", ""),
     ("base left out", r"(?<=\d)_\{?\d+\}?", "", ""),
 ]  # fmt: skip
 
@@ -188,31 +188,26 @@ def others(golds: list[str]) -> Iterator[Case]:
     groups: dict[str, list[str]] = {"": golds}
     for gold in golds:
         groups.setdefault("shape " + re.sub(r"\d+", "0", re.sub(r"\s+", "", gold)), []).append(gold)
-    for group in groups.values():
-        for i, gold in enumerate(group):
-            for other in {group[(i + step) % len(group)] for step in (1, 2)}:
-                if sorted(re.findall(r"\d", gold)) != sorted(re.findall(r"\d", other)):
-                    yield gold, "another row's", boxed(other)
+    pairs = {
+        (gold, group[(i + step) % len(group)])
+        for group in groups.values()
+        for i, gold in enumerate(group)
+        for step in (1, 2)
+    }
+    for gold, other in sorted(pairs):
+        if sorted(re.findall(r"\d", gold)) != sorted(re.findall(r"\d", other)):
+            yield gold, "another row's", boxed(other)
 
 
 def read_golds(path: Path) -> list[tuple[str, str]]:
-    """(gold answer, solution, or "" without one) of the rows that have an answer."""
-    found = []
-    for _, row in read_rows(path):
-        gold, solution = row.get("answer", row.get("final_answer")), row.get("solution")
-        if isinstance(gold, list):
-            gold = gold[0] if len(gold) == 1 else None
-        if isinstance(gold, str) and "####" in gold:
-            gold, solution = extract(gold, "gsm8k"), gold
-        if isinstance(gold, float) and gold.is_integer():
-            gold = int(gold)
-        if gold is None and isinstance(solution, str):
-            gold, solution = extract(solution, "math"), ""
-        gold = "" if gold is None else str(gold).strip()
-        if gold:
-            alone = gold[0] == gold[-1] == "$" and gold.count("$") == 2
-            found.append((gold.strip("$") if alone else gold, solution if isinstance(solution, str) else ""))
-    return found
+    """(gold answer, solution, or "" where it announces no answer) of each problem of a file, as a run reads them."""
+    return [
+        (
+            re.sub(r"\A\$([^$]+)\$\Z", r"\1", problem.answer),
+            problem.solution if re.search(r"####|\\(?:boxed|fbox)", problem.solution) else "",
+        )
+        for problem in load_problems(str(path), skip_bad_rows=True)
+    ]
 
 
 def graders() -> dict[str, Grader]:
@@ -240,6 +235,7 @@ def _math_verify() -> Grader:
 def _verl(gsm8k: ModuleType, math: ModuleType) -> Grader:
     def right(completion: str, gold: str) -> bool:
         module = gsm8k if "####" in completion else math
+        gold = gold.replace(",", "") if module is gsm8k else gold  # as its data preparation does
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what went wrong
             return module.compute_score(completion, gold) > 0
 
@@ -269,29 +265,33 @@ def parse(argv: list[str]) -> tuple[list[Path], Options]:
 
 
 def report(path: Path, show: int) -> str:
-    """Shares of wrong verdicts on one file, a line for each grader, then thinkrl's own."""
+    """How many verdicts on one file are wrong: a line for each grader, and thinkrl's own."""
     rows = read_golds(path)
     golds = list(dict.fromkeys(gold for gold, _ in rows))
     kinds: dict[str, tuple[bool, list[Case]]] = {  # what is right, and the cases
         "spellings": (True, [case for gold in golds for case in spellings(gold)]),
         "changes": (False, [case for gold in golds for case in changes(gold)]),
         "other rows": (False, list(others(golds))),
-        "solutions": (True, [(gold, "solution", solution) for gold, solution in rows if solution]),
+        "solutions": (True, [(gold, "a solution", solution) for gold, solution in rows if solution]),
     }
-    lines = [f"{path.name}: {len(rows)} rows, {len(golds)} different gold answers"]
-    lines.append("  wrong of " + ", ".join(f"{len(cases)} {kind}" for kind, (_, cases) in kinds.items()))
-    suspects: list[str] = []
-    for name, grader in graders().items():
-        counts = []
-        for kind, (right, cases) in kinds.items():
-            wrong = [case for case in cases if grader(case[2], case[0]) is not right]
-            counts.append(f"{len(wrong)}")
-            if name == "thinkrl":
-                suspects += [
-                    f"    {kind}, {done}: {text[-200:]!r} for {gold!r}" for gold, done, text in wrong[:show]
-                ]
-        lines.append(f"  {name:<12}" + " ".join(f"{count:>8}" for count in counts))
-    return "\n".join(lines + suspects)
+    sizes = ", ".join(f"{len(cases)} {kind}" for kind, (_, cases) in kinds.items())
+    lines = [f"{path.name}: {len(rows)} rows, {len(golds)} different gold answers; wrong of {sizes}"]
+    for name, right in graders().items():
+        wrong = {
+            kind: [case for case in cases if right(case[2], case[0]) is not wanted]
+            for kind, (wanted, cases) in kinds.items()
+        }
+        common = Counter(done for cases in wrong.values() for _, done, _ in cases).most_common(6)
+        lines.append(
+            f"  {name:<12}"
+            + "".join(f"{len(cases):>7}" for cases in wrong.values())
+            + "   "
+            + ", ".join(f"{done} {count}" for done, count in common)
+        )
+        if name == "thinkrl":
+            shown = [(kind, case) for kind, cases in wrong.items() for case in cases[:show]]
+    lines += [f"    {kind}, {done}: {text[-200:]!r} for {gold!r}" for kind, (gold, done, text) in shown]
+    return "\n".join(lines)
 
 
 def main(paths: list[Path], options: Options) -> None:
