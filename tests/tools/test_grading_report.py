@@ -40,7 +40,8 @@ def test_each_rule_of_a_table_fits_something(table):
     golds = (
         ["7", "1234", "2.50", r"-\frac{1}{4}", r"\frac{1}{3}", r"2\sqrt{3}", r"6 \text{ cm}", r"90^\circ", "x=5", "2k + 3"]
         + [r"[0, 1)", r"(5,\infty)", r"(-\infty, 3]", "(1, 2)", "(1,2,3)", r"(1,2)\cup(3,4)", "3, 5", "1,2,3", "2 - 3x"]
-        + [r"\begin{pmatrix} 1/2 & 3 \\ 4 & 5 \end{pmatrix}", r"\text{(C)}", r"\text{east}", "52_8", "3R^2", r"\pi", "10,\\!080", "C"]
+        + [r"\begin{pmatrix} 1/2 & 3 \\ 4 & 5 \end{pmatrix}", r"\text{(C)}", r"\text{east}", "52_8", "3R^2", r"\pi"]
+        + ["10,\\!080", "C"]
     )  # fmt: skip
     found = {done for gold in golds for _, done, _ in grading_report.rewritten(gold, table)}
     assert found == {name for name, *_ in table}
