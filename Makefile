@@ -45,11 +45,14 @@ bench: .venv/done ## kernels and sampler against their baselines, side by side, 
 	$(BIN)/python -m kernels.logprob
 	$(BIN)/python -m kernels.attention
 	$(BIN)/python -m kernels.sample
+	$(BIN)/python -m kernels.norm
+	$(BIN)/python -m kernels.gate
+	$(BIN)/python -m kernels.rotary
 	$(BIN)/python -m thinkrl.tools.bench sampler
 	$(BIN)/python -m thinkrl.tools.bench l2t
 
 bench-gpu: ## the same on a CUDA machine with torch and triton already installed
-	for op in fisher logprob attention sample; do $(PYTHON) -m kernels.$$op; done
+	for op in fisher logprob attention sample norm gate rotary; do $(PYTHON) -m kernels.$$op; done
 
 tiny: .venv/done ## rebuild the embedded model from its problem generator
 	$(BIN)/python -m thinkrl.assets.tiny.make --out runs/tiny
