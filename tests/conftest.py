@@ -1,6 +1,7 @@
 """No GPU: Triton kernels run in the interpreter, which must be chosen before triton is imported."""
 
 import os
+import random
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import settings
 
 if not torch.cuda.is_available() and "THINKRL_AOT" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)  # tests that launch ranks set their own; many tiny ops gain nothing from two
+    # tests that launch ranks set their own; many tiny ops gain nothing from two
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 # A busy machine is no failure, and a run that is repeated draws the same examples.
 settings.register_profile("thinkrl", deadline=None, derandomize=True)
@@ -19,3 +21,9 @@ settings.load_profile("thinkrl")
 def pytest_collection_modifyitems(items):
     """Long tests begin first, so that no process of several is left with one at the end."""
     items.sort(key=lambda item: "slow" not in item.keywords)
+
+
+def pytest_runtest_setup(item):
+    """A test draws the same numbers alone, in another order, and in another process."""
+    torch.manual_seed(0)
+    random.seed(0)
