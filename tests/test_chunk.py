@@ -4,7 +4,9 @@ import json
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from thinkrl import UserError, sft
 from thinkrl.distributed import World, start, stop
 from thinkrl.learner import TINY
 from thinkrl.longshort.conversation import example_prompt, user_text
+from thinkrl.problems import INSTRUCTIONS
+from thinkrl.sampler import Completion
 from thinkrl.tokenizer import Tokenizer
 
 SMALL = ("--rollouts", "2", "--max_tokens", "30", "--items_per_batch", "1", "--device", "cpu")
@@ -244,6 +248,59 @@ def test_a_mistake_does_not_bind_the_folder(tmp_path, world):
         assert not (out / "config.json").exists() and not list(out.glob("parts/*"))
     run(world, *arguments)
     assert len(lines(out)) == 1
+
+
+class Scripted:
+    """An instruct model that gives one answer to every request, and remembers them."""
+
+    model = SimpleNamespace(config=SimpleNamespace(max_positions=100_000))
+
+    def __init__(self, answer: str):
+        self.answer, self.asked, self.tokenizer = answer, [], self
+
+    stop_ids = ()
+
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        return [ord(letter) for letter in messages[-1]["content"]]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def generate(self, prompts: list[list[int]], **options) -> list[list[Completion]]:
+        self.asked += map(self.decode, prompts)
+        ids = [ord(letter) for letter in self.answer]
+        return [[Completion(ids, [0.0] * len(ids), "stop")] for _ in prompts]
+
+
+@pytest.fixture
+def instructed(monkeypatch):
+    """Put a scripted model in the place of the one that chunks and completes."""
+    load = chunk.load_tools
+
+    def put(answer: str) -> Scripted:
+        model = Scripted(answer)
+        monkeypatch.setattr(chunk, "load_tools", lambda *given: replace(load(*given), instruct=model))
+        return model
+
+    return put
+
+
+@pytest.mark.parametrize("suffix, said", [("", INSTRUCTIONS["math"][1]), ("Be brief.", "Be brief.")])
+def test_every_row_and_request_says_where_the_answer_goes(tmp_path, world, instructed, suffix, said):
+    """As reinforcement learning asks: with the instruction of the grading rule, or with --suffix."""
+    model = instructed(r'["so \boxed{72}"]')
+    data = write(tmp_path / "rows.jsonl", [{"problem": "24*3?", "answer": "72", "response": THINKING}])
+    run(
+        world,
+        *("--data", data, "--source", "math", "--suffix", suffix, "--out", str(tmp_path / "out")),
+        *("--chunker", "paragraphs", "--completer", "llm", *SMALL),
+    )
+    for name in ("long", "short"):
+        [row] = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert row["conversation"]["question"] == f"24*3?\n{said}"
+        assert row["input"].startswith(f"24*3?\n{said}")
+    [asked] = model.asked
+    assert f"Problem:\n24*3?\n{said}\n" in asked
 
 
 def test_role_prompts_may_change_and_requests_may_not(tmp_path, world):

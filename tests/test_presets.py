@@ -431,6 +431,23 @@ def test_the_learning_rate_starts_anew_with_every_round(world):
     assert [pair.learning_rate(step) for step in range(6)] == pytest.approx([1, 1, 0.5, 1, 1, 0.5])
 
 
+def test_a_round_begins_with_a_new_reference(world):
+    """The policy as the round began: it stays through the round and is taken anew for the next. LS Eq. 7, 8"""
+    pair = pair_of(world, "--kl_coef", "0.1")
+    learner = pair.learners["short"]
+
+    def head(model) -> torch.Tensor:
+        return model.head_weight.full_tensor().clone()
+
+    start = head(learner.reference)
+    with torch.no_grad():
+        learner.policy.head_weight.add_(1)
+    moved = head(learner.policy)
+    for step, expected in ((4, start), (5, start), (3, moved)):
+        assert pair.begin_step(step) is learner
+        assert torch.equal(head(learner.reference), expected), step
+
+
 def test_roles_with_different_tokenizers_are_refused(world, tmp_path):
     for file in TINY.glob("*.json"):
         text = file.read_text()

@@ -10,6 +10,7 @@ import torch
 
 from thinkrl import UserError
 from thinkrl.checkpoint import load_model
+from thinkrl.evaluate import summarise, tally_outcomes
 from thinkrl.grpo import group_advantages
 from thinkrl.learner import TINY
 from thinkrl.longshort.conversation import Prompts, build, load_prompts
@@ -32,6 +33,8 @@ from thinkrl.longshort.protocol import (
     summary,
     transcript,
 )
+from thinkrl.metrics import Tally
+from thinkrl.problems import INSTRUCTIONS
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Turn, pack
@@ -69,9 +72,12 @@ class Scripted:
         return [done[i : i + n] for i in range(0, len(done), n)]
 
 
-def talk(long, short, problems=1, group_size=1, **options):
-    roles = {"long": RoleSampler(long, 0.9, 50, PROMPTS), "short": RoleSampler(short, 0.3, 60, PROMPTS)}
-    problems = [Problem(i, f"q{i}", "4", "arith") for i in range(problems)]
+def talk(long, short, problems=1, group_size=1, source="arith", suffix="", **options):
+    roles = {
+        "long": RoleSampler(long, 0.9, 50, PROMPTS, suffix),
+        "short": RoleSampler(short, 0.3, 60, PROMPTS, suffix),
+    }
+    problems = [Problem(i, f"q{i}", "4", source) for i in range(problems)]
     return converse(roles, problems, group_size=group_size, seed=1, address=(0, 7), **options)
 
 
@@ -97,6 +103,16 @@ def test_rethink_then_answer():
     assert t.turns[2].prompt == build(
         "long", "q0", [turn.completion for turn in t.turns[:2]], Letters(), PROMPTS
     )
+
+
+@pytest.mark.parametrize("suffix, said", [("", INSTRUCTIONS["math"][1]), ("Be brief.", "Be brief.")])
+def test_both_roles_read_where_the_answer_goes(suffix, said):
+    """The question of every turn ends with the instruction of its grading rule, or with --suffix."""
+    long, short = Scripted(["<think>a</think>"]), Scripted(["<answer>\\boxed{4}</answer>"])
+    [t] = talk(long, short, source="math", suffix=suffix)
+    assert said and t.correct
+    assert long.asked == [[f"(L\nq0\n{said})"]]
+    assert short.asked == [[f"(S\nq0\n{said}|<think>a</think>)"]]
 
 
 def test_each_role_has_its_own_sampling_and_every_turn_its_own_key():
@@ -165,6 +181,13 @@ def test_no_room_for_another_turn():
     assert [t.ended for t in talks] == ["answered", "context"] and [len(t.turns) for t in talks] == [4, 2]
 
 
+@pytest.mark.parametrize("context, ended", [(83, "answered"), (82, "context")])
+def test_a_turn_may_end_at_the_last_place_of_the_context(context, ended):
+    """The short prompt "(S\\nq0|<think>a</think>)" has 23 characters and a short turn may have 60."""
+    [t] = talk(Scripted(["<think>a</think>"]), Scripted(["<answer>4</answer>"], context=context))
+    assert t.ended == ended
+
+
 def test_single_exchange_grades_the_one_reply():
     long, short = Scripted(["<think>a"] * 2), Scripted(["<answer>4</answer>", "<answer>4</rethink>"])
     talks = talk(long, short, group_size=2, rollout="single_exchange")
@@ -185,6 +208,7 @@ def test_format_reward():
 def test_length_reward():
     assert length_reward([100, 200, 300], [1, 0, 1]) == [0.5, 0, -0.5]
     assert length_reward([100, 200, 300], [0, 0, 1]) == [0, 0, -0.5]
+    assert length_reward([100, 200, 300], [1, 1, 0]) == [0.5, 0, -0.5], "wrong ones are long, and pay for it"
     assert length_reward([100, 200, 300], [0, 0, 1], symmetric=True) == [0.5, 0, -0.5]
     assert length_reward([7, 7], [1, 0]) == [0, 0] and length_reward([], []) == []
 
@@ -353,6 +377,15 @@ def test_a_turn_ends_at_any_stop_id_of_the_checkpoint(tiny, tmp_path):
     assert len(plain.completion) == 6 and plain.completion[:2] == stopped.completion
 
 
+def test_truncated_counts_every_turn():
+    """Of two conversations, one has a first turn that was cut and a last one that was not."""
+    whole, cut = (attempt(("long", "a"), ("short", "4"), sample=sample) for sample in range(2))
+    cut.turns[0].finish_reason = "length"
+    tally = Tally()
+    tally_outcomes(tally, [whole, cut], group_size=2)
+    assert summarise([whole, cut])["truncated"] == tally.row(1)["truncated"] == 0.5
+
+
 def test_transcript():
     t = attempt(("long", "<think>a</think>"), ("short", "<answer>4</answer>"))
     assert (
@@ -395,3 +428,15 @@ def test_a_question_without_room_is_named_before_the_first_step(tiny):
         match=r"problem 4 \(counted from 0\): an opening prompt of \d+ tokens and a turn of 40 exceed",
     ):
         require_room(problems, tiny.tokenizer, 100, 40, prompts)
+
+
+@pytest.mark.parametrize(
+    "source, suffix, length",
+    [("arith", "", 5), ("arith", "now", 9), ("math", "", 6 + len(INSTRUCTIONS["math"][1]))],
+)
+def test_an_opening_prompt_may_leave_exactly_one_turn(source, suffix, length):
+    """ "(L\\nq)" has 5 characters; what follows the question stands on a line of its own."""
+    problems = [Problem(0, "q", "4", source)]
+    require_room(problems, Letters(), length + 40, 40, PROMPTS, suffix)
+    with pytest.raises(UserError, match=f"an opening prompt of {length} tokens"):
+        require_room(problems, Letters(), length + 39, 40, PROMPTS, suffix)

@@ -127,6 +127,11 @@ def test_tags_keep_the_response_to_the_letter():
             thoughts.tags("<think>" + bad)
 
 
+def test_a_thought_is_as_long_as_its_text():
+    """20*3=60, 4*3=12 and 60+12=72; the tags around them do not count. LS Eq. 1"""
+    assert thoughts.token_lengths(thoughts.tags(RESPONSE), Letters()) == [7, 6, 8]
+
+
 STEPS = ["a", "b", "c", "d"]
 
 
@@ -287,6 +292,14 @@ def test_a_chunker_that_never_parses_is_given_up():
         Scripted(context=50), Letters(), PROBLEMS[:1], ["a\n\nb"], 10, 0.1, seed=0
     )
     assert "context of 50" in str(why)
+
+
+@pytest.mark.parametrize("room", [0, -1])
+def test_an_answer_may_end_at_the_last_place_of_the_context(room):
+    asked = thoughts.chunk_request("q7", ["a", "b"])
+    model = Scripted([GOOD], context=len(asked) + 100 + room)
+    [chain] = thoughts.chunk_by_model(model, Letters(), PROBLEMS[:1], ["a\n\nb"], 100, 0.1, seed=0)
+    assert isinstance(chain, Rejected) == (room < 0)
 
 
 CHAIN_OF_5 = [
@@ -456,6 +469,16 @@ def test_chains_that_cannot_be_rolled_out(tiny):
     ]:
         with pytest.raises(Rejected, match=reason):
             thoughts.require_room(problem, bad, tiny.tokenizer, context, max_tokens=40)
+
+
+def test_a_rollout_may_end_at_the_last_place_of_the_context(tiny):
+    problem, chain = Problem(3, "24*3?", "72", "arith"), thoughts.tags(RESPONSE)
+    length = len(prompt_ids(problem, tiny.tokenizer)) + sum(
+        len(tiny.tokenizer.encode(t.prefix)) for t in chain
+    )
+    thoughts.require_room(problem, chain, tiny.tokenizer, length + 40, 40)
+    with pytest.raises(Rejected, match=f"have {length} tokens: no room for 40"):
+        thoughts.require_room(problem, chain, tiny.tokenizer, length + 39, 40)
 
 
 def test_plot(tmp_path):

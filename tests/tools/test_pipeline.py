@@ -22,7 +22,7 @@ def result(accuracy: float, tokens: float, turns: int | None = None) -> dict:
             "short_tokens": 3 * tokens / 4,
             "ended": {"answered": 1.0},
         }
-    return part | {"greedy": part}
+    return part | {"greedy": part | {"tokens": tokens - 10}}
 
 
 def test_one_entry_per_round(tmp_path):
@@ -49,7 +49,10 @@ def test_one_entry_per_round(tmp_path):
     ]
     # against 50 % at 60 tokens: (60-80)/60 - 5·0.2; nothing; (60-30)/60 + 3·0.5
     assert [round(r["aes"], 4) for r in summary["rounds"]] == [-1.3333, 0.0, 2.0]
-    assert summary["base"]["aes"] == 0 and round(summary["grpo"]["aes"], 4) == 1.1
+    # greedily against 50 % at 50 tokens: (50-70)/50 - 5·0.2; nothing; (50-20)/50 + 3·0.5
+    assert [round(r["greedy"]["aes"], 4) for r in summary["rounds"]] == [-1.4, 0.0, 2.1]
+    assert summary["base"]["aes"] == summary["base"]["greedy"]["aes"] == 0
+    assert round(summary["grpo"]["aes"], 4) == 1.1
     assert summary["long_chains"] == {"chains": 2, "tokens": 50, "thoughts": 2, "exchanges": 1.5}
     assert "| L1⊗S1 | 75.0% | 30.0 | 7.5 + 22.5 | 1 / 1.00 / 1 | +2.00 |" in table(summary)
     with pytest.raises(pipeline.UserError, match="every conversation of L1⊗S1 ended at its first turn"):
