@@ -172,7 +172,7 @@ def main(config: Config) -> None:
         config = fitted(config, world)
         run = {"sft": train_sft, "prm": train_prm}.get(config.preset, train)(config, world)
         if world.main:
-            models = finish(run, config)
+            models = finish(run, run.config)
             print("\n".join(f"model: {folder}" for folder in models))
             print(f"report: {write_report(run.folder)}\nrun: {run.folder}")
             if config.push_to_hub:

@@ -27,7 +27,7 @@ def finished_run(tmp_path, config: Config, *models: str, summary: dict | None = 
             (checkpoint / model).mkdir()
             (checkpoint / model / "config.json").write_text(f'"{model} of step {step}"')
     (folder / "summary.json").write_text(json.dumps(summary or {}))
-    return Run(folder, False)
+    return Run(folder, False, config)
 
 
 def front_matter(card: str) -> dict:

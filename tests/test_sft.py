@@ -7,9 +7,10 @@ import torch
 from tokenizers import Tokenizer as Ids
 from tokenizers import models
 
+from thinkrl.config import parse
 from thinkrl.longshort.cold_start import row_prompt
 from thinkrl.longshort.conversation import Prompts, build, example
-from thinkrl.sft import Row, load_rows, nll_loss, samples
+from thinkrl.sft import Row, load_rows, nll_loss, samples, with_steps
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import UserError, pack
 
@@ -98,6 +99,19 @@ def test_a_row_of_a_conversation_has_the_ids_of_reinforcement_learning(tokenizer
     told, alpaca = samples(load_rows(tmp_path / "rows.jsonl"), tokenizer, encode=row_prompt)
     assert told.prompt == build("long", "a", ["b", "c"], tokenizer, prompts) == [4, 0, 6, 0, 1, 2, 5]
     assert alpaca.prompt == [4, 0, 6, 0, 7, 5] and told.completion == alpaca.completion == [2, 0, 3]
+
+
+def test_epochs_are_steps_of_whole_batches():
+    """700 rows in steps of 64 are 10 steps and 60 rows over: three passes are 30 steps."""
+    config = parse(["sft", "--model", "some/folder", "--data", "rows.jsonl"])
+    assert (config.epochs, config.problems_per_step) == (3, 64)
+    assert with_steps(config, 700).steps == 30
+    for argv, steps in ((["--epochs", "5"], 50), (["--steps", "7"], 7), (["--epochs", "0"], 500)):
+        other = parse(["sft", "--model", "some/folder", "--data", "rows.jsonl", *argv])
+        assert with_steps(other, 700).steps == steps
+    assert with_steps(parse(["sft", "--data", "rows.jsonl"]), 700).steps == 300, "the embedded model's own"
+    with pytest.raises(UserError, match="--steps 7 and --epochs 2: one of them says how long sft trains"):
+        parse(["sft", "--data", "rows.jsonl", "--steps", "7", "--epochs", "2"])
 
 
 def test_nll_by_hand():

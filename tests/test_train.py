@@ -307,8 +307,8 @@ def test_sft_learns_its_rows_and_leaves_a_folder(tmp_path):
                 "sft",
                 "--data",
                 str(data),
-                "--steps",
-                "6",
+                "--epochs",
+                "3",
                 "--problems_per_step",
                 "8",
                 "--lr",
@@ -327,6 +327,7 @@ def test_sft_learns_its_rows_and_leaves_a_folder(tmp_path):
     losses = [
         json.loads(line)["loss"] for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()
     ]
+    assert len(losses) == 6, "three passes over 16 rows, 8 a step"
     assert losses[-1] < 0.7 * losses[0], losses
     folder = tmp_path / "sft" / "hf"
     assert transformers.AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 72

@@ -203,6 +203,9 @@ class Config:
 
     _optimizer = group("Optimizer", tuple(PRESETS))
     steps: int = option(500, "optimizer steps", low=1, presets=("grpo", "l2t", "sft", "prm"))
+    epochs: int = option(
+        0, "passes over the rows of --data, in place of --steps; 0: --steps says it", low=0, presets=("sft",)
+    )
     lr: float = option(1e-6, "peak learning rate of AdamW", low=0)
     schedule: str = option("constant", "learning rate after the warm-up", ("constant", "cosine"))
     warmup: float = option(0.05, "share of the steps with rising learning rate", low=0, high=1)
@@ -361,7 +364,7 @@ PRESET_VALUES: dict[str, dict] = {
         problems_per_step=96,
         max_tokens=1024,
     ),
-    "sft": dict(lr=1e-5, schedule="cosine", warmup=0.1, problems_per_step=64, data=""),
+    "sft": dict(lr=1e-5, schedule="cosine", warmup=0.1, problems_per_step=64, data="", epochs=3),
     # l2t's prompt, or it would judge completions that l2t never sees
     "prm": dict(
         lr=1e-5, schedule="cosine", warmup=0.1, problems_per_step=32, group_size=8, system=EPISODES_SYSTEM
@@ -398,7 +401,13 @@ EMBEDDED_VALUES: dict[str, dict] = {
         length_coef=0.3,
     ),
     "sft": dict(
-        steps=300, problems_per_step=64, lr=1e-3, micro_batch_tokens=8192, weight_decay=0.0, save_every=0
+        epochs=0,
+        steps=300,
+        problems_per_step=64,
+        lr=1e-3,
+        micro_batch_tokens=8192,
+        weight_decay=0.0,
+        save_every=0,
     ),
     "prm": _EMBEDDED_RL | dict(steps=100),
 }
@@ -486,6 +495,8 @@ def resolve(preset: str, given: dict[str, Any]) -> Config:
     model = (given.get("long") if preset == "longshort" else None) or given.get("model", Config.model)
     named = {key: given.get(key, "") for key in ("profile", "length", "method")}
     values = preset_values(preset, embedded(model), **named)
+    if "steps" in given:
+        values["epochs"] = 0
     config = Config(**(values | given), preset=preset, given=frozenset(given))
     if preset == "longshort":  # the rounds say how long it takes, and each ends with an evaluation
         rounds = config.rounds.replace(",", "")
@@ -593,6 +604,10 @@ def _check(config: Config) -> None:
         c.preset == "l2t" and c.credit == "to_go" and c.advantage_std not in ("sample", "batch"),
         f"--advantage_std {c.advantage_std}: --credit to_go divides a group by the root mean square of its tokens' "
         "advantages instead, and with batch the whole step; leave it out",
+    )
+    refuse(
+        c.epochs and "steps" in c.given,
+        f"--steps {c.steps} and --epochs {c.epochs}: one of them says how long sft trains, leave out the other",
     )
     refuse(c.preset == "sft" and not c.data, "sft needs --data FILE.jsonl or an alpaca JSON list")
     refuse(

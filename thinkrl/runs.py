@@ -50,6 +50,7 @@ FREE_TO_CHANGE = {
 class Run:
     folder: Path
     resumed: bool
+    config: Config  # as it was trained with: `steps` is known
 
     @property
     def summary(self) -> dict:
@@ -73,7 +74,7 @@ def open_run(config: Config, world: World) -> Run:
             error = str(mistake)
     raise_on_all_ranks(error)
     folder, resumed = from_main((folder, resumed))
-    return Run(folder, resumed)
+    return Run(folder, resumed, config)
 
 
 def record_launch(folder: Path, step: int, world: World) -> None:

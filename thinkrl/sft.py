@@ -10,6 +10,7 @@ a function of their own that encodes it (longshort.cold_start).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -99,6 +100,16 @@ def nll_loss(logprob: Tensor, mask: Tensor, denominator: Tensor | float) -> Tens
     return total / torch.as_tensor(denominator, device=logprob.device).clamp(min=1)
 
 
+def with_steps(config: Config, rows: int) -> Config:
+    """The config with the `steps` that --epochs passes over so many rows take; as it is without --epochs.
+
+    Each pass leaves out the few rows that do not fill a step, as `Stream` does.
+    """
+    if not config.epochs:
+        return config
+    return dataclasses.replace(config, steps=max(1, config.epochs * (rows // config.problems_per_step)))
+
+
 def train(
     config: Config,
     world: World,
@@ -107,10 +118,11 @@ def train(
     files: dict[str, str] | None = None,
     report: Callable[[Path], object] | None = None,
 ) -> Run:
-    """Train for `steps` optimizer steps of `problems_per_step` rows, of each part its share. Collective.
+    """Train for `steps` optimizer steps, or `epochs`, of `problems_per_step` rows, of each part its share. Collective.
 
     parts: as `load_parts` gives them. `encode` as in `samples`, `files` as in `Learner`, `report` as in `Session`.
     """
+    config = with_steps(config, sum(map(len, parts)))
     path = model_path(config.model)
     tokenizer = Tokenizer(path)
     context = read_config(path).max_positions
