@@ -12,7 +12,7 @@ In the folder --out:
     parts/rank_R.jsonl   finished items, appended one by one: what a killed run is continued from, at any number of ranks
     annotated.json       every usable item: thoughts, accuracies behind each, importance, labels, segments
     long.json short.json alpaca rows for `train.py sft`
-    rejects.jsonl        every other item, and why
+    rejects.jsonl        every other item, and why; "said" is the model's text that was rejected
     summary.json         counts
 """
 
@@ -239,10 +239,10 @@ def annotate(items: Sequence[Item], tools: Tools, options: Options) -> list[dict
     """One line of the part file per item: {"id", "item": …}, or {"id", "rejected": why, …}."""
     base, tokenizer = tools.sampler, tools.sampler.tokenizer
     by_id = {item.problem.id: item for item in items}
-    reasons: dict[int, str] = {}
+    reasons: dict[int, Rejected] = {}
 
     def keep(results: dict) -> dict:
-        reasons.update({i: str(result) for i, result in results.items() if isinstance(result, Rejected)})
+        reasons.update({i: result for i, result in results.items() if isinstance(result, Rejected)})
         return {i: result for i, result in results.items() if i not in reasons}
 
     def problems(ids: dict) -> list[Problem]:
@@ -316,7 +316,8 @@ def annotate(items: Sequence[Item], tools: Tools, options: Options) -> list[dict
         if i in talks:
             lines.append({"id": i, "item": row | {"asked": asked[i], "segments": talks[i]}})
         else:
-            lines.append({"id": i, "rejected": reasons[i], **row})
+            said = {"said": reasons[i].said} if reasons[i].said else {}
+            lines.append({"id": i, "rejected": str(reasons[i]), **said, **row})
     return lines
 
 

@@ -190,9 +190,9 @@ def answer(options: Options, world: World) -> None:
     problem = Problem(0, options.prompt, "0", source, instruct=bool(options.source))
     for t in policy(options, world)([problem], options.n) if world.main else []:
         if options.long:
-            print(longshort.transcript(t, colour=sys.stdout.isatty()), f"\n[{t.tokens} tokens, {t.ended}]")
+            say(longshort.transcript(t, colour=sys.stdout.isatty()), f"\n[{t.tokens} tokens, {t.ended}]")
         else:
-            print(f"{t.text}\n[{t.tokens} tokens, {t.turns[0].finish_reason}]")
+            say(f"{t.text}\n[{t.tokens} tokens, {t.turns[0].finish_reason}]")
 
 
 def evaluate(options: Options, world: World) -> None:
@@ -215,7 +215,7 @@ def evaluate(options: Options, world: World) -> None:
         torch.cuda.empty_cache()
         reference = summarise(measure(one_policy(base, options, world), problems, options, world))
         if world.main:
-            print(compared(result, reference, options.base))
+            say(compared(result, reference, options.base))
 
 
 def measure(attempt: Attempt, problems: list[Problem], options: Options, world: World) -> list[Trajectory]:
@@ -259,13 +259,21 @@ def require_writable(file: Path) -> None:
         raise UserError(f"--out {file} cannot be written: give a file in a folder that exists")
 
 
+def say(*words: str) -> None:
+    """Print at once. A reader that has left, as `| head` does, is no mistake: nothing more is printed."""
+    try:
+        print(*words, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def print_numbers(result: dict, indent: str = "") -> None:
     for name, value in result.items():
         if isinstance(value, dict):
-            print(f"{indent}{name or 'all'}")
+            say(f"{indent}{name or 'all'}")
             print_numbers(value, indent + "  ")
         elif value is not None:
-            print(f"{indent}{name:<22} {value:.4g}")
+            say(f"{indent}{name:<22} {value:.4g}")
 
 
 def limit(path: Path, options: Options) -> int:

@@ -303,6 +303,26 @@ def test_every_row_and_request_says_where_the_answer_goes(tmp_path, world, instr
     assert f"Problem:\n24*3?\n{said}\n" in asked
 
 
+@pytest.mark.parametrize(
+    "answer, reason, said",
+    [
+        ("I would rather not.", "the answer holds no JSON", "I would rather not."),
+        (r'["so \boxed{73}"]', "the last short segment", r"so \boxed{73}"),
+    ],
+)
+def test_rejects_keep_what_the_model_said(tmp_path, world, instructed, answer, reason, said):
+    instructed(answer)
+    data = write(tmp_path / "rows.jsonl", [{"problem": "24*3?", "answer": "72", "response": THINKING}])
+    with pytest.raises(UserError, match="none of 1 rows"):
+        run(
+            world,
+            *("--data", data, "--source", "math", "--out", str(tmp_path / "out")),
+            *("--chunker", "paragraphs", "--completer", "llm", *SMALL),
+        )
+    [reject] = map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
+    assert reject["rejected"].startswith(reason) and reject["said"] == said
+
+
 def test_role_prompts_may_change_and_requests_may_not(tmp_path, world):
     block = {"block 1": {"start": 1, "end": 1}, "block 2": {"start": 2, "end": 3}}
     rows = [{"question": "24*3?", "answer": "72", "thought": THINKING, "block": block}]

@@ -3,6 +3,8 @@
 import gc
 import json
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import sample
+from helpers import ROOT
 from thinkrl.checkpoint import load_model
 from thinkrl.learner import TINY
 
@@ -133,6 +136,17 @@ def test_a_base_that_is_never_right(data, capsys):
     )
 
 
+def test_a_reader_that_leaves_is_no_mistake():
+    """`sample.py … | head`: no traceback, and exit status 0."""
+    command = [sys.executable, "sample.py", "--prompt", "7*8?", "--n", "2", "--max_tokens", "4"]
+    program = subprocess.Popen(
+        [*command, "--device", "cpu"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    program.stdout.close()
+    _, errors = program.communicate()
+    assert program.returncode == 0 and "BrokenPipe" not in errors, errors
+
+
 @pytest.mark.parametrize(
     "argv, sentence",
     [
@@ -157,7 +171,10 @@ def test_options(argv, sentence):
             ["--out", "nowhere/out.jsonl"],
             "--out nowhere/out.jsonl cannot be written: give a file in a folder that exists",
         ),
-        (["--base", "nowhere"], "--base nowhere: no such folder; give a Hugging Face folder, owner"),
+        (
+            ["--base", "nowhere"],
+            "--base nowhere: no such folder; give a Hugging Face folder, owner/name[@revision] of the hub, or 'tiny'",
+        ),
     ],
 )
 def test_what_would_fail_in_the_end_is_refused_at_the_start(data, capsys, monkeypatch, argv, sentence):

@@ -288,6 +288,7 @@ def test_a_chunker_that_never_parses_is_given_up():
     model = Scripted(*[["no"]] * thoughts.TRIES)
     [why] = thoughts.chunk_by_model(model, Letters(), PROBLEMS[:1], ["a\n\nb"], 100, 0.1, seed=0)
     assert isinstance(why, Rejected) and "no JSON" in str(why) and "5 answers" in str(why)
+    assert why.said == "no"
     [why] = thoughts.chunk_by_model(
         Scripted(context=50), Letters(), PROBLEMS[:1], ["a\n\nb"], 10, 0.1, seed=0
     )

@@ -44,7 +44,11 @@ ROLLOUT, CHUNKING, COMPLETING = 2, 3, 4  # first parts of an address; 0 and 1 ar
 
 
 class Rejected(Exception):
-    """Why an item cannot be used: one clause, for rejects.jsonl."""
+    """Why an item cannot be used: one clause, for rejects.jsonl. said: the text that was rejected, if it was one."""
+
+    def __init__(self, reason: str, said: str = ""):
+        super().__init__(reason)
+        self.said = said
 
 
 @dataclass(frozen=True)
@@ -216,10 +220,11 @@ def _ask(
             keys=keys,
         )
         for i, [written] in zip(left, groups):
+            said = tokenizer.decode(written.tokens)
             try:
-                results[i] = read(i, tokenizer.decode(written.tokens))
+                results[i] = read(i, said)
             except Rejected as reason:
-                results[i] = Rejected(f"{reason} (the last of {attempt + 1} answers)")
+                results[i] = Rejected(f"{reason} (the last of {attempt + 1} answers)", said)
         left = [i for i in left if isinstance(results[i], Rejected)]
         if not left:
             break
@@ -408,7 +413,7 @@ def segments(texts: Sequence[str], labels: Sequence[str], problem: Problem) -> l
     """
     roles = [role for role, _ in runs(labels)]
     if roles[-1] != "short" or not _grades(texts[-1], problem):
-        raise Rejected("the last short segment does not give the gold answer")
+        raise Rejected("the last short segment does not give the gold answer", texts[-1])
     return [tagged(role, text, last=i == len(texts) - 1) for i, (role, text) in enumerate(zip(roles, texts))]
 
 
