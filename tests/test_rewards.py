@@ -1,13 +1,17 @@
 """Rewards written for TRL and verl are called as they are there; what cannot be rewarded is NaN."""
 
+import json
 import math
 
 import pytest
+import torch
 
-from helpers import ID, write_tokenizer
+from helpers import ID, ROOT, python, write_tokenizer
 from thinkrl import UserError
+from thinkrl.config import parse
+from thinkrl.grpo import group_advantages
 from thinkrl.problems import load_problems, reading
-from thinkrl.rewards import load_rewards, total
+from thinkrl.rewards import load_rewards, require_columns, total
 from thinkrl.types import Problem, Trajectory, Turn
 
 MODULE = """
@@ -171,15 +175,22 @@ def test_a_reward_for_verl(tmp_path, tokenizer):
         ("my_rewards:text", "my_rewards:text returned 'good': a finite number or None"),
         ("my_rewards:infinite", "my_rewards:infinite returned inf: a finite number or None"),
         ("my_rewards:breaks", "my_rewards:breaks failed with KeyError: 'nowhere' .*my_rewards.py:[0-9]+"),
-        (
-            "my_rewards:wants",
-            "my_rewards:wants wants difficulty; there are question, answer, .*no such column",
-        ),
     ],
 )
 def test_a_mistake_is_a_sentence(tokenizer, name, message):
     with pytest.raises(UserError, match=message):
         given(name, [attempt(A, "a"), attempt(A, "b")], tokenizer)
+
+
+def test_a_column_that_is_wanted_must_be_there(tokenizer):
+    with pytest.raises(
+        UserError, match="wants difficulty, and --data has no such column: there are .*question, ans"
+    ):
+        require_columns(load_rewards("my_rewards:wants"), [A])
+    with_it = Problem(0, "a?", "a", "math", row={"difficulty": 3})
+    names = "my_rewards:wants+outcome+my_rewards:length+my_rewards:compute_score+my_rewards:verl_number"
+    require_columns(load_rewards(names), [A, with_it])
+    assert given("my_rewards:wants", [attempt(with_it, "a")], tokenizer) == [3]
 
 
 @pytest.mark.parametrize("weights", ["1", "1,2,3", "1,x", "1,nan"])
@@ -200,3 +211,87 @@ def test_rows_are_kept_only_for_rewards_that_read_them():
     assert how("") == how("outcome") == (False, False)
     assert how("my:f") == how("my:f + my:g") == (True, True), "the prompt is theirs"
     assert how("my:f+outcome") == (True, False), "the outcome needs its instruction"
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--length kimi", "--length and --dynamic_sampling go by the graded outcome"),
+        ("--dynamic_sampling 2", "--length and --dynamic_sampling go by the graded outcome"),
+        ("l2t --credit local --gain continue", "--credit local takes J"),
+        ("--advantage_std mean", "--advantage_std mean divides .* which --reward may make negative"),
+    ],
+)
+def test_options_that_go_by_the_outcome_are_refused(more, message):
+    with pytest.raises(UserError, match=message):
+        preset, *rest = more.split() if more.startswith("l2t") else ["grpo", *more.split()]
+        parse([preset, "--reward", "my_rewards:length", *rest])
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "preset, more",
+    [
+        ("grpo", ()),
+        ("l2t", ()),
+        pytest.param("l2t", ("--credit", "guarded"), marks=SLOW),
+        pytest.param("l2t", ("--advantage_std", "batch"), marks=SLOW),
+        pytest.param("l2t", ("--credit", "to_go"), marks=SLOW),
+    ],
+)
+def test_training_by_a_reward_of_ones_own(tmp_path, preset, more):
+    """Shorter is better, and what thinks of a 7 cannot be rewarded: it gets no advantage and does not move the others'."""
+    (tmp_path / "brief.py").write_text(
+        "def brief(completions, **columns):\n    return [None if '7' in text else -len(text) for text in completions]\n"
+    )
+    run = python(
+        *(
+            "train.py",
+            preset,
+            "--steps",
+            "1",
+            "--problems_per_step",
+            "2",
+            "--group_size",
+            "4",
+            "--max_tokens",
+            "60",
+        ),
+        *(
+            "--reward",
+            "brief:brief",
+            "--eval_problems",
+            "0",
+            "--log_groups",
+            "2",
+            "--runs_dir",
+            str(tmp_path),
+            "--name",
+            "run",
+        ),
+        *more,
+        PYTHONPATH=f"{ROOT}:{tmp_path}",
+        OMP_NUM_THREADS="1",
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    [row] = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    none = [s for s in samples if s["reward"] is None]
+    assert 0 < len(none) < 8 == len(samples) and row["unrewarded"] == len(none) / 8
+    assert all("7" in s["text"] and not any(s["advantage"]) for s in none)
+    rest = [s for s in samples if s["reward"] is not None]
+    assert all(s["reward"] < 0 for s in rest) and row["reward"] == pytest.approx(
+        sum(s["reward"] for s in rest) / len(rest)
+    )
+    assert (
+        any(any(s["advantage"]) for s in rest)
+        and math.isfinite(row["loss"])
+        and math.isfinite(row["grad_norm"])
+    )
+    if preset == "grpo":
+        for group in (samples[:4], samples[4:]):
+            given = [s["reward"] if s["reward"] is not None else math.nan for s in group]
+            expected = group_advantages(torch.tensor([given], dtype=torch.float64))[0]
+            assert [s["advantage"][0] for s in group] == pytest.approx(expected.tolist(), abs=1e-4)

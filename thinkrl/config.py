@@ -121,6 +121,16 @@ class Config:
         0, "KV pages of 16 tokens in the sampler; 0: as many as a step needs or memory holds", low=0
     )
 
+    reward: str = option(
+        "outcome",
+        "what a completion is worth: outcome (graded, 1 or 0), a function written for TRL or verl as module:function, "
+        "or several joined by +",
+        presets=("grpo", "l2t"),
+    )
+    reward_weights: str = option(
+        "", "one number for each of --reward, such as 1,0.2; empty: 1 each", presets=("grpo", "l2t")
+    )
+
     _objective = group("Objective", RL)
     advantage_std: str = option(
         "sample",
@@ -609,6 +619,14 @@ def _check(config: Config) -> None:
         c.epochs and "steps" in c.given,
         f"--steps {c.steps} and --epochs {c.epochs}: one of them says how long sft trains, leave out the other",
     )
+    refuse(
+        (c.reward != "outcome" or c.reward_weights) and (c.length or c.dynamic_sampling),
+        "--length and --dynamic_sampling go by the graded outcome: leave them out, or --reward and --reward_weights",
+    )
+    refuse(
+        c.credit == "local" and c.reward != "outcome",
+        "--credit local takes J, the chance of being right, for what a state is worth: leave out --reward",
+    )
     refuse(c.preset == "sft" and not c.data, "sft needs --data FILE.jsonl or an alpaca JSON list")
     refuse(
         bool(c.long) != bool(c.short),
@@ -642,6 +660,10 @@ def _check_objective(c: Config, refuse: Callable[[Any, str], None]) -> None:
     refuse(
         c.advantage_std == "mean" and (c.preset in ("l2t", "longshort") or c.length not in NEVER_NEGATIVE),
         f"--advantage_std mean divides by a group's mean reward, which {c.length or c.preset} may make negative",
+    )
+    refuse(
+        c.advantage_std == "mean" and c.reward != "outcome",
+        "--advantage_std mean divides by a group's mean reward, which --reward may make negative",
     )
 
 

@@ -111,13 +111,16 @@ def summarise(trajectories: Sequence[Trajectory]) -> dict:
 def tally_outcomes(tally: Tally, trajectories: Sequence[Trajectory], group_size: int) -> None:
     """Add a step's rewards, accuracy and tokens to its tally; groups are contiguous."""
     for t in trajectories:
-        tally.add("reward", t.reward)
+        rewarded = not math.isnan(t.reward)
+        tally.add("reward", t.reward if rewarded else 0.0, rewarded)
+        tally.add("unrewarded", not rewarded)
         tally.add("accuracy", t.outcome_reward)
         tally.add("tokens", t.tokens)
         tally.add("truncated", any(turn.finish_reason == "length" for turn in t.turns))
         tally.add_sum("sampled_tokens", t.tokens)
     for i in range(0, len(trajectories), group_size):
-        tally.add("zero_groups", len({t.reward for t in trajectories[i : i + group_size]}) == 1)
+        rewards = {t.reward for t in trajectories[i : i + group_size] if not math.isnan(t.reward)}
+        tally.add("zero_groups", len(rewards) <= 1)
 
 
 def held_out_record(t: Trajectory, tokenizer: Tokenizer) -> dict:

@@ -16,6 +16,7 @@ from thinkrl.distributed import global_sum
 DEFINITIONS = {
     "step": "optimizer steps taken, this one included",
     "reward": "mean over trajectories of the raw reward (outcome plus what the preset adds per trajectory)",
+    "unrewarded": "share of trajectories for which no --reward gave a number; they are not in the mean",
     "accuracy": "share of trajectories whose graded answer is the gold one",
     "tokens": "mean sampled tokens per trajectory, stop token included, all turns",
     "truncated": "share of trajectories that ran into --max_tokens",

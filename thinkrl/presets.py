@@ -28,6 +28,7 @@ from thinkrl.evaluate import summarise
 from thinkrl.grpo import group_advantages
 from thinkrl.learner import Learner, learning_rate, model_path, new_learner
 from thinkrl.metrics import Tally
+from thinkrl.rewards import load_rewards, require_columns, total
 from thinkrl.rollout import TRAINING, require_room, rollout, sampling_file
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample, Trajectory
@@ -126,6 +127,7 @@ class OnePolicy(Preset[T]):
 
     def __init__(self, config: Config, world: World):
         self.config = config
+        self.rewards = load_rewards(config.reward, config.reward_weights)
         path = model_path(config.model)
         self.tokenizer = Tokenizer(path)
         files = sampling_file(config)
@@ -137,6 +139,12 @@ class OnePolicy(Preset[T]):
         require_room(
             problems, self.tokenizer, model.config.max_positions, c.max_tokens + more, c.system, c.suffix
         )
+        if training:
+            require_columns(self.rewards, problems)
+
+    def base_rewards(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        """What --reward gives for each trajectory, NaN where it gives none; by default the graded outcome."""
+        return total(self.rewards, trajectories, self.tokenizer, self.config.system, self.config.suffix)
 
     def begin_step(self, step: int) -> Learner:
         return self.learners["policy"]
@@ -178,10 +186,12 @@ class Grpo(OnePolicy[Trajectory]):
         return self.attempt(problems, self.config.group_size, self.config.temperature, (TRAINING, step))
 
     def reward(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> None:
-        """The outcome, or what --length makes of outcome and tokens."""
+        """What --reward gives, or what --length makes of outcome and tokens."""
         if self.config.length in ("", "gfpo"):  # gfpo's function returns advantages
-            return
-        for t, reward in zip(trajectories, self._by_length(trajectories).flatten().tolist(), strict=True):
+            rewards = self.base_rewards(trajectories)
+        else:
+            rewards = self._by_length(trajectories).flatten().tolist()
+        for t, reward in zip(trajectories, rewards, strict=True):
             t.reward = reward
 
     def advantages(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> list[Tensor]:

@@ -188,7 +188,7 @@ def held_out_problems(eval_data: str, data: str, source: str = "", **how) -> lis
     spec = eval_data or (data if data == "arith" else "")
     if spec == "arith":
         return arith.heldout()
-    return load_problems(spec, source, **how) if spec else []
+    return load_problems(spec, source, **how | {"keep_row": False}) if spec else []
 
 
 def subsample(problems: list[Problem], count: int) -> list[Problem]:

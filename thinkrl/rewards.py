@@ -31,6 +31,7 @@ from thinkrl.types import Problem, Trajectory
 
 OUTCOME = "outcome"
 VERL = {"solution_str", "ground_truth"}  # parameters that tell verl's functions
+VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
 class Reward(NamedTuple):
@@ -85,8 +86,8 @@ def total(
 ) -> list[float]:
     """The reward of each trajectory, NaN where no function gave one. The text of a completion is without its stop token.
 
-    system, suffix: what the prompts were asked with. Raises UserError, naming the function, if it fails, needs a
-    column that there is not, or returns anything else than it should.
+    system, suffix: what the prompts were asked with. Raises UserError, naming the function, if it fails or returns
+    anything else than it should.
     """
     texts = [_text(t, tokenizer) for t in trajectories]
     asked = [messages(t.problem, system, suffix) for t in trajectories]
@@ -145,17 +146,35 @@ def _number(reward: Reward, value: object) -> float | None:
 
 def _call(reward: Reward, **arguments):
     """The function on those of the arguments that it takes."""
-    parameters = inspect.signature(reward.function).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        missing = [p.name for p in parameters if p.default is p.empty and p.name not in arguments]
+    parameters = inspect.signature(reward.function).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        arguments = {name: value for name, value in arguments.items() if name in parameters}
+    return reward.function(**arguments)
+
+
+def require_columns(rewards: Sequence[Reward], problems: Sequence[Problem]) -> None:
+    """Raise UserError if a function wants a column that no row has."""
+    for reward in rewards:
+        if reward.function is None:
+            continue
+        parameters = inspect.signature(reward.function).parameters
+        known = [
+            "prompts",
+            "completions",
+            "completion_ids",
+            *dict.fromkeys(c for p in problems for c in _columns(p)),
+        ]
+        known = list(VERL_ARGUMENTS) if parameters.keys() >= VERL else known
+        missing = [
+            name
+            for name, p in parameters.items()
+            if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name not in known
+        ]
         if missing:
             raise UserError(
-                f"--reward {reward.name} wants {', '.join(missing)}; there are {', '.join(arguments)}: --data has no "
-                "such column"
+                f"--reward {reward.name} wants {', '.join(missing)}, and --data has no such column: there are "
+                + ", ".join(known)
             )
-        names = {p.name for p in parameters}
-        arguments = {name: value for name, value in arguments.items() if name in names}
-    return reward.function(**arguments)
 
 
 def _columns(problem: Problem) -> dict:
@@ -188,9 +207,6 @@ def _trl_arguments(
 def _verl_arguments(t: Trajectory, text: str) -> dict:
     row = t.problem.row or {}
     model = row.get("reward_model")
-    return {
-        "data_source": row.get("data_source") or t.problem.source,
-        "solution_str": text,
-        "ground_truth": model["ground_truth"] if isinstance(model, dict) else t.problem.answer,
-        "extra_info": row.get("extra_info"),
-    }
+    gold = model["ground_truth"] if isinstance(model, dict) else t.problem.answer
+    values = (row.get("data_source") or t.problem.source, text, gold, row.get("extra_info"))
+    return dict(zip(VERL_ARGUMENTS, values, strict=True))

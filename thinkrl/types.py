@@ -71,7 +71,9 @@ class Trajectory:
     text: str = ""  # decoded completion of the last turn
     answer: str | None = None  # as extracted from the text
     outcome_reward: float = 0.0  # 1 if the answer is the gold one
-    reward: float = 0.0  # raw: outcome_reward plus what the preset adds per trajectory
+    reward: float = (
+        0.0  # raw: outcome_reward plus what the preset adds per trajectory; NaN: none could be given
+    )
 
     @property
     def correct(self) -> bool:
@@ -88,7 +90,7 @@ class Trajectory:
         problem, sample           address: the problem's id, the place in its group
         question, gold, level     of the problem
         answer, text              as extracted (null: none found), and the text it was extracted from
-        outcome_reward, reward    raw
+        outcome_reward, reward    raw; reward null: --reward gave none
         turns                     role, prompt and completion (token ids), finish_reason of each turn, and the
                                   sampler's log-probs of the completion, rounded to 4 decimals
         advantage                 one number per token that was trained on, in order, rounded to 4 decimals
@@ -112,7 +114,7 @@ class Trajectory:
             "answer": self.answer,
             "text": self.text,
             "outcome_reward": self.outcome_reward,
-            "reward": self.reward,
+            "reward": None if math.isnan(self.reward) else self.reward,
             "turns": turns,
             "advantage": [round(a, 4) for a in advantage.tolist()],
         }

@@ -7,6 +7,7 @@ advantages    episode rewards -> token rewards -> one advantage per token       
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -217,9 +218,10 @@ class L2T(OnePolicy[EpisodeTrajectory]):
             penalty = compression  # a fixed price: it has no scale to be normalised
         else:
             penalty = normalise_compression(compression, c.kappa, global_sum)
-        for t, C, C_hat in zip(trajectories, compression, penalty, strict=True):
+        rewards = self.base_rewards(trajectories)
+        for t, C, C_hat, reward in zip(trajectories, compression, penalty, rewards, strict=True):
             e, t.compression, t.penalty = t.episodes, C, C_hat
-            t.reward = t.outcome_reward - c.malformed_penalty * e.malformed
+            t.reward = reward - c.malformed_penalty * e.malformed
             if c.released_sum:
                 t.process_reward = released_reward(t.J, e.prefixes, e.malformed)
             else:
@@ -258,11 +260,16 @@ class L2T(OnePolicy[EpisodeTrajectory]):
 
     def advantages(self, trajectories: Sequence[EpisodeTrajectory], step: int, tally: Tally) -> list[Tensor]:
         c, size = self.config, self.config.group_size
-        groups = [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
+        rewarded = [t for t in trajectories if not math.isnan(t.reward)]  # --reward may give none
+        groups = [
+            [t for t in trajectories[i : i + size] if not math.isnan(t.reward)]
+            for i in range(0, len(trajectories), size)
+        ]
+        groups = [group for group in groups if group]
         if c.credit == "local":
             own = [
                 local_advantages(t.reward, t.J, c.alpha * c.beta * t.penalty, c.credit_lambda)[t.episodes.ids]
-                for t in trajectories
+                for t in rewarded
             ]
             out = batch_scaled(own, global_sum)
         elif c.advantage_std == "batch":  # one scale for the step, over all ranks
@@ -274,6 +281,8 @@ class L2T(OnePolicy[EpisodeTrajectory]):
             )
         else:
             out = [a for group in groups for a in self._group_advantages(group, std=c.advantage_std)]
+        own = iter(out)
+        out = [torch.zeros(t.tokens) if math.isnan(t.reward) else next(own) for t in trajectories]
         tally.add("advantage_max", global_max(max((float(a.abs().max()) for a in out), default=0.0)))
         return [a.float() for a in out]
 
@@ -320,7 +329,7 @@ class L2T(OnePolicy[EpisodeTrajectory]):
             group_statistic(self._token_rewards(g), c.statistic, c.keep, self._returns(g), std="none")[0]
             for g in groups
         ]
-        scale = batch_std(torch.stack(statistics), global_sum) + 1e-6
+        scale = batch_std(torch.cat([torch.zeros(0), *statistics]), global_sum) + 1e-6
         return [a / scale for a in advantages]
 
     def state_dict(self) -> dict:
