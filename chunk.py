@@ -237,28 +237,43 @@ def load_tools(options: Options, prompts: Prompts, world: World) -> Tools:
 
 def annotate(items: Sequence[Item], tools: Tools, options: Options) -> list[dict]:
     """One line of the part file per item: {"id", "item": …}, or {"id", "rejected": why, …}."""
-    base, tokenizer = tools.sampler, tools.sampler.tokenizer
     by_id = {item.problem.id: item for item in items}
-    reasons: dict[int, Rejected] = {}
+    asked = {i: messages(item.problem, suffix=options.suffix)[-1]["content"] for i, item in by_id.items()}
+    chains = cut(by_id, tools, options)
+    chains |= {
+        i: attempt(with_room, by_id[i].problem, chain, tools, options) for i, chain in usable(chains).items()
+    }
+    measured = measure(by_id, usable(chains), tools, options)
+    texts = complete(by_id, usable(chains), measured, asked, tools, options)
+    talks = {
+        i: attempt(thoughts.segments, text, measured[i]["labels"], by_id[i].problem)
+        for i, text in usable(texts).items()
+    }
+    reached = chains | texts | talks  # of each item, the last stage that it came to
+    return [line(item, measured.get(i, {}), asked[i], reached[i]) for i, item in by_id.items()]
 
-    def keep(results: dict) -> dict:
-        reasons.update({i: result for i, result in results.items() if isinstance(result, Rejected)})
-        return {i: result for i, result in results.items() if i not in reasons}
 
-    def problems(ids: dict) -> list[Problem]:
-        return [by_id[i].problem for i in ids]
+def usable(results: dict) -> dict:
+    return {i: result for i, result in results.items() if not isinstance(result, Rejected)}
 
-    def with_room(i: int, chain: list[Thought]) -> list[Thought]:
-        context = base.model.config.max_positions
-        thoughts.require_room(by_id[i].problem, chain, tokenizer, context, options.max_tokens, options.suffix)
-        return chain
 
-    chains = keep(cut(by_id, tools, options))
-    chains = keep({i: attempt(with_room, i, chain) for i, chain in chains.items()})
-    measured = thoughts.rollouts(
-        base,
+def with_room(problem: Problem, chain: list[Thought], tools: Tools, options: Options) -> list[Thought]:
+    """The chain, if it leaves room for its rollouts. Raises Rejected."""
+    sampler = tools.sampler
+    context = sampler.model.config.max_positions
+    thoughts.require_room(problem, chain, sampler.tokenizer, context, options.max_tokens, options.suffix)
+    return chain
+
+
+def measure(
+    by_id: dict[int, Item], chains: dict[int, list[Thought]], tools: Tools, options: Options
+) -> dict[int, dict]:
+    """Rollouts, importance and labels of each chain, as fields of its line."""
+    tokenizer = tools.sampler.tokenizer
+    rolled = thoughts.rollouts(
+        tools.sampler,
         tokenizer,
-        problems(chains),
+        [by_id[i].problem for i in chains],
         list(chains.values()),
         options.rollouts,
         options.max_tokens,
@@ -266,59 +281,68 @@ def annotate(items: Sequence[Item], tools: Tools, options: Options) -> list[dict
         options.seed,
         options.suffix,
     )
-    prefixes = dict(zip(chains, measured))
-    accuracies = {i: [prefix.accuracy for prefix in prefixes[i]] for i in chains}
-    lengths = {i: thoughts.token_lengths(chain, tokenizer) for i, chain in chains.items()}
-    scores = {i: thoughts.importance(lengths[i], accuracies[i], options.decay) for i in chains}
-    labels = {i: thoughts.label(scores[i]) for i in chains}
-    asked = {i: messages(by_id[i].problem, suffix=options.suffix)[-1]["content"] for i in chains}
-    if options.completer == "llm":
-        written = thoughts.complete_by_model(
-            tools.instruct,
-            tools.instruct.tokenizer,
-            problems(chains),
-            list(asked.values()),
-            list(chains.values()),
-            list(labels.values()),
-            options.instruct_max_tokens,
-            options.instruct_temperature,
-            options.seed,
-            tools.prompts,
-        )
-        texts = keep(dict(zip(chains, written)))
-    else:
-        texts = {
+    measured = {}
+    for (i, chain), prefixes in zip(chains.items(), rolled):
+        lengths = thoughts.token_lengths(chain, tokenizer)
+        accuracies = [prefix.accuracy for prefix in prefixes]
+        scores = thoughts.importance(lengths, accuracies, options.decay)
+        measured[i] = {
+            "thoughts": [thought.text for thought in chain],
+            "types": [thought.kind for thought in chain],
+            "lengths": lengths,
+            "accuracies": accuracies,
+            "new_tokens": [prefix.new_tokens for prefix in prefixes],
+            "importance": scores,
+            "labels": thoughts.label(scores),
+        }
+    return measured
+
+
+def complete(
+    by_id: dict[int, Item],
+    chains: dict[int, list[Thought]],
+    measured: dict[int, dict],
+    asked: dict[int, str],
+    tools: Tools,
+    options: Options,
+) -> dict[int, list[str] | Rejected]:
+    """The texts of each chain's segments, the short ones completed."""
+    if options.completer == "block":
+        return {
             i: thoughts.complete_by_block(
-                by_id[i].problem, chain, labels[i], thoughts.split_response(by_id[i].response)[1]
+                by_id[i].problem, chain, measured[i]["labels"], thoughts.split_response(by_id[i].response)[1]
             )
             for i, chain in chains.items()
         }
-    talks = keep({i: attempt(thoughts.segments, texts[i], labels[i], by_id[i].problem) for i in texts})
+    written = thoughts.complete_by_model(
+        tools.instruct,
+        tools.instruct.tokenizer,
+        [by_id[i].problem for i in chains],
+        [asked[i] for i in chains],
+        list(chains.values()),
+        [measured[i]["labels"] for i in chains],
+        options.instruct_max_tokens,
+        options.instruct_temperature,
+        options.seed,
+        tools.prompts,
+    )
+    return dict(zip(chains, written))
 
-    lines = []
-    for i, item in by_id.items():
-        row = {
-            "question": item.problem.question,
-            "answer": item.problem.answer,
-            "source": item.problem.source,
-            "thought": item.response,
-        }
-        if i in chains:
-            row |= {
-                "thoughts": [thought.text for thought in chains[i]],
-                "types": [thought.kind for thought in chains[i]],
-                "lengths": lengths[i],
-                "accuracies": accuracies[i],
-                "new_tokens": [p.new_tokens for p in prefixes[i]],
-                "importance": scores[i],
-                "labels": labels[i],
-            }
-        if i in talks:
-            lines.append({"id": i, "item": row | {"asked": asked[i], "segments": talks[i]}})
-        else:
-            said = {"said": reasons[i].said} if reasons[i].said else {}
-            lines.append({"id": i, "rejected": str(reasons[i]), **said, **row})
-    return lines
+
+def line(item: Item, measured: dict, asked: str, talk: list[str] | Rejected) -> dict:
+    """An item's line of the part file."""
+    problem = item.problem
+    row = {
+        "question": problem.question,
+        "answer": problem.answer,
+        "source": problem.source,
+        "thought": item.response,
+        **measured,
+    }
+    if isinstance(talk, Rejected):
+        said = {"said": talk.said} if talk.said else {}
+        return {"id": problem.id, "rejected": str(talk), **said, **row}
+    return {"id": problem.id, "item": row | {"asked": asked, "segments": talk}}
 
 
 def cut(by_id: dict[int, Item], tools: Tools, options: Options) -> dict[int, list[Thought] | Rejected]:

@@ -24,6 +24,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -32,7 +33,7 @@ from thinkrl import UserError
 from thinkrl.grading import grade
 from thinkrl.longshort.conversation import BUILT_IN, Prompts, example, gradable, tagged, without_tags
 from thinkrl.rollout import prompt_ids
-from thinkrl.sampler import Sampler
+from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem
 
@@ -266,44 +267,54 @@ def rollouts(
     """
     if not chains:
         return []
-    held, prefixes, keys, texts = [], [], [], []
-    try:
-        for problem, thoughts in zip(problems, chains):
-            prompt = prompt_ids(problem, tokenizer, suffix=suffix)
-            pieces = [tokenizer.encode(thought.prefix) for thought in thoughts]
-            whole = sampler.prefill(prompt + sum(pieces, []))
-            held.append(whole)
-            for i, cut in enumerate(accumulate(map(len, pieces), initial=len(prompt))):
-                if i > 0:
-                    held.append(whole.fork(cut))
-                    prefixes.append(held[-1])
-                    texts.append("".join(thought.prefix for thought in thoughts[:i]))
-                    keys += [(ROLLOUT, problem.id, i, sample) for sample in range(n)]
+    places = [
+        (problem, i, "".join(thought.prefix for thought in thoughts[:i]))
+        for problem, thoughts in zip(problems, chains)
+        for i in range(1, len(thoughts) + 1)
+    ]
+    with ExitStack() as held:
+        pages = [
+            prefix
+            for problem, thoughts in zip(problems, chains)
+            for prefix in _prefill(
+                sampler, prompt_ids(problem, tokenizer, suffix=suffix), thoughts, tokenizer, held
+            )
+        ]
         groups = sampler.generate(
-            [[]] * len(prefixes),
+            [[]] * len(places),
             n=n,
             max_tokens=max_tokens,
             temperature=temperature,
             stop_ids=tokenizer.stop_ids,
             seed=seed,
-            keys=keys,
-            prefix=prefixes,
+            keys=[(ROLLOUT, problem.id, i, sample) for problem, i, _ in places for sample in range(n)],
+            prefix=pages,
         )
-    finally:
-        for pages in held:
-            pages.release()
-    behind = iter(zip(texts, groups))
-    results = []
-    for problem, thoughts in zip(problems, chains):
-        results.append([])
-        for _ in thoughts:
-            text, group = next(behind)
-            responses = [
-                (text if c.finish_reason == "stop" else "") + tokenizer.decode(c.tokens) for c in group
-            ]
-            right = sum(grade(response, problem.answer, problem.source) for response in responses)
-            results[-1].append(Prefix(right, n, sum(len(c.tokens) for c in group) / n))
-    return results
+    graded = iter(
+        _graded(problem, text, group, tokenizer) for (problem, _, text), group in zip(places, groups)
+    )
+    return [[next(graded) for _ in thoughts] for thoughts in chains]
+
+
+def _prefill(
+    sampler: Sampler, prompt: list[int], thoughts: Sequence[Thought], tokenizer: Tokenizer, held: ExitStack
+) -> list:
+    """Pages of every prefix of one chain, which goes through the model once; `held` releases them."""
+    pieces = [tokenizer.encode(thought.prefix) for thought in thoughts]
+    whole = sampler.prefill(prompt + sum(pieces, []))
+    held.callback(whole.release)
+    prefixes = []
+    for cut in list(accumulate(map(len, pieces), initial=len(prompt)))[1:]:
+        prefixes.append(whole.fork(cut))
+        held.callback(prefixes[-1].release)
+    return prefixes
+
+
+def _graded(problem: Problem, text: str, group: Sequence[Completion], tokenizer: Tokenizer) -> Prefix:
+    """The share of continuations that are right: with the prefix `text` before them, or, where cut, alone."""
+    responses = [(text if c.finish_reason == "stop" else "") + tokenizer.decode(c.tokens) for c in group]
+    right = sum(grade(response, problem.answer, problem.source) for response in responses)
+    return Prefix(right, len(group), sum(len(c.tokens) for c in group) / len(group))
 
 
 def token_lengths(thoughts: Sequence[Thought], tokenizer: Tokenizer) -> list[int]:
