@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before torch is imported: --help and misspelt opti
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from torch import Tensor
 
@@ -50,6 +51,13 @@ def method(preset: str) -> type[Preset]:
 
         return LongShort
     return Grpo
+
+
+def token_budgets() -> ModuleType:
+    """The forced answers of an evaluation with --eval_budgets are probes of the first paper's."""
+    from thinkrl.l2t import budgets
+
+    return budgets
 
 
 def train_step(
@@ -95,6 +103,8 @@ def train(config: Config, world: World) -> Run:
         held_out_problems(config.eval_data, config.data, **reading(config)), config.eval_problems
     )
     preset.require_room(held_out, training=False)
+    if config.eval_budgets:
+        token_budgets().require_room(preset, held_out)
     session = Session(config, world, preset.learners, report=write_report)
     preset.load_state_dict(session.state)
 
@@ -130,8 +140,15 @@ def evaluate(preset: Preset, problems: list[Problem], session: Session, when: st
     tokenizer = next(iter(preset.learners.values())).tokenizer
     results, records = [], []
     for decoding, n, temperature in (("sampled", c.eval_samples, c.temperature), ("greedy", 1, 0.0)):
-        attempts = sum(gather(preset.attempt(mine, n, temperature, (EVALUATION, step))), [])
+        asked, rows = (mine, n, temperature, (EVALUATION, step)), []
+        if c.eval_budgets:
+            own, rows = token_budgets().attempt(preset, *asked)
+        else:
+            own = preset.attempt(*asked)
+        attempts = sum(gather(own), [])
         results.append(preset.summarise(attempts))
+        if c.eval_budgets:
+            results[-1] |= token_budgets().curve(sum(gather(rows), []), c)
         records += [{"decoding": decoding, **held_out_record(t, tokenizer)} for t in attempts]
     session.end_evaluation(when, step, {**results[0], "greedy": results[1]}, records)
 

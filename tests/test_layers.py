@@ -26,7 +26,7 @@ LAYERS = {
 }
 # Inside a folder, from the bottom up: a module sees those before it.
 INSIDE = {
-    "l2t": ["episodes", "prm", "prm_training", "gain", "compression", "credit", "preset"],
+    "l2t": ["episodes", "prm", "prm_training", "gain", "budgets", "compression", "credit", "preset"],
     "longshort": ["conversation", "thoughts", "protocol", "cold_start", "preset"],
     "tools": [
         "docs",

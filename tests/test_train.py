@@ -131,6 +131,8 @@ def test_a_real_checkpoint_and_a_verl_parquet_on_two_ranks(kind, more, tmp_path,
         "run",
         "--save_every",
         "2",
+        "--eval_budgets",
+        "2",
         *more,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -141,6 +143,10 @@ def test_a_real_checkpoint_and_a_verl_parquet_on_two_ranks(kind, more, tmp_path,
     assert rows[0]["mismatch"] < 1e-5, "sampler and trainer must agree"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {"accuracy", "tokens", "greedy", "by_level"} <= summary["before"].keys() & summary["after"].keys()
+    assert [point[0] for point in summary["after"]["greedy"]["budgets"]] == [6, 12]
+    assert summary["before"]["budgets"][-1][1] == summary["before"]["accuracy"], (
+        "the last budget is the limit"
+    )
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "run" / "checkpoints" / "step_3" / "hf"
     )

@@ -86,6 +86,12 @@ class Config:
     eval_samples: int = option(
         1, "completions per held-out problem, at the sampling temperature", low=1, presets=RL
     )
+    eval_budgets: int = option(
+        0,
+        "also the accuracy with thinking cut off at so many parts of --max_tokens and the answer forced; 0: none",
+        low=0,
+        presets=("grpo", "l2t"),
+    )
     system: str = option(
         "", "system message for problems that bring none of their own", presets=("grpo", "l2t", "prm")
     )

@@ -38,6 +38,7 @@ DEFINITIONS = {
     "episodes": "l2t: mean episodes K per completion",
     "malformed": "l2t: share of completions whose episode tags are malformed",
     "fitting_gain": "l2t: mean over completions of J_K - J_0",
+    "decorative": "l2t: share of episodes after which J differs by less than 0.01 from before",
     "compression": "l2t: mean over completions of the raw total compression, before normalisation",
     "penalty": "l2t: mean over completions of the normalised total compression (what beta multiplies)",
     "process_reward": "l2t: mean over completions of the summed process reward",

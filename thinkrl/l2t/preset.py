@@ -51,6 +51,7 @@ from thinkrl.rollout import PROBE, TRAINING, prompt_ids
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory
 
+DECORATIVE = 0.01  # an episode that moves J by less says nothing about the answer
 PROBED = ("forced", "mc", "continue")  # gains that are measured by probes on the sampler's pages
 
 
@@ -251,6 +252,7 @@ class L2T(OnePolicy[EpisodeTrajectory]):
             tally.add("episodes", len(t.episodes))
             tally.add("malformed", t.episodes.malformed)
             tally.add("fitting_gain", t.J[-1] - t.J[0])
+            tally.add("decorative", (t.J.diff().abs() < DECORATIVE).sum(), len(t.episodes))
             tally.add("compression", t.compression.sum())
             tally.add("penalty", t.penalty.sum())
             tally.add("process_reward", t.process_reward.sum())

@@ -1,0 +1,103 @@
+"""Accuracy at token budgets: how often the answer would be right if thinking were cut off after L tokens and forced.
+
+    accuracy(L) = mean over completions of    the outcome        where the completion ended within L tokens
+                                              J at its prefix    of at most L tokens, elsewhere
+
+J is the probability of the gold answer behind the prefix (gain.py), so it is the accuracy of a forced answer that is sampled
+at temperature 1. The probes fork the pages of the evaluation's own completions: nothing is sampled for them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from thinkrl.config import Config
+from thinkrl.l2t.episodes import Codec, Episodes, segment
+from thinkrl.l2t.gain import Gain, Probe, forcing, make_probe, room_behind
+from thinkrl.presets import OnePolicy
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.types import Problem, Trajectory
+
+
+def budgets_of(config: Config) -> list[int]:
+    """The budgets in tokens: --eval_budgets equal parts of --max_tokens, rounded down, the last one the whole."""
+    parts = config.eval_budgets
+    return sorted({config.max_tokens * (i + 1) // parts for i in range(parts)} - {0})
+
+
+def cut_at(tokens: list[int], budgets: Sequence[int], tokenizer: Codec) -> Episodes:
+    """The completion as episodes that end at the budgets, as far as its thinking reaches, and with its thinking."""
+    whole = segment(tokens, tokenizer, f"fixed:{max(1, len(tokens))}")
+    if not tokens:
+        return whole
+    end = whole.prefixes[-1]
+    cuts = torch.tensor([b - 1 for b in budgets if whole.start + 1 < b < end] + [end - 1])
+    ends = cuts.clone()
+    ends[-1] = len(tokens) - 1
+    return Episodes(torch.searchsorted(ends, torch.arange(len(tokens))), ends, cuts, whole.start)
+
+
+def at_budgets(
+    J: Tensor, prefixes: Sequence[int], tokens: int, outcome: float, budgets: Sequence[int]
+) -> list[float]:
+    """Chance that one completion's answer is right within each budget.
+
+    J [K+1] after prefixes of so many tokens, ascending; tokens of the whole completion. A budget before the first prefix
+    is worth J_0: what precedes it is no thinking.
+    """
+    values = J.tolist()
+    return [
+        outcome if tokens <= budget else values[max(bisect_right(prefixes, budget) - 1, 0)]
+        for budget in budgets
+    ]
+
+
+def require_room(preset: OnePolicy, problems: Sequence[Problem]) -> None:
+    """Raise UserError if behind a completion there is no room for a forced answer, or a problem has none to force."""
+    probes = _probes(problems, preset.tokenizer, preset.config)
+    preset.require_room(list(problems), training=False, more=room_behind("forced", probes, 0))
+
+
+def attempt(
+    preset: OnePolicy, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...]
+) -> tuple[list[Trajectory], list[list[float]]]:
+    """`preset.attempt`, and of every trajectory the chance of a right answer within each budget."""
+    budgets = budgets_of(preset.config)
+    cut = partial(cut_at, budgets=budgets, tokenizer=preset.tokenizer)
+    gain = Gain(preset.learners["policy"].sampler, _probes(problems, preset.tokenizer, preset.config), cut)
+    trajectories = preset.attempt(problems, n, temperature, address, on_finish=gain.on_finish)
+    rows = [
+        at_budgets(J, episodes.prefixes, t.tokens, t.outcome_reward, budgets)
+        for t, (episodes, J) in zip(trajectories, gain.results(), strict=True)
+    ]
+    return trajectories, rows
+
+
+def _probes(problems: Sequence[Problem], tokenizer: Tokenizer, config: Config) -> list[Probe]:
+    texts = (forcing(p, config.probe_prefix, config.probe_suffix) for p in problems)
+    return [make_probe(tokenizer, p.answer, *text) for p, text in zip(problems, texts)]
+
+
+def curve(rows: Sequence[Sequence[float]], config: Config) -> dict:
+    """For summary.json: budgets, [tokens, accuracy] of each, and budget_area, the mean accuracy over them."""
+    accuracy = [sum(column) / len(rows) for column in zip(*rows)]
+    points = [[budget, a] for budget, a in zip(budgets_of(config), accuracy, strict=True)]
+    return {"budgets": points, "budget_area": sum(accuracy) / len(accuracy)}
+
+
+def gaps_to_frontier(curves: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean over budgets of the best accuracy that any policy reaches there, less one's own: 0 on the frontier.
+
+    curves: accuracy at the same budgets, by policy. After REO-RL's reasoning efficiency gap (2506.07104; its abstract only
+    was read), whose frontier is estimated from policies trained for one budget each.
+    """
+    frontier = [max(column) for column in zip(*curves.values(), strict=True)]
+    return {
+        name: sum(best - own for best, own in zip(frontier, accuracy)) / len(frontier)
+        for name, accuracy in curves.items()
+    }
