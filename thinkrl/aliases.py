@@ -1,4 +1,4 @@
-"""What TRL and verl call the options of train.py: for error messages, and for the table in docs/options.md."""
+"""Names of TRL and verl for the options of train.py: for error messages, and for the table in docs/options.md."""
 
 from __future__ import annotations
 

@@ -529,7 +529,7 @@ def resolve(preset: str, given: dict[str, Any]) -> Config:
 def preset_values(
     preset: str, tiny: bool = False, profile: str = "", length: str = "", method: str = ""
 ) -> dict[str, Any]:
-    """What a preset sets, with the embedded model's values if `tiny`, and those of named settings."""
+    """Values that a preset sets, with the embedded model's values if `tiny`, and those of named settings."""
     small = EMBEDDED_VALUES[preset] if tiny else {}
     named = PROFILE_VALUES[profile] | METHOD_VALUES[method] | LENGTH_VALUES[length]
     return PRESET_VALUES[preset] | small | named
@@ -556,7 +556,7 @@ def fit_to_context(config: Config, context: int) -> tuple[Config, str]:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """What config.json holds: the preset and every option."""
+    """Content of config.json: the preset and every option."""
     return {f.name: config[f.name] for f in dataclasses.fields(config) if f.metadata}
 
 

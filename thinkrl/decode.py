@@ -29,7 +29,7 @@ LOOK_EVERY = 8  # decode steps between two looks of the host at a CUDA device; a
 
 @dataclass
 class Completion:
-    """What the sampler wrote behind a prompt."""
+    """One sampled completion."""
 
     tokens: list[int]  # the stop token included
     logprobs: list[float]  # one per token, at the sampling temperature
@@ -41,7 +41,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Request:
-    """What a call asks for, the same for all its completions."""
+    """Settings of one call, the same for all its completions."""
 
     max_tokens: int
     temperature: float
@@ -310,7 +310,7 @@ class DecodeLoop:
             self.state.cursor[place] = start + found + 1 - len(row.tokens)
 
     def _read_back(self, places: list[int]) -> None:
-        """What these rows wrote since they were admitted, into Python lists."""
+        """Copy what these rows sampled since they were admitted, into Python lists."""
         for place, cursor in zip(places, self.state.cursor[places].tolist()):
             row = self.rows[place]
             written = slice(row.slot * self.stride, cursor)

@@ -1,4 +1,4 @@
-"""What a policy is worth: accuracy against tokens.
+"""Evaluation: accuracy against tokens.
 
     pass@k   = 1 - C(n - c, k) / C(n, k)            chance that k of n samples, c of them right, hold a right one
     maj@k    = E[the commonest answer of k samples is the gold one]

@@ -142,7 +142,7 @@ def importance_weight(
 
 
 def loss_count(mask: Tensor, cu_seqlens: Tensor, aggregate: str = "token") -> Tensor:
-    """What one row adds to the step's denominator: its unmasked tokens, or its sequences with any. Scalar fp32.
+    """Count that one row adds to the step's denominator: its unmasked tokens, or its sequences with any. Scalar fp32.
 
     Raises ValueError for "constant", whose denominator is the caller's own.
     """

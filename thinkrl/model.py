@@ -56,7 +56,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the decoder needs to know, in our words. `source` keeps the Hugging Face config.json it was
+    """Shape and options of the decoder. `source` keeps the Hugging Face config.json it was
     read from.
     """
 

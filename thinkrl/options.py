@@ -169,7 +169,7 @@ def within(f: dataclasses.Field, value) -> bool:
 
 
 def requirement(f: dataclasses.Field) -> str:
-    """What a value must be, in words: "at least 0 and below 1", "one of token, sequence"; "" if anything goes."""
+    """The condition on a value, in words: "at least 0 and below 1", "one of token, sequence"; "" if anything goes."""
     if f.metadata["choices"]:
         return "one of " + ", ".join(choice for choice in f.metadata["choices"] if choice)
     words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
@@ -228,7 +228,7 @@ def exit_with_error(program: str, mistake: Exception, status: int = 2) -> NoRetu
 
 
 def command_line(program: str, parse: Callable[[list[str]], T]) -> T:
-    """What the program was started with. Entry points call it before they import torch."""
+    """The options that the program was started with. Entry points call it before they import torch."""
     try:
         return parse(sys.argv[1:])
     except UserError as mistake:

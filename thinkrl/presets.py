@@ -105,7 +105,7 @@ class Preset(Protocol[T]):
         ...
 
     def summarise(self, trajectories: Sequence[T]) -> dict:
-        """What summary.json says of held-out attempts."""
+        """Numbers for summary.json from held-out attempts."""
         return summarise(trajectories)
 
     def name(self, step: int) -> str:
@@ -115,7 +115,7 @@ class Preset(Protocol[T]):
     # checkpoints
 
     def state_dict(self) -> dict:
-        """What a resumed run needs beside the learners: nested dicts and lists of tensors, numbers and strings."""
+        """State that a resumed run needs beside the learners: nested dicts and lists of tensors, numbers and strings."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
@@ -123,7 +123,7 @@ class Preset(Protocol[T]):
 
 
 class OnePolicy(Preset[T]):
-    """What Grpo and L2T share: one policy, whose attempts are single completions."""
+    """The part that Grpo and L2T share: one policy, whose attempts are single completions."""
 
     def __init__(self, config: Config, world: World):
         self.config = config

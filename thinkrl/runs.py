@@ -189,7 +189,7 @@ def finished(folder: Path) -> bool:
 
 
 def _differing(folder: Path, config: Config) -> list[str]:
-    """What `differing` says of the options that decide the result."""
+    """Result of `differing` for the options that decide the result."""
     decisive = {key: value for key, value in as_dict(config).items() if key not in FREE_TO_CHANGE}
     return differing(json.loads((folder / "config.json").read_text()), decisive)
 

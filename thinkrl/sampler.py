@@ -97,7 +97,7 @@ class Sampler:
         return self.pool.idle
 
     def _default_pages(self) -> int:
-        """What max_rows contexts can use, within the share of the free memory."""
+        """Pages that max_rows contexts can use, within the share of the free memory."""
         config = self.model.config
         page_bytes = 2 * config.layers * self.page_size * config.kv_heads * config.head_dim
         page_bytes *= self.model.embed.weight.dtype.itemsize

@@ -1,4 +1,4 @@
-"""What reinforcement learning, sft and prm share around their steps: open the run, resume, log, save, sum up.
+"""The parts that reinforcement learning, sft and prm share around their steps: open the run, resume, log, save, sum up.
 
 session = Session(config, world, learners)           the run folder, new or continued; learners restored
 for step in session.steps():                         the steps that are left

@@ -195,7 +195,7 @@ class Tokenizer:
 
 
 def difference(a: Tokenizer, b: Tokenizer, text: str) -> str:
-    """Where two tokenizers read ids differently or cut `text` differently, in words; empty where ids may
+    """Describe where two tokenizers read ids or cut `text` differently; empty where ids may
     pass between them.
     """
     if a.pieces != b.pieces:
@@ -207,7 +207,7 @@ def difference(a: Tokenizer, b: Tokenizer, text: str) -> str:
 
 
 class StopStrings:
-    """Where a completion ends, for a set of stop strings.
+    """Find where a completion ends, for a set of stop strings.
 
     The completion's own text counts, not the prompt's. The token whose text completes a stop string belongs
     to the completion whole, with whatever follows the stop string inside it.
@@ -296,7 +296,7 @@ class IncrementalText:
         return new
 
     def flush(self) -> str:
-        """What is left at the end of the sequence: U+FFFD for bytes that never became a character."""
+        """Text left at the end of the sequence: U+FFFD for bytes that never became a character."""
         left = self.tokenizer.continuation(self._pending)[self._given :]
         self._pending, self._given = [], 0
         return left
@@ -331,7 +331,7 @@ class _Generation(jinja2.ext.Extension):
 
 @functools.cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What templates on the hub are written against: block trimming, loop controls, and three functions."""
+    """The environment that templates on the hub expect: block trimming, loop controls, and three functions."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -1,4 +1,4 @@
-"""Compression: what an episode would write into the parameters, as a PAC-Bayes price.                         L2T §4.2, App. B
+"""Compression: a PAC-Bayes penalty on how far a gradient step on an episode moves the parameters.          L2T §4.2, App. B
 
     C_k = KL(N(theta + D_k, P^-1) || N(theta, P^-1)) = ½ Σ_j (N F_jj + λ) D_kj²,     D_k = eta grad log p(z_k | s_k)        diag
 

@@ -41,7 +41,7 @@ def process_reward(J: Tensor, C: Tensor, beta: float) -> Tensor:
 
 
 def released_reward(J: Tensor, prefixes: Sequence[int], malformed: bool) -> Tensor:
-    """What the released code sums per episode [K]: the gain J_k - J_{k-1} once for each token from closing tag to closing tag.
+    """Sum of the released code per episode [K]: the gain J_k - J_{k-1} once for each token from closing tag to closing tag.
 
     prefixes are `Episodes.prefixes`, so what follows the last tag weighs nothing. Nothing for the first
     episode, nothing at all where the tags are malformed. A longer episode earns more: this is not Eq. 3, it
@@ -224,7 +224,7 @@ def batch_scaled(
 
 
 def returns_to_go(r_out: float, r_prg: Tensor, alpha: float) -> Tensor:
-    """What episode k and all after it earn, [K] fp64: r_out + alpha sum_{j >= k} r_prg_j. The first is the
+    """Reward of episode k and all after it, [K] fp64: r_out + alpha sum_{j >= k} r_prg_j. The first is the
     return.
     """
     return r_out + alpha * r_prg.double().flip(0).cumsum(0).flip(0)

@@ -57,7 +57,7 @@ BLANK_LINE = re.compile(r"\n(?:[ \t]*\n)+")
 
 
 class Codec(Protocol):
-    """What is asked of a tokenizer. Ids in its `stop_ids`, if it has any, end the thinking wherever they
+    """The tokenizer methods that are used. Ids in its `stop_ids`, if it has any, end the thinking wherever they
     appear.
     """
 
@@ -150,7 +150,7 @@ def require_tags(tokenizer: Codec) -> None:
 
 
 def _thinking(tokens: list[int], tokenizer: Codec, text: str, reached: list[int]) -> tuple[int, int]:
-    """Where thinking ends: its number of characters, and the last token that a probe may see (-1: none).
+    """Find where thinking ends: its number of characters, and the last token that a probe may see (-1: none).
 
     A token that only begins `</think>` may be seen, one that completes it may not.
     """
@@ -166,7 +166,7 @@ def _thinking(tokens: list[int], tokenizer: Codec, text: str, reached: list[int]
 
 
 def _announcement(text: str) -> int:
-    """Where the text begins to say its answer, in characters; its length if it does not."""
+    """Find where the text begins to say its answer, in characters; its length if it does not."""
     found = [(line.start(), extract(line[0], "gsm8k")) for line in HASHES.finditer(text)]
     numbers = [(start, canonical(number, "gsm8k")) for start, number in found if number is not None]
     graded = canonical(extract(text, "gsm8k") or "", "gsm8k")

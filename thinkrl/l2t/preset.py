@@ -126,7 +126,7 @@ class L2T(OnePolicy[EpisodeTrajectory]):
         return prm
 
     def probes(self, problems: list[Problem]) -> list[Probe]:
-        """What asks for each problem's answer, if the gain is one that forces it."""
+        """Probes for each problem's answer, if the gain is one that forces it."""
         c = self.config
         return [
             make_probe(self.tokenizer, p.answer, *forcing(p, c.probe_prefix, c.probe_suffix))

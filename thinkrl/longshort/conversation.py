@@ -45,7 +45,7 @@ _HISTORY = "\ue000history\ue001"  # private-use characters: no template and no q
 
 
 class Codec(Protocol):
-    """What is asked of a tokenizer."""
+    """The tokenizer methods that are used."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -178,7 +178,7 @@ def prompts_file(prompts: Prompts) -> dict[str, str]:
 
 
 def _roles(prompts: Prompts) -> dict[str, str]:
-    """What a policy is trained with; the requests to an instruct model are not."""
+    """The prompts that a policy is trained with; the requests to an instruct model are not."""
     return {"long": prompts.long, "short": prompts.short, "joiner": prompts.joiner}
 
 
@@ -298,7 +298,7 @@ def well_formed(text: str, role: str, strict: bool = False) -> bool:
 
 
 def gradable(segment: str, source: str) -> str:
-    """What of a short segment is graded. Under the rule `arith`, whose answers carry no mark of their own, its last line:
+    """Part of a short segment that is graded. Under the rule `arith`, whose answers carry no mark of their own, its last line:
     `<answer>20*3=60\\n64</answer>` answers 64, and the lines before it are steps.
     """
     if source != "arith" or not segment.rstrip().endswith(ANSWERED):

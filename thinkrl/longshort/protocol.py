@@ -235,7 +235,7 @@ def length_reward(lengths: Sequence[float], correct: Sequence[bool], symmetric: 
 
 @dataclass(frozen=True)
 class RoleReward:
-    """What one attempt earned the trained role."""
+    """Reward of one attempt for the trained role."""
 
     outcome: float  # EM
     format: float  # FM
@@ -303,7 +303,7 @@ def own_samples(talks: Sequence[Trajectory], role: str, advantages: Sequence[Ten
 
 @dataclass(frozen=True)
 class Round:
-    """Where a global step stands in the schedule."""
+    """Position of a global step in the schedule."""
 
     index: int  # of the round, from 0
     role: str  # that it trains
@@ -338,7 +338,7 @@ def exchanges(talks: Sequence[Trajectory]) -> list[int]:
 
 
 def summary(talks: Sequence[Conversation]) -> dict:
-    """What a conversation adds to `evaluate.summarise`: exchanges (min, mean, max), tokens by role, how
+    """Numbers that conversations add to `evaluate.summarise`: exchanges (min, mean, max), tokens by role, how
     they ended.
     """
     count, turns = len(talks), exchanges(talks)

@@ -122,7 +122,7 @@ def tags(response: str) -> list[Thought]:
 
 
 def chunk_request(problem: str, steps: Sequence[str], prompts: Prompts = BUILT_IN) -> str:
-    """What the instruct model is asked, with the steps numbered from 1."""
+    """Request to the instruct model, with the steps numbered from 1."""
     numbered = "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps, start=1))
     return _filled(prompts.chunk, problem=problem, steps=numbered, count=str(len(steps)))
 
@@ -234,7 +234,7 @@ def _ask(
 
 @dataclass(frozen=True)
 class Prefix:
-    """What N rollouts behind y_1 … y_i came to."""
+    """Outcome of N rollouts behind y_1 … y_i came to."""
 
     right: int
     rollouts: int
@@ -356,7 +356,7 @@ def complete_by_block(
 def completion_request(
     question: str, thoughts: Sequence[Thought], labels: Sequence[str], prompts: Prompts = BUILT_IN
 ) -> str:
-    """What the instruct model is asked: long segments verbatim, of the short ones only the block types."""
+    """Request to the instruct model: long segments verbatim, of the short ones only the block types."""
     parts, missing = {}, []
     for number, (role, indices) in enumerate(runs(labels), start=1):
         if role == "long":

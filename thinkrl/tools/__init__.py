@@ -1,1 +1,1 @@
-"""What measures and shows: the report, comparisons, the Long⊗Short pipeline, benchmarks."""
+"""Measuring and showing: the report, comparisons, the Long⊗Short pipeline, benchmarks."""

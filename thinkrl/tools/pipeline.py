@@ -145,7 +145,7 @@ def run_stages(options: Options) -> None:
 
 
 def collect(folder: Path, rounds: str) -> dict:
-    """What summary.json holds: base, long_chains, rounds (the cold start first) and grpo."""
+    """Content of summary.json: base, long_chains, rounds (the cold start first) and grpo."""
     talks, grpo = (json.loads((folder / name / "summary.json").read_text()) for name in ("longshort", "grpo"))
     chains = json.loads((folder / "chunk" / "annotated.json").read_text())
     names = [pair_name(rounds, k) for k in range(len(rounds) + 1)]

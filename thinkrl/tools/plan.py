@@ -1,7 +1,7 @@
 """Predict memory and time of a training run, before renting the GPUs.
 
     python -m thinkrl.tools.plan                                   Qwen2.5 shapes on 1, 8, 64 and 512 GPUs
-    python -m thinkrl.tools.plan --model DIR --gpus 8 --gpu_memory 80 --activation_checkpointing selective
+    python -m thinkrl.tools.plan --model DIR --gpus 8 --gpu_memory 80 --activation_checkpointing
 
 docs/gpu.md explains the formulas. Letters: P parameters, N GPUs, L layers, D width, F MLP width, H and Hk query
 and key-value heads of Dh dimensions, V vocabulary, T tokens of a packed row, b bytes of the compute dtype.
@@ -45,7 +45,7 @@ class Options:
     prompt_tokens: int = option(256, "mean prompt length", low=1)
     completion_tokens: int = option(1024, "mean completion length", low=1)
     micro_batch_tokens: int = option(16384, "tokens of a packed row", low=1)
-    activation_checkpointing: str = option("none", "what is recomputed", ("none", "selective", "full"))
+    activation_checkpointing: bool = option(False, "recompute each block in the backward pass")
     _chip = group("Chip (defaults: H100 SXM, from its data sheet)")
     gpu_memory: float = option(80.0, "GB of a GPU", above=0)
     tflops: float = option(989.0, "dense bf16 peak, TFLOP/s", above=0)
@@ -64,20 +64,19 @@ def parameters(c: ModelConfig) -> tuple[int, int]:
     return block, c.vocab_size * c.width * (1 if c.tied else 2) + c.width
 
 
-def activation_bytes(c: ModelConfig, checkpointing: str = "none", b: int = 2, fused: bool = True) -> int:
+def activation_bytes(c: ModelConfig, checkpointing: bool = False, b: int = 2, fused: bool = True) -> int:
     """Bytes that the backward pass needs per token and layer.
 
-    none        MLP 4 F (gate, up, SiLU, product), residual and norms 4 D, attention (2 H + 2 Hk) Dh, in b bytes
-                each; log-sum-exp and norm statistics in fp32
-    selective   the MLP's 4 F are recomputed
-    full        the block's input alone, D
-    fused       norms that keep their input only, as on CUDA; otherwise 3 D more
+    MLP 4 F (gate, up, SiLU, product), residual and norms 4 D, attention (2 H + 2 Hk) Dh, in b bytes each; log-sum-exp
+    and norm statistics in fp32.
+
+    checkpointing   the block's input alone, D
+    fused           norms that keep their input only, as on CUDA; otherwise 3 D more
     """
-    if checkpointing == "full":
+    if checkpointing:
         return b * c.width
-    mlp = 0 if checkpointing == "selective" else 4 * c.mlp_width
     attention = (2 * c.heads + 2 * c.kv_heads) * c.head_dim
-    return b * (mlp + (4 if fused else 7) * c.width + attention) + 4 * c.heads + 8
+    return b * (4 * c.mlp_width + (4 if fused else 7) * c.width + attention) + 4 * c.heads + 8
 
 
 def memory(c: ModelConfig, gpus: int, o: Options) -> dict[str, float]:
@@ -85,7 +84,7 @@ def memory(c: ModelConfig, gpus: int, o: Options) -> dict[str, float]:
     block, root = parameters(c)
     P = o.policies * (c.layers * block + root)
     kept = c.layers * activation_bytes(c, o.activation_checkpointing)
-    recomputed = activation_bytes(c) * (o.activation_checkpointing != "none")  # one block at a time
+    recomputed = activation_bytes(c) * o.activation_checkpointing  # one block at a time
     tokens = min(o.micro_batch_tokens, o.problems_per_step * o.group_size / gpus * length(o))
     parts = {
         "weights": 4 * P / gpus,
@@ -117,7 +116,7 @@ def seconds(c: ModelConfig, gpus: int, o: Options, kv_gb: float) -> dict[str, fl
     traffic = 2 * products + rows * kv_token * (o.prompt_tokens + o.completion_tokens / 2)
     decode = math.ceil(samples / rows) * o.completion_tokens * traffic / (o.bandwidth * 1e9 * o.decoding)
     tokens = samples * length(o)
-    passes = {"none": 6, "selective": 6 + 2 * 2 / 3, "full": 8}[o.activation_checkpointing] + 2 * o.reference
+    passes = 6 + 2 * o.activation_checkpointing + 2 * o.reference
     attention = (
         3.5 * 2 * c.layers * c.heads * c.head_dim * length(o)
     )  # causal: half the square, times 7 products
@@ -134,11 +133,11 @@ def fits(parts: dict[str, float], o: Options) -> bool:
 
 def remedy(c: ModelConfig, gpus: int, o: Options) -> str:
     """The first options that make it fit, cheapest first; or what to do where none does."""
-    tries: list[dict] = [{"activation_checkpointing": "selective"}, {"activation_checkpointing": "full"}]
-    tries += [{"activation_checkpointing": "full", "micro_batch_tokens": t} for t in (8192, 4096)]
+    tries: list[dict] = [{"micro_batch_tokens": 8192}, {"activation_checkpointing": True}]
+    tries += [{"activation_checkpointing": True, "micro_batch_tokens": t} for t in (8192, 4096)]
     for change in tries:
         if fits(memory(c, gpus, replace(o, **change)), replace(o, **change)):
-            return "fits with " + " ".join(f"--{key} {value}" for key, value in change.items())
+            return "fits with " + " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
     if memory(c, gpus, o)["sampler"] > 0.7 * o.gpu_memory:
         return "no: every GPU samples from a whole copy; larger GPUs are needed"
     return "no: more GPUs are needed for weights and optimizer"

@@ -1,4 +1,4 @@
-"""What a report is made of: the folders of training runs and of chunk.py, read while they may still be written.
+"""Input of a report: the folders of training runs and of chunk.py, read while they may still be written.
 
 samples.jsonl can be larger than memory, so it is indexed by step first, and only the rows that are shown are
 parsed.

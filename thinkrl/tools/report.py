@@ -130,7 +130,7 @@ NOTHING = {
 def completions(
     runs: list[TrainingRun], chains: list[Chains], curves: dict, steps: set[int] | None, room: int
 ) -> dict:
-    """What the template shows of the completions: `data` for the script, histograms, and how much was left out."""
+    """The completions as the template shows them: `data` for the script, histograms, and how much was left out."""
     lines = {
         key: [
             [list(axis) for axis in zip(*thin(line, points_of_a_line(len(runs))))] for line in metric["lines"]

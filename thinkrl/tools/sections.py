@@ -1,4 +1,4 @@
-"""What each section of the report shows of the runs: tables as lists and dicts for the template, figures as SVG."""
+"""Content of each section of the report: tables as lists and dicts for the template, figures as SVG."""
 
 from __future__ import annotations
 
