@@ -117,13 +117,15 @@ WARPS = {
     "rotate": 1,
     "rotate_and_norm": 1,
 }  # as they are launched; others: 8
+# CUDA's cos and sin reduce a large angle by a product of 7 words, a local array, in some versions of Triton.
+LOCAL = {"rotate": 32, "rotate_and_norm": 32}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", POINTWISE)
 def test_pointwise(name, arch):
     made = compile_for(*POINTWISE[name], arch, num_warps=WARPS.get(name, 8))
-    check(made, arch)
+    check(made, arch, LOCAL.get(name, 0))
     assert made.tensor_cores == ""
 
 
