@@ -48,14 +48,6 @@ OnBadRow = Callable[[UserError], None]
 
 # Our names, which --columns gives to columns of a file.
 COLUMNS = ("problem", "answer", "solution", "context", "options", "source", "level", "system", "completion")
-KINDS = (
-    ".parquet",
-    ".jsonl",
-    ".json",
-    ".csv",
-    ".tsv",
-)  # in this order where a dataset has a split in several
-SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 
 
 class Fields:
