@@ -29,7 +29,8 @@ class Options:
     )
     prompt: str = option("", "answer this and print it")
     data: str = option(
-        "", "evaluate on: 'arith' (held out) | FILE | hub:owner/name[:config][:split]; several joined by +"
+        "",
+        "evaluate on: 'arith' or gym:TASK (held out) | FILE | hub:owner/name[:config][:split]; several joined by +",
     )
     source: str = option(
         "",

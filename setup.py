@@ -11,6 +11,7 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     "math": ["math-verify"],
     "hub": ["huggingface_hub"],
+    "gym": ["reasoning-gym"],
     "wandb": ["wandb"],
     "tensorboard": ["tensorboard"],
     "report": ["matplotlib"],
@@ -45,6 +46,7 @@ setup(
             *EXTRAS["parquet"],
             *EXTRAS["math"],
             *EXTRAS["report"],
+            *EXTRAS["gym"],
         ]
     },
 )

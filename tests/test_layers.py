@@ -16,7 +16,7 @@ LAYERS = {
     1: ["options", "aliases", "config", "types", "distributed", "metrics", "sinks", "runs"],
     2: [
         *("model", "checkpoint", "tokenizer", "pages", "hub"),
-        *("rows", "layouts", "chats", "problems", "arith", "grading", "notation", "values", "algebra"),
+        *("rows", "layouts", "chats", "problems", "arith", "gym", "grading", "notation", "values", "algebra"),
     ],
     3: ["paged_model", "decode_step", "decode", "sampler", "rollout", "grpo", "length", "rewards"],
     4: ["learner", "evaluate", "update", "session", "finish", "sft", "presets"],
@@ -61,6 +61,8 @@ SIDEWAYS = {
     ("problems", "layouts"),
     ("problems", "grading"),
     ("problems", "arith"),
+    ("problems", "gym"),
+    ("grading", "gym"),
     ("values", "notation"),
     ("grading", "notation"),
     ("grading", "values"),

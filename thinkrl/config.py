@@ -70,7 +70,8 @@ class Config:
     )
     data: str = option(
         "arith",
-        "arith (built in) | FILE.jsonl, .json, .csv or .parquet | hub:owner/name[:config][:split]; several joined by +",
+        "arith (built in) | gym:TASK[,key=value…] (extra [gym]) | FILE.jsonl, .json, .csv or .parquet | "
+        "hub:owner/name[:config][:split]; several joined by +",
     )
     data_weights: str = option(
         "", "share of a step for each of several in --data, such as 3,1; empty: their rows are one list"

@@ -5,6 +5,7 @@ r"""Is the answer right? One rule set per kind of data, exact where it can be, a
     gsm8k         the number behind the last `####`, else the last box         the same rational number
     last_number   the last number in the text                                  the same rational number
     math          the last `\boxed{…}` that is closed                          the same value, else equal by algebra
+    gym           the last `<answer>…</answer>`                                the same text, or full marks by the task's scorer
 
 A rule set has one marker, the one that its prompt asks for; no marker, no answer. `gsm8k` takes a box too,
 because that is how models trained on mathematics answer; `last_number` is for models that follow no format.
@@ -24,7 +25,7 @@ import functools
 import re
 from fractions import Fraction
 
-from thinkrl import UserError
+from thinkrl import UserError, gym
 from thinkrl.algebra import Judge
 from thinkrl.notation import MAX_ANSWER, normalise, rational
 from thinkrl.values import Value, same, unnamed, value
@@ -56,7 +57,7 @@ DATA_SOURCES = {  # verl's `data_source` values and hub names, in lower case
 
 
 def rule_set(source: str) -> str:
-    """The rule set that grades this data source, one of `RULES`. UserError, with the nearest name, if none
+    """The rule set that grades this data source, one of `RULES` or "gym". UserError, with the nearest name, if none
     does.
     """
     name = source.lower()
@@ -66,6 +67,8 @@ def rule_set(source: str) -> str:
         return DATA_SOURCES[name]
     if name.startswith("aime"):
         return "math"
+    if name.startswith("gym:"):
+        return "gym"
     nearest = difflib.get_close_matches(name, [*RULES, *DATA_SOURCES], n=1, cutoff=0)[0]
     raise UserError(
         f"no grading rule for data source {source!r} (nearest: {nearest!r}): set source to one of {', '.join(RULES)}"
@@ -75,7 +78,7 @@ def rule_set(source: str) -> str:
 def extract(text: str, source: str) -> str | None:
     """The answer that a completion gives, as written, or None if its marker is missing."""
     rules = {"arith": _last_tag, "gsm8k": _hashes_or_box, "last_number": _last_number, "math": _last_box}
-    return rules[rule_set(source)](text)
+    return (rules | {"gym": _last_tag})[rule_set(source)](text)
 
 
 def grade(text: str, gold: str, source: str) -> bool:
@@ -90,6 +93,8 @@ def equal(answer: str, gold: str, source: str) -> bool:
     Under `math` two readings of the answer depend on the gold one: behind a number, a letter that may be a unit
     is one if the gold answer is a number (5 m^2); and of `(C) 12` the letter counts if the gold answer is one.
     """
+    if rule_set(source) == "gym":
+        return answer.strip() == gold.strip() or gym.right(answer, source)
     a, b = canonical(answer, source), canonical(gold, source)
     if a is None or b is None:
         return False
@@ -103,6 +108,8 @@ def canonical(answer: str, source: str) -> Value | None:
     if len(answer) > MAX_ANSWER:
         return None
     rule = rule_set(source)
+    if rule == "gym":
+        return answer.strip() or None
     if rule == "arith":
         return rational(answer.strip().rstrip(".,"))
     meaning = unnamed(_value(answer))

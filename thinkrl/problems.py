@@ -1,6 +1,6 @@
 """The problems of a run: where they come from, the order in which every rank meets them, and how they are asked.
 
-    arith                  the built-in generator: training never ends, its held-out set is apart
+    arith, gym:TASK        generators, built in and reasoning-gym's: training never ends, the held-out set is apart
     FILE or hub:DATASET    what `rows` reads and `layouts` understands; A+B for several
 
 Everything is read and checked before the first step.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
 
-from thinkrl import UserError, arith, layouts, rows
+from thinkrl import UserError, arith, gym, layouts, rows
 from thinkrl.distributed import share
 from thinkrl.grading import rule_set
 from thinkrl.types import Problem
@@ -30,6 +30,7 @@ INSTRUCTIONS = {
         "Think step by step, then give the final answer as a number after ####, on a line of its own.",
     ),
     "last_number": ("", ""),
+    "gym": ("<answer>", "Think step by step, then give the final answer between <answer> and </answer>."),
     "math": (r"\boxed", r"Think step by step, then put the final answer in \boxed{}."),
 }
 
@@ -136,19 +137,38 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
 def load_problems(
     spec: str, source: str = "", columns: str = "", skip_bad_rows: bool = False, **how: bool
 ) -> list[Problem] | Generator:
-    """All problems of files and datasets (see `rows`), or for "arith" the generator of its training stream.
+    """All problems of files and datasets (see `rows`), or of "arith" or "gym:TASK" the generator of the training stream.
 
     source: the grading rule, whatever the rows name. columns, skip_bad_rows: as in `rows.load`; how: as in
     `layouts.problem`. Raises UserError, naming file, row and field, for anything unreadable.
     """
-    if spec == "arith":
-        return arith.training_problem
-    if "arith" in rows.split_spec(spec):
-        raise UserError(f"--data {spec}: arith never ends, so joined to others it needs --data_weights")
+    if is_generator(spec):
+        return _generator(spec, source)
+    if endless := [part for part in rows.split_spec(spec) if is_generator(part)]:
+        raise UserError(
+            f"--data {spec}: {endless[0]} never ends, so joined to others it needs --data_weights"
+        )
     problems = rows.load(
         spec, lambda fields: [layouts.problem(fields, source, **how)], columns, skip_bad_rows
     )
     return [replace(problem, id=i) for i, problem in enumerate(problems)]
+
+
+def is_generator(spec: str) -> bool:
+    return spec == "arith" or spec.startswith("gym:") and len(rows.split_spec(spec)) == 1
+
+
+def _generator(spec: str, source: str) -> Generator:
+    """The training stream of a generator; its task's mistakes are raised now."""
+    if spec == "arith":
+        return arith.training_problem
+    gym.training_problem(spec, 0, 0)
+    return lambda seed, index: _graded_by(source, gym.training_problem(spec, seed, index))
+
+
+def _graded_by(source: str, problem: Problem) -> Problem:
+    """The same problem under another grading rule, if one is given."""
+    return replace(problem, source=source) if source else problem
 
 
 def reading(options) -> dict:
@@ -182,12 +202,14 @@ def _with_ids(part: list[Problem] | Generator, place: int, count: int) -> list[P
 
 
 def held_out_problems(eval_data: str, data: str, source: str = "", **how) -> list[Problem]:
-    """The problems to evaluate on: `eval_data`, or arith's own held-out set for data "arith", or none.
+    """The problems to evaluate on: `eval_data`, or the own held-out set of `data` if it is a generator, or none.
     how: as in `load_problems`.
     """
-    spec = eval_data or (data if data == "arith" else "")
+    spec = eval_data or (data if is_generator(data) else "")
     if spec == "arith":
         return arith.heldout()
+    if is_generator(spec):
+        return [_graded_by(source, problem) for problem in gym.heldout(spec)]
     return load_problems(spec, source, **how | {"keep_row": False}) if spec else []
 
 

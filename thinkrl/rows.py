@@ -19,6 +19,7 @@ import difflib
 import gzip
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ LABELS = {
     ),
     *("level", "source", "data_source", "equation", "question_concat"),
 }
+_PLUS = re.compile(r"\+(?![^\[]*\])")  # outside of gym:TASK,key=["+"]
 OnBadRow = Callable[[UserError], None]
 
 # Our names, which --columns gives to columns of a file.
@@ -297,7 +299,7 @@ def _parquet_rows(path: Path, bad: OnBadRow) -> Iterator[tuple[str, object]]:
 
 def split_spec(spec: str) -> list[str]:
     """The files and datasets that a `--data` value joins by "+"."""
-    return [spec] if Path(spec).is_file() else [part.strip() for part in spec.split("+")]
+    return [spec] if Path(spec).is_file() else [part.strip() for part in _PLUS.split(spec)]
 
 
 def data_files(spec: str) -> list[Path]:

@@ -43,6 +43,7 @@ FORCING = {  # by grading rule: what asks for the answer, and what ends it; "": 
     "arith": ("</think><answer>", "</answer>"),
     "gsm8k": ("\n</think>\n\n#### ", ""),
     "last_number": ("\n</think>\n\nThe answer is ", ""),
+    "gym": ("\n</think>\n\n<answer>", "</answer>"),
     "math": ("\n</think>\n\nThe final answer is \\boxed{", "}"),
 }
 NUMBER_ENDS = re.compile(r"\.?(?:\s*\n|\s+[^\s\d/])|[^\s\d.,/eE]")  # 4 may go on as 4.2, 4,200, 4/2, 4e2
