@@ -110,15 +110,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from thinkrl import arith, layouts, require_own_kernels, rows
+from thinkrl import arith, require_own_kernels
 from thinkrl.checkpoint import load_model
+from thinkrl.data import layouts, rows
+from thinkrl.data.problems import messages
 from thinkrl.distributed import World, from_main, raise_on_all_ranks, start, stop
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.longshort import thoughts
 from thinkrl.longshort.conversation import Prompts, load_prompts
 from thinkrl.longshort.thoughts import Rejected, Thought
 from thinkrl.options import exit_with_error
-from thinkrl.problems import messages
 from thinkrl.runs import open_out, write_json
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer

@@ -92,13 +92,13 @@ from tqdm import tqdm
 from thinkrl import require_own_kernels
 from thinkrl.checkpoint import load_model, read_config
 from thinkrl.config import embedded
+from thinkrl.data.problems import held_out_problems, reading
 from thinkrl.distributed import World, gather, start, stop
 from thinkrl.evaluate import aes, summarise
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.longshort import protocol as longshort
 from thinkrl.longshort.conversation import shared_prompts
 from thinkrl.options import exit_with_error, shown
-from thinkrl.problems import held_out_problems, reading
 from thinkrl.rollout import EVALUATION, read_sampling, rollout
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer

@@ -26,7 +26,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["thinkrl", "thinkrl.l2t", "thinkrl.longshort", "thinkrl.tools", "kernels"],
+    packages=[
+        "thinkrl",
+        *(f"thinkrl.{folder}" for folder in ("data", "decode", "grading", "l2t", "longshort", "tools")),
+        "kernels",
+    ],
     py_modules=["train", "sample", "chunk"],
     entry_points={
         "console_scripts": [f"thinkrl-{name} = thinkrl.cli:{name}" for name in ("train", "sample", "chunk")]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from thinkrl import UserError, require_own_kernels, sft
 from thinkrl.config import Config
+from thinkrl.data.problems import held_out_problems, reading, subsample, training_stream
 from thinkrl.distributed import World, gather, run_and_exit, start, stop
 from thinkrl.evaluate import held_out_record, summary_table, tally_outcomes
 from thinkrl.finish import finish, push
@@ -31,7 +32,6 @@ from thinkrl.learner import fitted, model_path
 from thinkrl.metrics import Stopwatch, Tally
 from thinkrl.options import exit_with_error
 from thinkrl.presets import Grpo, Preset
-from thinkrl.problems import held_out_problems, reading, subsample, training_stream
 from thinkrl.rollout import EVALUATION, sample_differences
 from thinkrl.runs import Run
 from thinkrl.session import Session, require_enough

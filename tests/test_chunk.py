@@ -14,10 +14,10 @@ import torch
 import chunk
 from helpers import python, torchrun
 from thinkrl import UserError, sft
+from thinkrl.data.problems import INSTRUCTIONS
 from thinkrl.distributed import World, start, stop
 from thinkrl.learner import TINY
 from thinkrl.longshort.conversation import example_prompt, user_text
-from thinkrl.problems import INSTRUCTIONS
 from thinkrl.sampler import Completion
 from thinkrl.tokenizer import Tokenizer
 

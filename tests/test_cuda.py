@@ -15,11 +15,11 @@ from kernels.gate import silu_mul_triton
 from kernels.norm import add_rms_norm_triton
 from kernels.rotary import rotate_and_store_triton
 from kernels.sample import sample_token_triton
-from thinkrl.decode import DecodeLoop, Group, Request, Row
-from thinkrl.decode_step import GraphStep, bucket
+from thinkrl.decode.loop import DecodeLoop, Group, Request, Row
+from thinkrl.decode.paged_model import PagedModel, TokenForwards
+from thinkrl.decode.pages import PagePool
+from thinkrl.decode.step import GraphStep, bucket
 from thinkrl.model import ModelConfig, Transformer, inverse_frequencies
-from thinkrl.paged_model import PagedModel, TokenForwards
-from thinkrl.pages import PagePool
 from thinkrl.sampler import Sampler
 
 
@@ -119,8 +119,8 @@ def as_on_cuda(monkeypatch):
         ("silu_mul", silu_mul_triton),
         ("rotate_and_store", rotate_and_store_triton),
     ]:
-        monkeypatch.setattr(f"thinkrl.paged_model.{name}", kernel)
-    monkeypatch.setattr("thinkrl.decode_step.sample_token", sample_token_triton)
+        monkeypatch.setattr(f"thinkrl.decode.paged_model.{name}", kernel)
+    monkeypatch.setattr("thinkrl.decode.step.sample_token", sample_token_triton)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

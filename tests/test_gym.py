@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("reasoning_gym")
 
 from thinkrl import UserError, gym
+from thinkrl.data.problems import held_out_problems, load_problems, messages, training_stream
 from thinkrl.grading import canonical, extract, grade
 from thinkrl.l2t.gain import forcing
-from thinkrl.problems import held_out_problems, load_problems, messages, training_stream
 
 SUMS = "gym:chain_sum,min_terms=2,max_terms=2,max_digits=2"
 

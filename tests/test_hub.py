@@ -5,9 +5,9 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from thinkrl import UserError, hub
+from thinkrl.data.problems import load_problems
 from thinkrl.hub import choose_files
 from thinkrl.learner import TINY, model_path
-from thinkrl.problems import load_problems
 
 COMMIT = "0" * 39 + "1"
 

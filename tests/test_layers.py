@@ -14,11 +14,8 @@ from helpers import ROOT
 LAYERS = {
     0: ["kernels"],
     1: ["options", "aliases", "config", "types", "distributed", "metrics", "sinks", "runs"],
-    2: [
-        *("model", "checkpoint", "tokenizer", "pages", "hub"),
-        *("rows", "layouts", "chats", "problems", "arith", "gym", "grading", "notation", "values", "algebra"),
-    ],
-    3: ["paged_model", "decode_step", "decode", "sampler", "rollout", "grpo", "length", "rewards"],
+    2: [*("model", "checkpoint", "tokenizer", "hub", "arith", "gym", "grading", "data")],
+    3: ["decode", "sampler", "rollout", "grpo", "length", "rewards"],
     4: ["learner", "evaluate", "update", "session", "finish", "sft", "presets"],
     5: ["l2t", "longshort"],
     6: ["tools"],
@@ -26,6 +23,9 @@ LAYERS = {
 }
 # Inside a folder, from the bottom up: a module sees those before it.
 INSIDE = {
+    "grading": ["notation", "values", "algebra", "rules"],
+    "data": ["rows", "layouts", "chats", "problems"],
+    "decode": ["pages", "paged_model", "step", "loop"],
     "l2t": ["episodes", "prm", "prm_training", "gain", "budgets", "compression", "credit", "preset"],
     "longshort": ["conversation", "thoughts", "protocol", "cold_start", "preset"],
     "tools": [
@@ -52,26 +52,11 @@ SIDEWAYS = {
     ("runs", "distributed"),
     ("checkpoint", "model"),
     ("hub", "tokenizer"),
-    ("rows", "hub"),
-    ("layouts", "rows"),
-    ("layouts", "grading"),
-    ("chats", "rows"),
-    ("chats", "layouts"),
-    ("problems", "rows"),
-    ("problems", "layouts"),
-    ("problems", "grading"),
-    ("problems", "arith"),
-    ("problems", "gym"),
     ("grading", "gym"),
-    ("values", "notation"),
-    ("grading", "notation"),
-    ("grading", "values"),
-    ("grading", "algebra"),
-    ("decode_step", "paged_model"),
-    ("decode", "paged_model"),
-    ("decode", "decode_step"),
-    ("sampler", "decode_step"),
-    ("sampler", "paged_model"),
+    ("data", "hub"),
+    ("data", "grading"),
+    ("data", "arith"),
+    ("data", "gym"),
     ("sampler", "decode"),
     ("rollout", "sampler"),
     ("length", "grpo"),
@@ -96,8 +81,9 @@ def imported(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in members if name.removeprefix("thinkrl.") in FILES}
+            names |= modules if modules == members else {node.module, *modules}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     ours = {name.removeprefix("thinkrl.") for name in names if name.split(".")[0] in {"thinkrl", *LAYER}}

@@ -9,8 +9,8 @@ import torch
 from helpers import ID, ROOT, python, write_tokenizer
 from thinkrl import UserError
 from thinkrl.config import parse
+from thinkrl.data.problems import load_problems, reading
 from thinkrl.grpo import group_advantages
-from thinkrl.problems import load_problems, reading
 from thinkrl.rewards import load_rewards, require_columns, total
 from thinkrl.types import Problem, Trajectory, Turn
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from thinkrl.checkpoint import load_model
+from thinkrl.decode.paged_model import rectangle
 from thinkrl.distributed import shard, start, stop
 from thinkrl.model import ModelConfig, Transformer
-from thinkrl.paged_model import rectangle
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import UserError

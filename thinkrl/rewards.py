@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from thinkrl import UserError
-from thinkrl.problems import messages
+from thinkrl.data.problems import messages
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from thinkrl import UserError
 from thinkrl.config import Config, readers
+from thinkrl.data.problems import messages
 from thinkrl.grading import extract, grade
-from thinkrl.problems import messages
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory, Turn

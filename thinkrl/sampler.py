@@ -1,7 +1,7 @@
 """Sampling: continuous batching over KV pages. Samples of a group share their prompt; probes fork what was written.
 
-`Sampler` is what a caller sees: generate, prefill, score, load_weights. decode.py has the loop behind generate,
-paged_model.py the forwards of many tokens, pages.py the pages.
+`Sampler` is what a caller sees: generate, prefill, score, load_weights. The folder decode/ has what is
+behind it: the pages, the forwards of many tokens, the loop behind generate.
 
 The key of a completion (seed, step, problem, sample, …) and the position of a token in the completion hash to
 the number that draws the token. So a trajectory does not depend on its neighbours in the batch, on preemption or
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from kernels.logprob import linear_logprob
 from kernels.sample import hash_key
-from thinkrl.decode import LOOK_EVERY, Completion, DecodeLoop, Group, Request, Row
-from thinkrl.decode_step import GraphStep, eager_step
+from thinkrl.decode.loop import LOOK_EVERY, Completion, DecodeLoop, Group, Request, Row
+from thinkrl.decode.paged_model import PagedModel, TokenForwards
+from thinkrl.decode.pages import OutOfPages, PagePool, Pages
+from thinkrl.decode.step import GraphStep, eager_step
 from thinkrl.distributed import free_memory
 from thinkrl.model import Transformer
-from thinkrl.paged_model import PagedModel, TokenForwards
-from thinkrl.pages import OutOfPages, PagePool, Pages
 from thinkrl.tokenizer import StopStrings, Tokenizer
 from thinkrl.types import UserError
 

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from thinkrl import UserError
 from thinkrl.checkpoint import save_hf
 from thinkrl.config import Config, as_dict
+from thinkrl.data.problems import Stream
 from thinkrl.distributed import World
 from thinkrl.learner import Learner, restore, save, save_dtype
 from thinkrl.metrics import Log, Tally, append
-from thinkrl.problems import Stream
 from thinkrl.runs import open_run, record_launch
 from thinkrl.sinks import flat, open_sinks, table_rows
 

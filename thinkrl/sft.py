@@ -18,14 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from thinkrl import UserError, chats
+from thinkrl import UserError
 from thinkrl.checkpoint import read_config
 from thinkrl.config import Config
+from thinkrl.data import chats
+from thinkrl.data.problems import mix
+from thinkrl.data.rows import Fields, load, split_spec
 from thinkrl.distributed import World, global_sum
 from thinkrl.learner import learning_rate, model_path, new_learner
 from thinkrl.metrics import Tally
-from thinkrl.problems import mix
-from thinkrl.rows import Fields, load, split_spec
 from thinkrl.runs import Run
 from thinkrl.session import Session, require_enough
 from thinkrl.tokenizer import Tokenizer

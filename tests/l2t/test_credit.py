@@ -9,6 +9,7 @@ from thinkrl import distributed
 from thinkrl.arith import heldout
 from thinkrl.checkpoint import load_model
 from thinkrl.config import parse
+from thinkrl.data.problems import messages
 from thinkrl.grading import grade
 from thinkrl.grpo import group_advantages
 from thinkrl.l2t import compression as compression_module
@@ -45,7 +46,6 @@ from thinkrl.l2t.gain import (
 from thinkrl.l2t.preset import L2T
 from thinkrl.learner import TINY
 from thinkrl.model import ModelConfig, Transformer
-from thinkrl.problems import messages
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Turn, UserError

@@ -10,6 +10,7 @@ import torch
 
 from thinkrl import UserError
 from thinkrl.checkpoint import load_model
+from thinkrl.data.problems import INSTRUCTIONS
 from thinkrl.evaluate import summarise, tally_outcomes
 from thinkrl.grpo import group_advantages
 from thinkrl.learner import TINY
@@ -34,7 +35,6 @@ from thinkrl.longshort.protocol import (
     transcript,
 )
 from thinkrl.metrics import Tally
-from thinkrl.problems import INSTRUCTIONS
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Turn, pack

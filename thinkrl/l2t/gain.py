@@ -29,12 +29,12 @@ from torch import Tensor
 
 from thinkrl import UserError
 from thinkrl.checkpoint import load_model
+from thinkrl.data.problems import messages
+from thinkrl.decode.pages import Pages
 from thinkrl.grading import grade, rule_set
 from thinkrl.l2t.episodes import Episodes, segment
 from thinkrl.l2t.prm import load_prm, score_completions
 from thinkrl.model import Transformer
-from thinkrl.pages import Pages
-from thinkrl.problems import messages
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from thinkrl.checkpoint import load_model
 from thinkrl.config import Config
+from thinkrl.data.problems import reading, training_stream
 from thinkrl.distributed import World, global_sum, shard
 from thinkrl.evaluate import tally_outcomes
 from thinkrl.grading import grade
@@ -23,7 +24,6 @@ from thinkrl.l2t.episodes import segment
 from thinkrl.l2t.prm import StepRewardModel, new_prm, save_prm
 from thinkrl.learner import Learner, compute_dtype, learning_rate, model_path, new_optimizer
 from thinkrl.metrics import Tally
-from thinkrl.problems import reading, training_stream
 from thinkrl.rollout import LABELS, TRAINING, require_room, rollout
 from thinkrl.runs import Run
 from thinkrl.sampler import Sampler

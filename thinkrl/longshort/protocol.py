@@ -33,6 +33,7 @@ from torch import Tensor
 
 from thinkrl import UserError
 from thinkrl.config import schedule
+from thinkrl.data.problems import messages
 from thinkrl.grading import extract, grade
 from thinkrl.longshort.conversation import (
     ANSWERED,
@@ -44,7 +45,6 @@ from thinkrl.longshort.conversation import (
     gradable,
     well_formed,
 )
-from thinkrl.problems import messages
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer, difference
 from thinkrl.types import Problem, Sample, Trajectory, Turn

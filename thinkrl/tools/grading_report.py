@@ -30,9 +30,9 @@ from pathlib import Path
 from types import ModuleType
 
 from thinkrl import UserError
+from thinkrl.data.problems import load_problems
 from thinkrl.grading import grade
 from thinkrl.options import asks_for_help, command_line, exit_with_error, option, parse_as
-from thinkrl.problems import load_problems
 
 Grader = Callable[[str, str], bool]  # (completion, gold answer) -> right?
 Case = tuple[str, str, str]  # (gold answer, what was done to it, completion)

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from thinkrl import algebra, grading
-from thinkrl.grading import canonical, equal
-from thinkrl.notation import normalise, rational
-from thinkrl.values import value
+from thinkrl.grading import algebra, canonical, equal, rules
+from thinkrl.grading.notation import normalise, rational
+from thinkrl.grading.values import value
 
 COLUMN = r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}"
 SQUARE = r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"
@@ -18,9 +17,9 @@ SQUARE = r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"
 @pytest.fixture
 def without_algebra(monkeypatch):
     monkeypatch.setattr(algebra, "has_algebra", lambda: False)
-    grading._equal_by_parts.cache_clear()
+    rules._equal_by_parts.cache_clear()
     yield
-    grading._equal_by_parts.cache_clear()
+    rules._equal_by_parts.cache_clear()
 
 
 @pytest.mark.parametrize(

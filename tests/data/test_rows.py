@@ -6,8 +6,8 @@ import json
 import pytest
 
 from thinkrl import UserError
-from thinkrl.problems import load_problems
-from thinkrl.rows import Fields, load, parse_columns, read_rows
+from thinkrl.data.problems import load_problems
+from thinkrl.data.rows import Fields, load, parse_columns, read_rows
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": "4"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from thinkrl import UserError
+from thinkrl.data.layouts import GPQA_OPTIONS
+from thinkrl.data.problems import load_problems, messages
 from thinkrl.grading import grade
-from thinkrl.layouts import GPQA_OPTIONS
-from thinkrl.problems import load_problems, messages
 from thinkrl.types import Problem
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
 
-from thinkrl import UserError, arith, gym, layouts, rows
+from thinkrl import UserError, arith, gym
+from thinkrl.data import layouts, rows
 from thinkrl.distributed import share
 from thinkrl.grading import rule_set
 from thinkrl.types import Problem

@@ -26,8 +26,8 @@ import re
 from string import ascii_uppercase
 
 from thinkrl import UserError
+from thinkrl.data.rows import Fields
 from thinkrl.grading import check_gold, equal, extract, rational, rule_set
-from thinkrl.rows import Fields
 from thinkrl.types import Problem
 
 # Where a row of a collection was taken from, as OpenR1-Math, NuminaMath, Big-Math and Skywork-OR1 name it in `source` or

@@ -26,9 +26,9 @@ import re
 from fractions import Fraction
 
 from thinkrl import UserError, gym
-from thinkrl.algebra import Judge
-from thinkrl.notation import MAX_ANSWER, normalise, rational
-from thinkrl.values import Value, same, unnamed, value
+from thinkrl.grading.algebra import Judge
+from thinkrl.grading.notation import MAX_ANSWER, normalise, rational
+from thinkrl.grading.values import Value, same, unnamed, value
 
 RULES = ("arith", "gsm8k", "last_number", "math")
 DATA_SOURCES = {  # verl's `data_source` values and hub names, in lower case

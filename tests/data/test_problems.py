@@ -3,7 +3,7 @@
 import pytest
 
 from thinkrl import arith
-from thinkrl.problems import (
+from thinkrl.data.problems import (
     Mixture,
     Stream,
     held_out_problems,

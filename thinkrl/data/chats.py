@@ -14,8 +14,8 @@ A chat that ends with the assistant's message is taken whole; `--columns` overri
 
 from __future__ import annotations
 
-from thinkrl.layouts import with_context
-from thinkrl.rows import Fields
+from thinkrl.data.layouts import with_context
+from thinkrl.data.rows import Fields
 
 Message = dict[str, str]
 

@@ -16,8 +16,8 @@ from kernels.attention import packed_attention, paged_attention
 from kernels.gate import silu_mul
 from kernels.norm import add_rms_norm
 from kernels.rotary import Places, rotate_and_store
+from thinkrl.decode.pages import PagePool, Pages
 from thinkrl.model import Attend, Transformer, inverse_frequencies
-from thinkrl.pages import PagePool, Pages
 
 
 @dataclass

@@ -4,14 +4,13 @@ import signal
 
 import pytest
 
-from thinkrl import algebra, grading
-from thinkrl.grading import equal
-from thinkrl.values import same
+from thinkrl.grading import algebra, equal, rules
+from thinkrl.grading.values import same
 
 
 @pytest.fixture(autouse=True)
 def nothing_remembered():
-    grading._equal_by_parts.cache_clear()
+    rules._equal_by_parts.cache_clear()
 
 
 def test_a_comparison_that_never_ends_is_killed_and_the_next_one_works(monkeypatch):
@@ -57,4 +56,4 @@ def test_without_the_extra_only_algebra_is_missing(monkeypatch):
     monkeypatch.setattr(algebra, "has_algebra", lambda: False)
     assert not equal(r"2\sqrt3", r"\sqrt{12}", "math")
     assert equal("0.25", r"\frac14", "math") and equal(r"2\sqrt3", r"2 \sqrt{3}", "math")
-    grading._equal_by_parts.cache_clear()
+    rules._equal_by_parts.cache_clear()

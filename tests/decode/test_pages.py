@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinkrl.pages import OutOfPages, PagePool
+from thinkrl.decode.pages import OutOfPages, PagePool
 from thinkrl.types import UserError
 
 

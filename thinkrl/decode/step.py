@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.sample import sample_token
-from thinkrl.paged_model import PagedModel
+from thinkrl.decode.paged_model import PagedModel
 
 
 class RowState:

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from fractions import Fraction
 
-from thinkrl.notation import ROW_END, rational
+from thinkrl.grading.notation import ROW_END, rational
 
 Value = Hashable
 Judge = Callable[[str, str], bool]  # whether two LaTeX texts are the same by algebra

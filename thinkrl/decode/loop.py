@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from thinkrl.decode_step import RowState, eager_step
-from thinkrl.paged_model import PagedModel
-from thinkrl.pages import Pages
+from thinkrl.decode.paged_model import PagedModel
+from thinkrl.decode.pages import Pages
+from thinkrl.decode.step import RowState, eager_step
 from thinkrl.tokenizer import StopStrings
 
 LOOK_EVERY = 8  # decode steps between two looks of the host at a CUDA device; a CPU is looked at after each

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from thinkrl import UserError
-from thinkrl.chats import chat
-from thinkrl.rows import Fields, load
+from thinkrl.data.chats import chat
+from thinkrl.data.rows import Fields, load
 
 
 def told(*texts, system=""):
