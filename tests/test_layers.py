@@ -13,7 +13,7 @@ from helpers import ROOT
 
 LAYERS = {
     0: ["kernels"],
-    1: ["options", "aliases", "config", "types", "distributed", "metrics", "sinks", "runs"],
+    1: ["options", "aliases", "intervals", "config", "types", "distributed", "metrics", "sinks", "runs"],
     2: [*("model", "checkpoint", "tokenizer", "hub", "arith", "gym", "grading", "data")],
     3: ["decode", "sampler", "rollout", "grpo", "length", "rewards"],
     4: ["learner", "evaluate", "update", "session", "finish", "sft", "presets"],

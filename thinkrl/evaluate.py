@@ -1,80 +1,18 @@
-"""Evaluation: accuracy against tokens.
-
-    pass@k   = 1 - C(n - c, k) / C(n, k)            chance that k of n samples, c of them right, hold a right one
-    maj@k    = E[the commonest answer of k samples is the gold one]
-    AES      = dL + 3 dA  if dA >= 0,  else  dL - 5 |dA|
-               dA = (accuracy - base accuracy) / base accuracy,  dL = (base tokens - tokens) / base tokens
-
-Departures: the Long⊗Short paper prints a coefficient of -5 for a negative dA, which would pay for losing
-accuracy; its own table follows -5 |dA|, as here. pass@k and maj@k are means over all subsets of k of the n
-samples, not over the first k.
-"""
+"""Evaluation: accuracy against tokens of graded attempts, as numbers, records and a table. intervals.py has the statistics."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from fractions import Fraction
 
 from thinkrl.grading import canonical
+from thinkrl.intervals import aes as aes
+from thinkrl.intervals import maj_at_k, pass_at_k
 from thinkrl.metrics import Tally
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Trajectory
 
 RIGHT = "right"  # every right answer's vote, however it is spelled
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, from n samples of which c are. Chen et al. 2021, Eq. 1.
-
-    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
-    """
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def maj_at_k(answers: Sequence[Hashable | None], gold: Hashable, k: int) -> float:
-    """Expected accuracy of the majority vote among k of these answers, over all subsets of k. Exact.
-
-    Answers are compared by ==, so they should be canonical (`grading.canonical`); None is no answer and has
-    no vote. When m answers share the lead, each wins with chance 1/m. Raises ValueError unless 1 <= k <=
-    len(answers).
-    """
-    n = len(answers)
-    if not 1 <= k <= n:
-        raise ValueError(f"maj@k needs 1 <= k <= n, not n={n}, k={k}")
-    rivals = Counter(answer for answer in answers if answer is not None)
-    silent = n - rivals.total()
-    right = rivals.pop(gold, 0)
-    wins = Fraction(0)
-    for lead in range(1, min(right, k) + 1):  # the gold answer has this many votes, and nobody has more
-        subsets = Counter(
-            {(k - lead, 1): math.comb(right, lead)}
-        )  # (members left to draw, leaders) -> how many subsets
-        for votes in rivals.values():
-            extended: Counter[tuple[int, int]] = Counter()
-            for (left, leaders), ways in subsets.items():
-                for drawn in range(min(votes, lead, left) + 1):
-                    extended[left - drawn, leaders + (drawn == lead)] += ways * math.comb(votes, drawn)
-            subsets = extended
-        wins += sum(
-            Fraction(ways * math.comb(silent, left), leaders) for (left, leaders), ways in subsets.items()
-        )
-    return float(wins / math.comb(n, k))
-
-
-def aes(accuracy: float, tokens: float, base_accuracy: float, base_tokens: float) -> float:
-    """Accuracy-Efficiency Score against a base model (O1-Pruner). Accuracies in the same unit, tokens per answer.
-
-    Raises ValueError for a base without accuracy or tokens, to which nothing can be relative.
-    """
-    if base_accuracy <= 0 or base_tokens <= 0:
-        raise ValueError(f"AES is relative to a base: {base_accuracy=} and {base_tokens=} must be above 0")
-    gain = (accuracy - base_accuracy) / base_accuracy
-    saving = (base_tokens - tokens) / base_tokens
-    return saving + (3 if gain >= 0 else 5) * gain
 
 
 def summarise(trajectories: Sequence[Trajectory]) -> dict:
