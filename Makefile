@@ -32,10 +32,14 @@ test: .venv/done lint ## the whole suite, CPU only, no network
 test-fast: .venv/done lint ## the suite without its slow tests and without ahead-of-time compilation
 	CUDA_VISIBLE_DEVICES= $(BIN)/python $(PYTEST) -m "not slow" tests
 
+# typed throughout, by mypy's default settings
+TYPED := kernels thinkrl/l2t thinkrl/longshort thinkrl/data $(addprefix thinkrl/,$(addsuffix .py, \
+	types grpo length presets update session learner sampler checkpoint distributed config metrics sinks rollout sft)) train.py
+
 lint: .venv/done ## ruff; mypy on what is typed throughout
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m mypy kernels thinkrl/types.py thinkrl/grpo.py thinkrl/length.py
+	$(BIN)/python -m mypy $(TYPED)
 
 test-gpu: ## what a GPU computes, on a CUDA machine that has torch, triton, transformers, pytest, pytest-xdist, hypothesis
 	$(PYTHON) $(PYTEST) -m gpu tests

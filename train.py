@@ -145,7 +145,7 @@ def evaluate(preset: Preset, problems: list[Problem], session: Session, when: st
             own, rows = token_budgets().attempt(preset, *asked)
         else:
             own = preset.attempt(*asked)
-        attempts = sum(gather(own), [])
+        attempts: list[Trajectory] = sum(gather(own), [])
         results.append(preset.summarise(attempts))
         if c.eval_budgets:
             results[-1] |= token_budgets().curve(sum(gather(rows), []), c)

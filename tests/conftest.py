@@ -17,6 +17,14 @@ settings.register_profile("thinkrl", deadline=None, derandomize=True)
 settings.load_profile("thinkrl")
 
 
+@pytest.fixture(scope="module")
+def world():
+    """A group of this process alone."""
+    from thinkrl.distributed import start  # torch's threads and triton's interpreter are set first
+
+    return start("cpu")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     """Long tests begin first, so that no process of several is left with one at the end."""

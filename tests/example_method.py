@@ -6,7 +6,7 @@ A_i = r_i - mean_j r_j          one number for all tokens of completion i
 import torch
 
 from thinkrl.distributed import global_sum
-from thinkrl.learner import model_path, new_learner
+from thinkrl.learner import model_path, new_actor
 from thinkrl.presets import Preset
 from thinkrl.rollout import TRAINING, require_room, rollout
 from thinkrl.tokenizer import Tokenizer
@@ -16,7 +16,7 @@ class Reinforce(Preset):
     def __init__(self, config, world):
         self.config, path = config, model_path(config.model)
         self.tokenizer = Tokenizer(path)
-        self.learners = {"policy": new_learner(path, config, world, self.tokenizer)}
+        self.learners = {"policy": new_actor(path, config, world, self.tokenizer)}
 
     def require_room(self, problems, training):
         c, context = self.config, self.learners["policy"].policy.config.max_positions

@@ -84,7 +84,7 @@ def replay(world, shapes, budget: int, aggregate: str, level: str, cap: float, u
     tally = Tally()
     packs = pack_evenly(mine, config, world)
     loss, grad_norm = update(
-        Learner(policy, None, optimizer, None, reference), packs, config.lr, config, world, tally
+        Learner(policy, None, optimizer, reference), packs, config.lr, config, world, tally
     )
     means = tally.reduce()
     weights = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

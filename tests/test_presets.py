@@ -16,7 +16,6 @@ from thinkrl import UserError, length
 from thinkrl.arith import heldout
 from thinkrl.checkpoint import save_hf
 from thinkrl.config import parse
-from thinkrl.distributed import World, start
 from thinkrl.grpo import group_advantages
 from thinkrl.l2t import preset as preset_module
 from thinkrl.l2t.episodes import segment
@@ -32,11 +31,6 @@ from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory
 
 PROBLEMS = heldout()[40:240:100]  # one of two digits, one of three
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return start("cpu")
 
 
 def step_of(world, *argv: str):

@@ -10,14 +10,8 @@ import torch
 
 from thinkrl import UserError
 from thinkrl.config import parse
-from thinkrl.distributed import World, start
 from thinkrl.metrics import Log, Tally
 from thinkrl.runs import open_run
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return start("cpu")
 
 
 def options(tmp_path, *more: str):

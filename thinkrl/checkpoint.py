@@ -19,7 +19,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from thinkrl import UserError
+from thinkrl.distributed import whole
 from thinkrl.model import ModelConfig, Transformer
 
 Layout = dict[
@@ -52,7 +52,7 @@ def hf_layout(config: ModelConfig) -> Layout:
     """Our parameter name -> the Hugging Face tensors (name, shape) that are its rows, top to bottom."""
     D, F, Dh = config.width, config.mlp_width, config.head_dim
     q_rows, kv_rows = config.heads * Dh, config.kv_heads * Dh
-    layout = {"embed.weight": [("model.embed_tokens.weight", (config.vocab_size, D))]}
+    layout: Layout = {"embed.weight": [("model.embed_tokens.weight", (config.vocab_size, D))]}
     for layer in range(config.layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
         projections = [("q", q_rows), ("k", kv_rows), ("v", kv_rows)]
@@ -151,13 +151,15 @@ def save_hf(
     dtype        of the written tensors; None: that of the parameters
     shard_bytes  files above this size are split; rank 0 holds at most about one of them in memory
     """
-    layout, state = hf_layout(model.config), get_model_state_dict(model)
+    layout = hf_layout(model.config)
+    state: Mapping[str, Any] = get_model_state_dict(model)
     dtype = dtype or model.head_weight.dtype
     parts = _split({name: state[name].numel() * dtype.itemsize for name in layout}, shard_bytes)
     files = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
     files = files if len(files) > 1 else ["model.safetensors"]
     with atomic_dir(Path(path)) as folder:
-        weight_map, total = {}, 0
+        weight_map: dict[str, str] = {}
+        total = 0
         for file, names in zip(files, parts):
             tensors = hf_tensors(state, {name: layout[name] for name in names}, dtype)
             if folder:
@@ -188,15 +190,14 @@ def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def hf_tensors(
-    state: dict[str, Tensor], layout: Layout, dtype: torch.dtype | None = None
+    state: Mapping[str, Any], layout: Layout, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """The Hugging Face tensors of the parameters that `layout` names, gathered from all ranks to rank 0's host
     memory; {} on other ranks. Collective. dtype: None keeps the parameters' own.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for ours, rows in layout.items():
-        value = state[ours]
-        full = value.full_tensor() if isinstance(value, DTensor) else value
+        full = whole(state[ours])
         if _rank() == 0:
             parts = full.to("cpu", dtype).split([shape[0] for _, shape in rows])
             tensors |= {theirs: part.clone() for (theirs, _), part in zip(rows, parts)}

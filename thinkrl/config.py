@@ -546,7 +546,7 @@ def fit_to_context(config: Config, context: int) -> tuple[Config, str]:
     """
     continued = config.preset == "prm" or config.preset == "l2t" and config.gain == "continue"
     limit = 3 * context // 4 // (3 if config.preset == "longshort" else 2 if continued else 1)
-    lowered = {
+    lowered: dict[str, Any] = {
         key: max(1, limit)
         for key in ("max_tokens", "partner_max_tokens")
         if config.preset in readers(key) and key not in config.given and config[key] > limit

@@ -14,16 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from thinkrl import UserError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ def start(device: str = "auto") -> World:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        place = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        place: dict[str, Any] = (
+            {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        )
         # Rollouts differ in length between ranks, so a peer may wait a long time before the next collective.
         dist.init_process_group(backend, timeout=timedelta(hours=2), **place)
     return World(rank, size, chosen)
@@ -89,8 +94,8 @@ def run_and_exit(main: Callable[..., None], *arguments: Any) -> NoReturn:
     status = 0
     try:
         main(*arguments)
-    except SystemExit as stopped:
-        status = stopped.code
+    except SystemExit as stopped:  # by `options.exit_with_error`
+        status = int(stopped.code or 0)
     atexit._run_exitfuncs()  # as multiprocessing ends its children: what others registered still runs
     sys.stdout.flush()
     sys.stderr.flush()
@@ -98,12 +103,8 @@ def run_and_exit(main: Callable[..., None], *arguments: Any) -> NoReturn:
 
 
 def shard(
-    model: nn.Module,
-    world: World,
-    dtype: torch.dtype,
-    replicate: int = 1,
-    activation_checkpointing: bool = False,
-) -> nn.Module:
+    model: M, world: World, dtype: torch.dtype, replicate: int = 1, activation_checkpointing: bool = False
+) -> M:
     """FSDP2 applied from outside: each block is a unit; embedding, final norm and head are the root unit.
 
     The root is not resharded after its forward, so `model.head_weight` is whole when the loss needs it.
@@ -124,15 +125,19 @@ def shard(
         if fp32
         else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     )
+    blocks = list(model.get_submodule("blocks").children())
     if activation_checkpointing:
-        for block in (
-            model.blocks
-        ):  # inside the sharded unit, and without a wrapper module that would rename parameters
+        for block in blocks:  # inside the unit, and without a wrapper module that would rename parameters
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    for block in model.blocks:
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return model
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all ranks, which is collective; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def free_memory(device: torch.device) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,13 +31,17 @@ from thinkrl.tokenizer import Tokenizer
 TINY = Path(__file__).parent / "assets" / "tiny"
 
 
+M = TypeVar("M", bound=torch.nn.Module)
+
+
 @dataclass
-class Learner:
-    policy: Transformer  # sharded; fp32 master weights
+class Learner(Generic[M]):
+    """A model that is trained: a policy, or a step reward model."""
+
+    policy: M  # sharded; fp32 master weights
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
-    sampler: Sampler | None  # this rank's full copy in the compute dtype; None where nothing is sampled
-    reference: Transformer | None = None  # frozen start policy, sharded; None without a KL term
+    reference: M | None = None  # frozen start policy, sharded; None without a KL term
     files: dict[str, str] = field(default_factory=dict)  # name -> text of files saved beside its weights
 
     def reset_reference(self) -> None:
@@ -45,6 +50,13 @@ class Learner:
             with torch.no_grad():
                 for kept, moving in zip(self.reference.parameters(), self.policy.parameters()):
                     kept.copy_(moving)
+
+
+@dataclass(kw_only=True)
+class Actor(Learner[Transformer]):
+    """A policy that is trained on what it samples."""
+
+    sampler: Sampler  # this rank's full copy of the weights in the compute dtype
 
 
 def model_path(model: str, option: str = "--model") -> Path:
@@ -84,36 +96,38 @@ def save_dtype(config: Config, world: World) -> torch.dtype:
 
 
 def new_learner(
-    path: Path,
-    config: Config,
-    world: World,
-    tokenizer: Tokenizer,
-    samplers: int = 1,
-    files: dict[str, str] | None = None,
-) -> Learner:
-    """A policy from a checkpoint folder, ready to train.
-
-    samplers    how many samplers share a device's memory for KV pages; 0: nothing is sampled
-    files       see `Learner`
-    """
+    path: Path, config: Config, world: World, tokenizer: Tokenizer, files: dict[str, str] | None = None
+) -> Learner[Transformer]:
+    """A policy from a checkpoint folder, ready to train. files: see `Learner`."""
     dtype = compute_dtype(config, world)
 
     def sharded() -> Transformer:
         """Loaded to host memory first: sharding moves one block at a time, so a device never holds all fp32 weights."""
         return shard(load_model(path), world, dtype, config.replicate, config.activation_checkpointing)
 
-    policy, sampler = sharded(), None
-    if samplers:
-        sampler = Sampler(
-            load_model(path, dtype, world.device),
-            tokenizer,
-            config.kv_pages or None,
-            max_rows=config.max_rows,
-            cuda_graphs=config.cuda_graphs,
-            memory_share=0.8 / samplers,
-        )
+    policy = sharded()
     reference = sharded().requires_grad_(False) if config.kl_coef else None
-    return Learner(policy, tokenizer, new_optimizer(policy, config), sampler, reference, files or {})
+    return Learner(policy, tokenizer, new_optimizer(policy, config), reference, files or {})
+
+
+def new_actor(
+    path: Path,
+    config: Config,
+    world: World,
+    tokenizer: Tokenizer,
+    files: dict[str, str] | None = None,
+    samplers: int = 1,
+) -> Actor:
+    """`new_learner` with a sampler. samplers: how many share a device's memory for KV pages."""
+    sampler = Sampler(
+        load_model(path, compute_dtype(config, world), world.device),
+        tokenizer,
+        config.kv_pages or None,
+        max_rows=config.max_rows,
+        cuda_graphs=config.cuda_graphs,
+        memory_share=0.8 / samplers,
+    )
+    return Actor(**vars(new_learner(path, config, world, tokenizer, files)), sampler=sampler)
 
 
 def new_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -143,7 +157,7 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
 def save(
     folder: Path,
     step: int,
-    learners: dict[str, Learner],
+    learners: Mapping[str, Learner],
     state: dict,
     config: Config,
     export: Callable = save_hf,
@@ -162,7 +176,7 @@ def save(
     point_latest(folder, step, keep=config.keep_checkpoints)
 
 
-def restore(folder: Path, learners: dict[str, Learner]) -> tuple[int, dict]:
+def restore(folder: Path, learners: Mapping[str, Learner]) -> tuple[int, dict]:
     """Load the latest checkpoint into the learners, samplers included; (0, {}) if there is none.
     Collective.
     """
@@ -171,15 +185,15 @@ def restore(folder: Path, learners: dict[str, Learner]) -> tuple[int, dict]:
         return 0, {}
     state = load_step(folder / "checkpoints" / f"step_{step}", _modules(learners), _optimizers(learners))
     for learner in learners.values():
-        if learner.sampler is not None:
+        if isinstance(learner, Actor):
             learner.sampler.load_weights(learner.policy)
     return step, state
 
 
-def _modules(learners: dict[str, Learner]) -> dict[str, torch.nn.Module]:
+def _modules(learners: Mapping[str, Learner]) -> dict[str, torch.nn.Module]:
     references = {f"{name}_reference": x.reference for name, x in learners.items() if x.reference is not None}
     return {name: x.policy for name, x in learners.items()} | references
 
 
-def _optimizers(learners: dict[str, Learner]) -> dict[str, torch.optim.Optimizer]:
+def _optimizers(learners: Mapping[str, Learner]) -> dict[str, torch.optim.Optimizer]:
     return {name: x.optimizer for name, x in learners.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -148,7 +149,7 @@ class Log:
         )
         self.bar.update()
 
-    def samples(self, step: int, rows: list[dict]) -> None:
+    def samples(self, step: int, rows: Sequence[dict]) -> None:
         for row in rows if self.main else []:
             append(self.folder / "samples.jsonl", {"step": step, **row})
 

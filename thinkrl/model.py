@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -305,7 +306,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks = cast(
+            Sequence[Block], blocks
+        )  # a type checker takes what a ModuleList holds for any Module
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
 

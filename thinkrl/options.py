@@ -75,7 +75,8 @@ def group(title: str, presets: tuple[str, ...] = ()) -> Group:
 def groups(schema: type) -> Iterator[tuple[Group, list[dataclasses.Field]]]:
     """Each heading of an options class with its options, in the order of the source."""
     fields = {f.name: f for f in dataclasses.fields(schema) if f.metadata}
-    title, own = group(""), []
+    title = group("")
+    own: list[dataclasses.Field] = []
     for name, value in vars(schema).items():
         if isinstance(value, Group):
             if own:

@@ -26,7 +26,7 @@ from thinkrl.config import LENGTH_VALUES, Config, target_range
 from thinkrl.distributed import World, gather, global_sum
 from thinkrl.evaluate import summarise
 from thinkrl.grpo import group_advantages
-from thinkrl.learner import Learner, learning_rate, model_path, new_learner
+from thinkrl.learner import Actor, learning_rate, model_path, new_actor
 from thinkrl.metrics import Tally
 from thinkrl.rewards import load_rewards, require_columns, total
 from thinkrl.rollout import TRAINING, require_room, rollout, sampling_file
@@ -44,7 +44,7 @@ class Preset(Protocol[T]):
     """
 
     config: Config
-    learners: dict[str, Learner]
+    learners: dict[str, Actor]
     """The policies, by name: trained, saved (as hf/ for "policy", else hf_NAME/) and restored."""
 
     # once, before the run folder exists
@@ -57,7 +57,7 @@ class Preset(Protocol[T]):
 
     # every step, in this order
 
-    def begin_step(self, step: int) -> Learner:
+    def begin_step(self, step: int) -> Actor:
         """Prepare step `step`, from 0, and return the learner that it trains. Called once a step."""
         ...
 
@@ -131,7 +131,7 @@ class OnePolicy(Preset[T]):
         path = model_path(config.model)
         self.tokenizer = Tokenizer(path)
         files = sampling_file(config)
-        self.learners = {"policy": new_learner(path, config, world, self.tokenizer, files=files)}
+        self.learners = {"policy": new_actor(path, config, world, self.tokenizer, files=files)}
 
     def require_room(self, problems: list[Problem], training: bool, more: int = 0) -> None:
         """Raise UserError if a problem, its completion and `more` tokens exceed the model's context."""
@@ -146,7 +146,7 @@ class OnePolicy(Preset[T]):
         """What --reward gives for each trajectory, NaN where it gives none; by default the graded outcome."""
         return total(self.rewards, trajectories, self.tokenizer, self.config.system, self.config.suffix)
 
-    def begin_step(self, step: int) -> Learner:
+    def begin_step(self, step: int) -> Actor:
         return self.learners["policy"]
 
     def attempt(
@@ -220,7 +220,8 @@ class Grpo(OnePolicy[Trajectory]):
         if c.length == "laser_d":  # the step's groups of all ranks stand in for the paper's monitored set
             everywhere = gather((correct, tokens))
             sixteenths = torch.arange(1, 17) * c.max_tokens / 16
-            limits = length.laser_d_limits(*map(torch.cat, zip(*everywhere)), sixteenths)
+            all_correct, all_tokens = (torch.cat(parts) for parts in zip(*everywhere))
+            limits = length.laser_d_limits(all_correct, all_tokens, sixteenths)
             before = sum(len(part) for part, _ in everywhere[: dist.get_rank()])
             return length.laser(correct, tokens, limits[before : before + len(correct)], **options)
         return getattr(length, c.length)(correct, tokens, **options)

@@ -28,7 +28,7 @@ from thinkrl.decode.loop import LOOK_EVERY, Completion, DecodeLoop, Group, Reque
 from thinkrl.decode.paged_model import PagedModel, TokenForwards
 from thinkrl.decode.pages import OutOfPages, PagePool, Pages
 from thinkrl.decode.step import GraphStep, eager_step
-from thinkrl.distributed import free_memory
+from thinkrl.distributed import free_memory, whole
 from thinkrl.model import Transformer
 from thinkrl.tokenizer import StopStrings, Tokenizer
 from thinkrl.types import UserError
@@ -58,7 +58,7 @@ class Sampler:
         memory_share: float = 0.8,
         cuda_graphs: bool = True,
     ):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self._tokenizer = model, tokenizer
         self.memory_share, self.cuda_graphs = memory_share, cuda_graphs and self.device.type == "cuda"
         self.num_pages, self.page_size, self.max_rows = num_pages, page_size, max_rows
         self.max_tokens_per_forward = max_tokens_per_forward
@@ -67,6 +67,13 @@ class Sampler:
         self._paged: PagedModel | None = None
         self._step: Callable = eager_step
         self._matchers: dict[tuple[str, ...], StopStrings] = {}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises UserError if the sampler was made without one."""
+        if self._tokenizer is None:
+            raise UserError("this needs the tokenizer: Sampler(model, tokenizer)")
+        return self._tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -129,8 +136,7 @@ class Sampler:
                 f"the policy is not of the sampler's architecture: {sorted(own.keys() ^ theirs.keys())[:3]} differ"
             )
         for name, parameter in own.items():
-            source = theirs[name]
-            parameter.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
+            parameter.copy_(whole(theirs[name]))
 
     @torch.inference_mode()
     def generate(
@@ -165,12 +171,11 @@ class Sampler:
         """
         stop = [stop] if isinstance(stop, str) else list(stop)
         if stop_ids is None:
-            stop_ids = self.tokenizer.stop_ids if self.tokenizer else ()
-        if prefix is None:
-            prefix = [None] * len(prompts)
+            stop_ids = self._tokenizer.stop_ids if self._tokenizer else ()
+        sources: Sequence[Pages | None] = [None] * len(prompts) if prefix is None else prefix
         groups = [
             Group(i, [*(source.tokens if source else ()), *prompt], source, n)
-            for i, (prompt, source) in enumerate(zip(prompts, prefix, strict=True))
+            for i, (prompt, source) in enumerate(zip(prompts, sources, strict=True))
         ]
         hidden = None
         if return_hidden:  # first of all, because the pool takes a share of what is free
@@ -185,14 +190,14 @@ class Sampler:
         waiting = deque(Row(group, s, row_keys[group.index * n + s]) for group in groups for s in range(n))
         request = Request(max_tokens, temperature, stop_ids, self._stop_strings(stop), on_finish)
         loop = DecodeLoop(self.paged, waiting, request, self.max_rows, self.look_every, self._step, hidden)
-        results: list[list[Completion]] = [[None] * n for _ in prompts]
+        results: dict[tuple[int, int], Completion] = {}
         try:
             for completion in loop.run():
-                results[completion.prompt][completion.sample] = completion
+                results[completion.prompt, completion.sample] = completion
         except BaseException:
             self.pool.release_all_but(before)
             raise
-        return results
+        return [[results[i, sample] for sample in range(n)] for i in range(len(prompts))]
 
     @torch.inference_mode()
     def prefill(self, tokens: list[int], prefix: Pages | None = None) -> Pages:
@@ -230,7 +235,8 @@ class Sampler:
             for fork, suffix in zip(forks, suffixes, strict=True):
                 self._require(fork.tokens, len(suffix), "probe")
             while len(results) < len(forks):
-                batch, size = [], 0
+                batch: list[tuple[Pages, list[int], list[int]]] = []
+                size = 0
                 for fork, suffix in zip(forks[len(results) :], suffixes[len(results) :]):
                     self.idle.discard(fork)
                     fed = fork.unfed + suffix[:-1]  # nothing is asked about what follows the suffix
@@ -287,8 +293,6 @@ class Sampler:
         """The matcher for these strings, kept because it has looked at the text of the whole vocabulary."""
         if not stop:
             return None
-        if self.tokenizer is None:
-            raise UserError("stop strings need the tokenizer: Sampler(model, tokenizer)")
         if tuple(stop) not in self._matchers:
             self._matchers[tuple(stop)] = StopStrings(self.tokenizer, stop)
         return self._matchers[tuple(stop)]

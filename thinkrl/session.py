@@ -11,7 +11,7 @@ session.close()
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class Session:
         self,
         config: Config,
         world: World,
-        learners: dict[str, Learner],
+        learners: Mapping[str, Learner],
         export: Callable = save_hf,
         report: Callable[[Path], object] | None = None,
     ):

@@ -130,7 +130,7 @@ def train(
     encoded = [samples(rows, tokenizer, context, encode) for rows in parts]
     stream = mix(encoded, config.data_weights, config.seed)
     require_enough(stream, config, world)
-    learner = new_learner(path, config, world, tokenizer, samplers=0, files=files)
+    learner = new_learner(path, config, world, tokenizer, files)
     session = Session(config, world, {"policy": learner}, report=report)
     for step in session.steps():
         tally, lr = Tally(), learning_rate(step, config.steps, config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -110,7 +110,7 @@ def flat(result: dict, prefix: str) -> Iterator[tuple[str, float]]:
             yield f"{prefix}/{key}", value
 
 
-def table_rows(step: int, records: list[dict]) -> list[list]:
+def table_rows(step: int, records: Sequence[dict]) -> list[list]:
     """Rows under COLUMNS for lines of samples.jsonl or evaluations.jsonl, SHOWN at most."""
     return [
         [

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.logprob import linear_logprob
 from thinkrl.config import Config
-from thinkrl.distributed import World, gather, global_max, global_sum
+from thinkrl.distributed import World, gather, global_max, global_sum, whole
 from thinkrl.grpo import importance_weight, loss_count, policy_loss
 from thinkrl.learner import Learner
 from thinkrl.metrics import Tally
@@ -105,7 +105,7 @@ def descend(
         (loss * world.size).backward()  # FSDP averages over ranks, ours is a sum over them
         losses.append(loss.detach())
     grad_norm = float(
-        torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), config.max_grad_norm).full_tensor()
+        whole(torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), config.max_grad_norm))
     )
     total = float(global_sum(sum(losses)))
     if not math.isfinite(total + grad_norm):

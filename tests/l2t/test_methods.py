@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from thinkrl.config import parse
-from thinkrl.distributed import start
 from thinkrl.grpo import group_advantages
 from thinkrl.l2t.credit import (
     batch_scaled,
@@ -24,10 +23,7 @@ from thinkrl.l2t.preset import L2T, EpisodeTrajectory
 from thinkrl.metrics import Tally
 from thinkrl.types import Problem, Turn
 
-
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    return start("cpu")
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def recorded(J: list[float], outcome: float, lengths: list[int]) -> EpisodeTrajectory:

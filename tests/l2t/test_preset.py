@@ -15,7 +15,7 @@ from helpers import PRM_CONFIG, random_prm, torchrun, write_tokenizer
 from kernels.fisher import episode_quadratic_ref
 from thinkrl import UserError
 from thinkrl.config import parse
-from thinkrl.distributed import World, start
+from thinkrl.distributed import World
 from thinkrl.l2t.compression import DAMPING, Row
 from thinkrl.l2t.credit import (
     episode_rewards,
@@ -35,11 +35,6 @@ from thinkrl.rollout import PROBE, TRAINING
 from thinkrl.tokenizer import Tokenizer
 
 ALPHA = 0.8
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return start("cpu")
 
 
 def preset_of(world: World, *options: str) -> L2T:

@@ -377,7 +377,7 @@ def test_a_turn_ends_at_any_stop_id_of_the_checkpoint(tiny, tmp_path):
     assert len(plain.completion) == 6 and plain.completion[:2] == stopped.completion
 
 
-def test_truncated_counts_every_turn():
+def test_truncated_counts_every_turn(world):
     """Of two conversations, one has a first turn that was cut and a last one that was not."""
     whole, cut = (attempt(("long", "a"), ("short", "4"), sample=sample) for sample in range(2))
     cut.turns[0].finish_reason = "length"

@@ -14,6 +14,8 @@ A chat that ends with the assistant's message is taken whole; `--columns` overri
 
 from __future__ import annotations
 
+from typing import Any
+
 from thinkrl.data.layouts import with_context
 from thinkrl.data.rows import Fields
 
@@ -110,7 +112,7 @@ def _completion(fields: Fields) -> str:
     return text
 
 
-def _verified(fields: Fields, column: str, generations: list) -> object:
+def _verified(fields: Fields, column: str, generations: list) -> Any:
     """The first generation that is marked correct and complete; the first of all where none are marked at all."""
 
     def marks(name: str) -> list:

@@ -125,7 +125,10 @@ def mix(parts: Sequence[list[Row] | Generator], weights: str, seed: int) -> Stre
         raise UserError(
             f"--data_weights {weights}: give a positive number for each of the {len(parts)} parts of --data, such as 3,1"
         )
-    return Mixture(parts, shares, seed) if shares else Stream(*parts, seed)
+    if shares:
+        return Mixture(parts, shares, seed)
+    [part] = parts
+    return Stream(part, seed)
 
 
 @functools.lru_cache(maxsize=8)
@@ -145,6 +148,12 @@ def load_problems(
     """
     if is_generator(spec):
         return _generator(spec, source)
+    return _in_rows(spec, source, columns, skip_bad_rows, **how)
+
+
+def _in_rows(
+    spec: str, source: str = "", columns: str = "", skip_bad_rows: bool = False, **how: bool
+) -> list[Problem]:
     if endless := [part for part in rows.split_spec(spec) if is_generator(part)]:
         raise UserError(
             f"--data {spec}: {endless[0]} never ends, so joined to others it needs --data_weights"
@@ -196,10 +205,14 @@ def training_stream(spec: str, seed: int, weights: str = "", **how) -> Stream[Pr
 
 
 def _with_ids(part: list[Problem] | Generator, place: int, count: int) -> list[Problem] | Generator:
-    """The same problems with ids that no other of `count` parts has: an id is an address of randomness."""
+    """The same problems with ids that no other of `count` parts has: random numbers are drawn by them."""
+
+    def with_id(problem: Problem) -> Problem:
+        return replace(problem, id=problem.id * count + place)
+
     if callable(part):
-        return lambda seed, index: _with_ids([part(seed, index)], place, count)[0]
-    return [replace(problem, id=problem.id * count + place) for problem in part]
+        return lambda seed, index: with_id(part(seed, index))
+    return [with_id(problem) for problem in part]
 
 
 def held_out_problems(eval_data: str, data: str, source: str = "", **how) -> list[Problem]:
@@ -211,7 +224,7 @@ def held_out_problems(eval_data: str, data: str, source: str = "", **how) -> lis
         return arith.heldout()
     if is_generator(spec):
         return [_graded_by(source, problem) for problem in gym.heldout(spec)]
-    return load_problems(spec, source, **how | {"keep_row": False}) if spec else []
+    return _in_rows(spec, source, **how | {"keep_row": False}) if spec else []
 
 
 def subsample(problems: list[Problem], count: int) -> list[Problem]:

@@ -24,7 +24,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from thinkrl import UserError, hub, require_extra
 
@@ -74,7 +74,7 @@ class Fields:
         """What the file calls a field."""
         return self.columns.get(name) or self._spelling.get(name.lower(), name)
 
-    def find(self, *names: str) -> tuple[str, object]:
+    def find(self, *names: str) -> tuple[str, Any]:
         """Column and value of the first of these fields that is neither missing nor empty, else ("", None).
 
         Fields that --columns names go before the others.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import Any
 
 MAX_ANSWER = 500  # characters; a longer text is no answer
 ROW_END = "\x01"  # no white space, to no regular expression
@@ -64,7 +65,7 @@ _MASSES = r"(?:kilo|milli)?grams?|[mk]g|tons?|pounds?|lbs?|ounces?|oz|(?:milli)?
 _OTHERS = r"degrees?|percent|dollars?|euros?|USD|cents?|units?"
 _UNIT = rf"(?:square |cubic |sq\.? |cu\.? )?(?:{_LENGTHS}|{_TIMES}|{_MASSES}|{_OTHERS}){_POWER}"
 _ARGUMENT = r"\d+|[A-Za-z]|\\(?!frac|sqrt|overline|text|begin|end|cdot)[A-Za-z]+"
-_REWRITES = [
+_REWRITES: list[tuple[re.Pattern, Any]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         # digits in groups of three

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
+from typing import Any
 
 from thinkrl.grading.notation import ROW_END, rational
 
-Value = Hashable
+Value = Any  # a Fraction, a str or a tuple; hashable
 Judge = Callable[[str, str], bool]  # whether two LaTeX texts are the same by algebra
 
 _TOKEN = re.compile(r"\\[A-Za-z]+ ?|\\.|.", re.DOTALL)

@@ -21,7 +21,7 @@ Letters: T tokens and K episodes of a row of completions, S completions, D width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -49,7 +49,9 @@ class Row:
 
     @staticmethod
     def of(turns: Sequence[Turn], episodes: Sequence[Episodes], device: torch.device | str = "cpu") -> Row:
-        tokens, own, lengths, cu = [], [], [0], [0]
+        tokens: list[int] = []
+        own: list[int] = []
+        lengths, cu = [0], [0]
         for turn, cut in zip(turns, episodes):
             own += range(
                 len(tokens) + len(turn.prompt), len(tokens) + len(turn.prompt) + len(turn.completion)
@@ -57,13 +59,13 @@ class Row:
             tokens += turn.prompt + turn.completion
             lengths.append(len(tokens))
             cu += (cut.ends + 1 + cu[-1]).tolist()
-        kept = all(turn.hidden is not None for turn in turns)
+        kept = [turn.hidden for turn in turns if turn.hidden is not None]
         return Row(
             torch.tensor(tokens, device=device),
             torch.tensor(lengths, dtype=torch.int32, device=device),
             torch.tensor(own, device=device),
             torch.tensor(cu, device=device),
-            torch.cat([turn.hidden for turn in turns]).to(device) if kept else None,
+            torch.cat(kept).to(device) if len(kept) == len(turns) else None,
         )
 
 
@@ -113,7 +115,8 @@ def block_factors(model: Transformer, row: Row, layer: int = -1) -> Factors:
     gradients (55-150 % off).
     """
     layer %= len(model.blocks)
-    block, captured = model.blocks[layer], []
+    block = model.blocks[layer]
+    captured: list[tuple[Tensor, Tensor]] = []  # input and output of each Linear
     rotate = make_rotate(
         sequence_positions(row.cu_seqlens, len(row.tokens)), block.head_dim, model.config.rope
     )
@@ -170,7 +173,7 @@ def compression(
     cu_episodes: Tensor,
     fisher: Sequence[Tensor],
     count: float,
-    move: Sequence[Tensor] | None = None,
+    move: Sequence[Tensor] = (),
 ) -> Tensor:
     """C_k of every episode, [K] fp64, for gradients g_k given as factors: what the virtual step D_k = g_k costs.
 
@@ -184,20 +187,23 @@ def compression(
 
     The size of the virtual step is left out: it is a common factor, which `normalise_compression` removes.
     """
+    zeros = torch.zeros(len(cu_episodes) - 1, dtype=torch.float64, device=factors[0][0].device)
+
+    def quadratic(weights: Iterable[Tensor], power: int = 2) -> Tensor:
+        """Σ_j w_j g_kj^power over all matrices, [K]."""
+        terms = (episode_quadratic(x, g, cu_episodes, w, power=power) for (x, g), w in zip(factors, weights))
+        return sum(terms, zeros)
+
     if kind == "diag":
-        return sum(
-            0.5 * episode_quadratic(x, g, cu_episodes, nF + DAMPING) for (x, g), nF in zip(factors, fisher)
-        )
+        return 0.5 * quadratic(nF + DAMPING for nF in fisher)
     if kind == "invariant":
-        precisions = [1 / (nF + DAMPING) for nF in fisher]
-        return sum(0.5 * episode_quadratic(x, g, cu_episodes, w) for (x, g), w in zip(factors, precisions))
+        return 0.5 * quadratic(1 / (nF + DAMPING) for nF in fisher)
     if kind == "rank1":
-        return sum(ghost_norm(x, g, cu_episodes) for x, g in factors) ** 2  # L2T Eq. 4
+        return sum((ghost_norm(x, g, cu_episodes) for x, g in factors), zeros) ** 2  # L2T Eq. 4
     if kind == "natural":
-        damped = [1 / (nF / max(count, 1) + DAMPING) for nF in fisher]
-        return sum(episode_quadratic(x, g, cu_episodes, w) for (x, g), w in zip(factors, damped)) ** 2
+        return quadratic(1 / (nF / max(count, 1) + DAMPING) for nF in fisher) ** 2
     if kind == "drift":
-        return sum(episode_quadratic(x, g, cu_episodes, d, power=1) for (x, g), d in zip(factors, move)) ** 2
+        return quadratic(move, power=1) ** 2
     raise ValueError(f"compression must be diag, invariant, rank1, natural or drift, not {kind!r}")
 
 
@@ -260,8 +266,13 @@ class Proxy:
         self.parameters = [
             p for layer in sorted(drawn) for p in model.blocks[layer].parameters() if p.ndim == 2
         ]
-        self.V = self.S = self.U = None  # svd: basis of the LM head; U only where drift needs it
-        self.start = [matrix.clone() for matrix in self._matrices()] if drift else None
+        empty = torch.empty(0)
+        self.V, self.S, self.U = (
+            empty,
+            empty,
+            empty,
+        )  # svd: factors of the LM head; U only where drift needs it
+        self.start = [matrix.clone() for matrix in self._matrices()] if drift else []
         self.fisher: list[Tensor] = []  # per matrix [D2, D1]: N F
         self.count = 0.0  # N
         self.forwards = 0  # tokens of the last step that went through the model
@@ -274,10 +285,11 @@ class Proxy:
     def begin(self, step: int) -> None:
         """Before a step's `penalties`: decompose the LM head if it is time."""
         self.forwards = 0
-        if self.kind == "svd" and (self.V is None or step % self.refresh_every == 0):
+        if self.kind == "svd" and (not len(self.S) or step % self.refresh_every == 0):
             weight = self.model.head_weight.detach()
             self.V, self.S = svd_basis(weight, self.rank)
-            self.U = (weight.to(self.V.dtype) @ self.V / self.S) if self.start else None
+            if self.start:
+                self.U = weight.to(self.V.dtype) @ self.V / self.S
             self.fisher, self.count = [], 0.0
 
     def penalties(
@@ -293,14 +305,14 @@ class Proxy:
         kind as in `compression`; a forward takes completions of at most `budget` tokens, prompts included;
         reduce sums a tensor over ranks and is called equally often on each.
         """
-        assert self.kind != "svd" or self.V is not None, "begin(step) comes first"
+        assert self.kind != "svd" or len(self.S), "begin(step) comes first"
         first = not self.fisher
         if first:
             squares = self._zeros()
             for row in self._rows(turns, episodes, budget):
                 _add_squares(squares, self.factors(row))
             self._learn(squares, turns, reduce)
-        move = self._move() if kind == "drift" else None
+        move = self._move() if kind == "drift" else []
         squares, values = self._zeros(), []
         for row in self._rows(turns, episodes, budget):
             factors = self.factors(row)
@@ -362,7 +374,7 @@ class Proxy:
 
     def _move(self) -> list[Tensor]:
         """How far the proxy's parameters are from the start of training."""
-        assert self.start is not None, 'compression "drift" needs Proxy(drift=True)'
+        assert self.start, 'compression "drift" needs Proxy(drift=True)'
         way = [
             (now - start).to(torch.promote_types(now.dtype, torch.float32))
             for now, start in zip(self._matrices(), self.start)

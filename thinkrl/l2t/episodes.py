@@ -39,6 +39,7 @@ from __future__ import annotations
 import functools
 import re
 from bisect import bisect_left
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -56,7 +57,7 @@ HASHES = re.compile(r"####.*")
 BLANK_LINE = re.compile(r"\n(?:[ \t]*\n)+")
 
 
-class Codec(Protocol):
+class Codec(Hashable, Protocol):
     """The tokenizer methods that are used. Ids in its `stop_ids`, if it has any, end the thinking wherever they
     appear.
     """
@@ -123,9 +124,9 @@ def segment(tokens: list[int], tokenizer: Codec, how: str = "tags") -> Episodes:
     ends[-1] = len(tokens) - 1
     if not tokens:
         ends, cuts = [], cuts[:0]
-    ends = torch.tensor(ends, dtype=torch.int64)
-    ids = torch.searchsorted(ends, torch.arange(len(tokens)))
-    return Episodes(ids, ends, cuts, start, malformed)
+    last_tokens = torch.tensor(ends, dtype=torch.int64)
+    ids = torch.searchsorted(last_tokens, torch.arange(len(tokens)))
+    return Episodes(ids, last_tokens, cuts, start, malformed)
 
 
 def _chunk_size(how: str) -> int:

@@ -222,6 +222,10 @@ class _Prefix:
     fork: Pages
 
 
+def _ungraded(prompt: int, text: str) -> bool:
+    raise ValueError("mc and continue need `grade`")
+
+
 class Gain:
     """J_0, …, J_K of every completion of a `Sampler.generate` call, from forks of its pages. Its `on_finish` is the hook.
 
@@ -253,7 +257,7 @@ class Gain:
         samples: int = 4,
         max_tokens: int = 256,
         temperature: float = 1.0,
-        grade: Callable[[int, str], bool] | None = None,
+        grade: Callable[[int, str], bool] = _ungraded,
         seed: int = 0,
         keys: Sequence[tuple[int, ...]] = (),
     ):
@@ -387,9 +391,9 @@ def show(model_folder: str, problems: Sequence[Problem], samples: int = 8, prm_f
         groups = sampler.generate(prompts, max_tokens=200, seed=1, keys=keys, on_finish=gain.on_finish)
         rows[kind] = [J for _, J in gain.results()]
     if prm_folder:
-        told = [prompts, *zip(*((c.tokens, segment(c.tokens, tokenizer).prefixes) for [c] in groups))]
-        with torch.no_grad():
-            rows["prm"] = score_completions(load_prm(prm_folder), *told)
+        completions = [c.tokens for [c] in groups]
+        prefixes = [segment(tokens, tokenizer).prefixes for tokens in completions]
+        rows["prm"] = score_completions(load_prm(prm_folder), prompts, completions, prefixes)
     for i, [completion] in enumerate(groups):
         print(problems[i].question, tokenizer.decode(completion.tokens))
         for kind, J in rows.items():

@@ -207,7 +207,8 @@ class L2T(OnePolicy[EpisodeTrajectory]):
                 rows.append(
                     retokenize(t.problem.question, steps, self.prm_tokenizer, self.prm.config.max_positions)
                 )
-        scores = score_completions(self.prm, *zip(*rows)) if rows else []
+        prompts, completions, prefixes = zip(*rows) if rows else ((), (), ())
+        scores = score_completions(self.prm, prompts, completions, prefixes)
         J = [torch.cat([s, s[-1:].expand(len(e) + 1 - len(s))]).double() for s, e in zip(scores, episodes)]
         return J, self.prm.forwards - before
 
@@ -283,8 +284,8 @@ class L2T(OnePolicy[EpisodeTrajectory]):
             )
         else:
             out = [a for group in groups for a in self._group_advantages(group, std=c.advantage_std)]
-        own = iter(out)
-        out = [torch.zeros(t.tokens) if math.isnan(t.reward) else next(own) for t in trajectories]
+        values = iter(out)
+        out = [torch.zeros(t.tokens) if math.isnan(t.reward) else next(values) for t in trajectories]
         tally.add("advantage_max", global_max(max((float(a.abs().max()) for a in out), default=0.0)))
         return [a.float() for a in out]
 

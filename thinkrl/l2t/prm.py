@@ -43,7 +43,7 @@ from thinkrl.checkpoint import (
     tensor_files,
     write_json,
 )
-from thinkrl.model import ModelConfig, Transformer
+from thinkrl.model import Block, ModelConfig, Transformer
 from thinkrl.tokenizer import Tokenizer, difference
 from thinkrl.types import Problem
 
@@ -76,7 +76,7 @@ class StepRewardModel(nn.Module):
         return self.body.config
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Sequence[Block]:
         """The units that `distributed.shard` wraps."""
         return self.body.blocks
 
@@ -160,7 +160,8 @@ def retokenize(
     between them would have it. `tokenizer` and `context` are the reward model's own; steps that do not fit,
     separators included, are left out, with their prefixes.
     """
-    prompt, completion, prefixes = _told_prompt(question, tokenizer), [], [0]
+    completion: list[int] = []
+    prompt, prefixes = _told_prompt(question, tokenizer), [0]
     for step in steps:
         ids = tokenizer.encode(TAG.sub("", step).strip())
         if len(prompt) + len(completion) + len(ids) + len(prefixes) > context:
@@ -258,7 +259,7 @@ def save_prm(
     with atomic_dir(Path(path)) as folder:
         if folder:
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-            dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+            written = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
             write_json(
                 folder / "config.json",
                 model.config.to_hf()
@@ -269,8 +270,8 @@ def save_prm(
                     "thinkrl_prm": model.separator is None,
                     "num_labels": 2,
                     "tie_word_embeddings": False,
-                    "dtype": dtype,
-                    "torch_dtype": dtype,
+                    "dtype": written,
+                    "torch_dtype": written,
                 },
             )
             if tokenizer is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +46,9 @@ def train(config: Config, world: World, report: Callable[[Path], object] | None 
     stream = training_stream(config.data, config.seed, config.data_weights, **reading(config))
     require_enough(stream, config, world)
     model = load_model(path, compute_dtype(config, world), world.device)
-    engine = dict(max_rows=config.max_rows, cuda_graphs=config.cuda_graphs)
-    policy = Sampler(model, tokenizer, config.kv_pages or None, **engine)
+    policy = Sampler(
+        model, tokenizer, config.kv_pages or None, max_rows=config.max_rows, cuda_graphs=config.cuda_graphs
+    )
     require_room(
         stream.preview(config.problems_per_step),
         tokenizer,
@@ -78,7 +80,7 @@ def train(config: Config, world: World, report: Callable[[Path], object] | None 
     return session.run
 
 
-def new_learner(config: Config, world: World, tokenizer: Tokenizer) -> Learner:
+def new_learner(config: Config, world: World, tokenizer: Tokenizer) -> Learner[StepRewardModel]:
     """The reward model, sharded, with its optimizer."""
     model = shard(
         new_prm(tokenizer.path),
@@ -87,7 +89,7 @@ def new_learner(config: Config, world: World, tokenizer: Tokenizer) -> Learner:
         config.replicate,
         config.activation_checkpointing,
     )
-    return Learner(model, tokenizer, new_optimizer(model, config), sampler=None)
+    return Learner(model, tokenizer, new_optimizer(model, config))
 
 
 def labelled_rollout(
@@ -95,7 +97,7 @@ def labelled_rollout(
 ) -> tuple[list[Trajectory], list[Sample]]:
     """Completions of the policy, and the samples to learn from: their prefixes with labels."""
     c, tokenizer = config, policy.tokenizer
-    drawn = dict(max_tokens=c.max_tokens, temperature=c.temperature, seed=c.seed)
+    drawn: dict[str, Any] = dict(max_tokens=c.max_tokens, temperature=c.temperature, seed=c.seed)
     trajectories = rollout(
         policy,
         tokenizer,

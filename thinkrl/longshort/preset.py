@@ -9,7 +9,7 @@ from torch import Tensor
 from thinkrl.config import Config
 from thinkrl.distributed import World
 from thinkrl.evaluate import summarise
-from thinkrl.learner import Learner, learning_rate, model_path, new_learner
+from thinkrl.learner import Actor, learning_rate, model_path, new_actor
 from thinkrl.longshort.conversation import prompts_file, shared_prompts
 from thinkrl.longshort.protocol import (
     Conversation,
@@ -49,7 +49,7 @@ class LongShort(Preset[Conversation]):
         self.prompts = shared_prompts(config.prompts, *paths.values())
         files = prompts_file(self.prompts) | sampling_file(config)
         self.learners = {
-            role: new_learner(path, config, world, tokenizers[role], samplers=2, files=files)
+            role: new_actor(path, config, world, tokenizers[role], files, samplers=2)
             for role, path in paths.items()
         }
 
@@ -68,7 +68,7 @@ class LongShort(Preset[Conversation]):
                 problems, sampler.tokenizer, context, c[option], self.prompts, c.suffix, f"--{option}"
             )
 
-    def begin_step(self, step: int) -> Learner:
+    def begin_step(self, step: int) -> Actor:
         """The learner of the round's role; its reference is the policy as the round began. LS Eq. 7, 8"""
         learner = self.learners[self.at(step).role]
         if self.at(step).step == 0:
