@@ -70,9 +70,9 @@ class Sampler:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises UserError if the sampler was made without one."""
+        """The model's tokenizer. Raises UserError if the sampler was made without one."""
         if self._tokenizer is None:
-            raise UserError("this needs the tokenizer: Sampler(model, tokenizer)")
+            raise UserError("stop strings and texts need the tokenizer: Sampler(model, tokenizer)")
         return self._tokenizer
 
     @property
