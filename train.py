@@ -28,7 +28,7 @@ from thinkrl.distributed import World, gather, run_and_exit, start, stop
 from thinkrl.evaluate import held_out_record, summary_table, tally_outcomes
 from thinkrl.finish import finish, push
 from thinkrl.hub import require_upload
-from thinkrl.learner import fitted, model_path
+from thinkrl.learner import fitted, fitted_to_memory, model_path
 from thinkrl.metrics import Stopwatch, Tally
 from thinkrl.options import exit_with_error
 from thinkrl.presets import Grpo, Preset
@@ -186,7 +186,7 @@ def main(config: Config) -> None:
         world = start(config.device)
         if world.main and config.push_to_hub:
             require_upload(config.push_to_hub)
-        config = fitted(config, world)
+        config = fitted_to_memory(fitted(config, world), world)
         run = {"sft": train_sft, "prm": train_prm}.get(config.preset, train)(config, world)
         if world.main:
             models = finish(run, run.config)

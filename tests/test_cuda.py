@@ -15,10 +15,13 @@ from kernels.gate import silu_mul_triton
 from kernels.norm import add_rms_norm_triton
 from kernels.rotary import rotate_and_store_triton
 from kernels.sample import sample_token_triton
+from thinkrl.config import parse
 from thinkrl.decode.loop import DecodeLoop, Group, Request, Row
 from thinkrl.decode.paged_model import PagedModel, TokenForwards
 from thinkrl.decode.pages import PagePool
 from thinkrl.decode.step import GraphStep, bucket
+from thinkrl.learner import Learner
+from thinkrl.longshort.preset import LongShort
 from thinkrl.model import ModelConfig, Transformer, inverse_frequencies
 from thinkrl.sampler import Sampler
 
@@ -108,6 +111,26 @@ def test_buckets():
         1, 2, 3, 4, 6, 6, 8, 12, 12, 16, 24, 32, 256,
     ]  # fmt: skip
     assert len({bucket(n) for n in range(1, 513)}) == 18
+
+
+def test_the_frozen_partner_s_moments_wait_on_the_host(fake):
+    learners = {}
+    for role in ("long", "short"):
+        policy = torch.nn.Linear(2, 3, device=CUDA)
+        optimizer = torch.optim.AdamW(policy.parameters())
+        policy(torch.ones(1, 2, device=CUDA)).sum().backward()
+        optimizer.step()
+        learners[role] = Learner(policy, None, optimizer, None)
+    preset = LongShort.__new__(LongShort)
+    preset.config = parse(["longshort", "--rounds", "LS", "--steps_per_round", "2"])
+    preset.device, preset.learners = CUDA, learners
+    for step, trained in ((0, "long"), (1, "long"), (2, "short")):
+        assert preset.begin_step(step) is learners[trained]
+        for role, learner in learners.items():
+            for state in learner.optimizer.state.values():
+                where = CUDA if role == trained else torch.device("cpu")
+                assert state["exp_avg"].device == state["exp_avg_sq"].device == where
+    learners["short"].optimizer.step()
 
 
 @pytest.fixture

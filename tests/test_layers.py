@@ -15,7 +15,7 @@ LAYERS = {
     0: ["kernels"],
     1: ["options", "aliases", "intervals", "config", "types", "distributed", "metrics", "sinks", "runs"],
     2: [*("model", "checkpoint", "tokenizer", "hub", "arith", "gym", "grading", "data")],
-    3: ["decode", "sampler", "rollout", "grpo", "length", "rewards"],
+    3: ["memory", "decode", "sampler", "rollout", "grpo", "length", "rewards"],
     4: ["learner", "evaluate", "update", "session", "finish", "sft", "presets"],
     5: ["l2t", "longshort"],
     6: ["tools"],

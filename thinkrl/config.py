@@ -233,10 +233,17 @@ class Config:
 
     _memory = group("Speed and memory", tuple(PRESETS))
     micro_batch_tokens: int = option(
-        16384, "token budget of one packed row; a longer sample gets a row of its own", low=1
+        16384,
+        "token budget of one packed row; a longer sample gets a row of its own; a default is lowered to the free memory",
+        low=1,
     )
     replicate: int = option(1, "HSDP: replicas of the sharded model; 1: plain FSDP", low=1)
-    activation_checkpointing: bool = option(False, "recompute each block in the backward pass")
+    activation_checkpointing: str = option(
+        "auto",
+        "what the backward pass recomputes, so that it needs no memory: nothing | all of a block | its MLP alone; auto: "
+        "the least that lets a step fit in the free memory",
+        ("auto", "none", "full", "selective"),
+    )
 
     _l2t = group("L2T", ("l2t",))
     profile: str = option(

@@ -8,12 +8,14 @@ oversubscription costs more than any other setting on a CPU.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -26,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from thinkrl import UserError
 
+CGROUP = Path("/sys/fs/cgroup")  # of the container that this process runs in, if it has one
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -103,12 +106,13 @@ def run_and_exit(main: Callable[..., None], *arguments: Any) -> NoReturn:
 
 
 def shard(
-    model: M, world: World, dtype: torch.dtype, replicate: int = 1, activation_checkpointing: bool = False
+    model: M, world: World, dtype: torch.dtype, replicate: int = 1, activation_checkpointing: str = "none"
 ) -> M:
     """FSDP2 applied from outside: each block is a unit; embedding, final norm and head are the root unit.
 
     The root is not resharded after its forward, so `model.head_weight` is whole when the loss needs it.
     Parameters and optimizer state stay fp32; `dtype` is what blocks compute in. `replicate` > 1 is HSDP.
+    `activation_checkpointing`: see `checkpoint_block`.
     """
     if world.size % replicate:
         raise UserError(f"--replicate {replicate} does not divide the {world.size} ranks")
@@ -125,11 +129,8 @@ def shard(
         if fp32
         else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     )
-    blocks = list(model.get_submodule("blocks").children())
-    if activation_checkpointing:
-        for block in blocks:  # inside the unit, and without a wrapper module that would rename parameters
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    for block in blocks:
+    for block in model.get_submodule("blocks").children():
+        checkpoint_block(block, activation_checkpointing)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return model
@@ -140,12 +141,39 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def checkpoint_block(block: nn.Module, how: str) -> None:
+    """Recompute in the backward pass what a block's forward would keep for it.
+
+    none         nothing
+    selective    the MLP: only its input is kept, not gate, up and what is made of them
+    full         all: only the block's input is kept
+
+    The methods are replaced on the block itself, inside the sharded unit: a wrapper would rename the parameters.
+    Nothing in a block is random, so no state of a random generator is kept.
+    """
+    recomputed = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if how == "selective":
+        block.mlp = recomputed(block.mlp)
+    elif how == "full":
+        block.forward = recomputed(block.forward)
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated. On CUDA the allocator's cache is emptied first: it keeps what a step has freed."""
+    """Bytes that this process can allocate. On CUDA the allocator's cache is emptied first: it keeps what a step has
+    freed. On a CPU the ranks of a machine share its memory, of which cached files are free and a container's limit is
+    the end.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is the word "max"
+        limit, group = int((CGROUP / "memory.max").read_text()), (CGROUP / "memory.stat").read_text()
+        free.append(limit - int(dict(line.split() for line in group.splitlines())["anon"]))
+    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def global_sum(value: Tensor | float) -> Tensor:

@@ -21,10 +21,12 @@ from thinkrl.checkpoint import (
     save_hf,
     save_step,
 )
-from thinkrl.config import Config, fit_to_context
-from thinkrl.distributed import World, shard
+from thinkrl.config import SAMPLING, Config, fit_to_context
+from thinkrl.distributed import World, free_memory, global_max, shard
 from thinkrl.hub import HUB_NAME, fetch_model
+from thinkrl.memory import Setting, fit_to_memory, parameters
 from thinkrl.model import Transformer
+from thinkrl.runs import begun_with
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 
@@ -43,6 +45,12 @@ class Learner(Generic[M]):
     optimizer: torch.optim.Optimizer
     reference: M | None = None  # frozen start policy, sharded; None without a KL term
     files: dict[str, str] = field(default_factory=dict)  # name -> text of files saved beside its weights
+
+    def move_moments(self, device: torch.device) -> None:
+        """Move AdamW's moments, half of what a policy keeps on its device, which only its own steps need."""
+        for state in self.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(device)
 
     def reset_reference(self) -> None:
         """Make the reference equal to the policy as it is now."""
@@ -75,12 +83,35 @@ def model_path(model: str, option: str = "--model") -> Path:
 
 def fitted(config: Config, world: World) -> Config:
     """`fit_to_context` for the model, or the smaller context of two; rank 0 says what was lowered."""
-    two = config.preset == "longshort" and config.long
-    paths = [model_path(config[key], f"--{key}") for key in (("long", "short") if two else ("model",))]
-    config, line = fit_to_context(config, min(read_config(path).max_positions for path in paths))
+    shortest = min(read_config(path).max_positions for path in _model_paths(config))
+    config, line = fit_to_context(config, shortest)
     if line and world.main:
         print(line)
     return config
+
+
+def fitted_to_memory(config: Config, world: World) -> Config:
+    """`fit_to_memory` for the larger model of a run, the same on all ranks; rank 0 says what was chosen. Collective."""
+    configs = [read_config(path) for path in _model_paths(config)]
+    setting = Setting(
+        ranks=world.size // config.replicate,
+        policies=2 if config.preset == "longshort" else 1,
+        reference=config.kl_coef > 0,
+        sampler=config.preset in SAMPLING,
+        b=compute_dtype(config, world).itemsize,
+        cuda=world.device.type == "cuda",
+    )
+    free = -global_max(-free_memory(world.device))
+    largest = max(configs, key=lambda c: c.layers * parameters(c)[0])
+    config, line = fit_to_memory(config, largest, setting, free, begun_with(config, world))
+    if line and world.main:
+        print(line)
+    return config
+
+
+def _model_paths(config: Config) -> list[Path]:
+    two = config.preset == "longshort" and config.long
+    return [model_path(config[key], f"--{key}") for key in (("long", "short") if two else ("model",))]
 
 
 def compute_dtype(config: Config, world: World) -> torch.dtype:

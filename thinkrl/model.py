@@ -284,6 +284,11 @@ class Block(nn.Module):
         self.down = Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor, rotate: Rotate, attend: Attend) -> Tensor:
+        q, k, v = self.project(x, rotate)
+        return self.finish(x, attend(self.layer, q, k, v))
+
+    def project(self, x: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before attention: x [T, D] -> q [T, H, Dh], k and v [T, Hkv, Dh]."""
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim))
         qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None:
@@ -292,9 +297,16 @@ class Block(nn.Module):
         q, k = rotate(qk).split(
             [self.heads, self.kv_heads], dim=1
         )  # one rotation: decoding pays per operation
-        x = x + self.o(attend(self.layer, q, k, v).flatten(1))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        return q, k, v
+
+    def finish(self, x: Tensor, o: Tensor) -> Tensor:
+        """What comes after attention: the residual stream x [T, D] and o [T, H, Dh] -> the next block's x."""
+        x = x + self.o(o.flatten(1))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def mlp(self, h: Tensor) -> Tensor:
+        gate, up = self.gate_up(h).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
 
 
 class Transformer(nn.Module):

@@ -20,6 +20,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,7 @@ FREE_TO_CHANGE = {
     "save_dtype",
     "push_to_hub",
 }
+BY_MEMORY = {"activation_checkpointing", "micro_batch_tokens"}  # chosen by the first start, unless given
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,22 @@ def open_run(config: Config, world: World) -> Run:
     raise_on_all_ranks(error)
     folder, resumed = from_main((folder, resumed))
     return Run(folder, resumed, config)
+
+
+def begun_with(config: Config, world: World) -> dict:
+    """The config.json of the run that `open_run` will continue, {} for a new one; what a first start chooses by the
+    free memory is not compared, unless it was given. The same on every rank; raises UserError on every rank alike.
+    """
+    saved, error = {}, ""
+    if world.main:
+        try:
+            chosen = {key for key in BY_MEMORY if key not in config.given or config[key] == "auto"}
+            folder, resumed = _choose(config, chosen)
+            saved = json.loads((folder / "config.json").read_text()) if resumed else {}
+        except UserError as mistake:
+            error = str(mistake)
+    raise_on_all_ranks(error)
+    return from_main(saved)
 
 
 def record_launch(folder: Path, step: int, world: World) -> None:
@@ -142,10 +160,10 @@ def write_json(path: Path, value) -> None:
     os.replace(temporary, path)
 
 
-def _choose(config: Config) -> tuple[Path, bool]:
+def _choose(config: Config, ignored: Set[str] = frozenset()) -> tuple[Path, bool]:
     root = Path(config.runs_dir)
     if config.resume not in ("auto", "never"):
-        return _unfinished(Path(config.resume), config), True
+        return _unfinished(Path(config.resume), config, ignored), True
     if config.name:
         folder = root / config.name
         if not folder.exists():
@@ -154,12 +172,12 @@ def _choose(config: Config) -> tuple[Path, bool]:
             raise UserError(
                 f"the run {folder} exists: continue it with --resume auto, or choose another --name"
             )
-        return _unfinished(folder, config), True
+        return _unfinished(folder, config, ignored), True
     if config.resume == "auto":
         saved = [
             path
             for path in root.glob("*/config.json")
-            if not _differing(path.parent, config) and not finished(path.parent)
+            if not _differing(path.parent, config, ignored) and not finished(path.parent)
         ]
         if saved:
             return max(saved, key=lambda path: path.stat().st_mtime).parent, True
@@ -168,10 +186,10 @@ def _choose(config: Config) -> tuple[Path, bool]:
     return next(root / name for name in names if not (root / name).exists()), False
 
 
-def _unfinished(folder: Path, config: Config) -> Path:
+def _unfinished(folder: Path, config: Config, ignored: Set[str]) -> Path:
     if not (folder / "config.json").exists():
         raise UserError(f"--resume: {folder} is not a run folder, it has no config.json")
-    differing = _differing(folder, config)
+    differing = _differing(folder, config, ignored)
     if differing:
         raise UserError(
             f"--resume: {folder} was started with other options: {'; '.join(differing)}; give the same options, "
@@ -188,9 +206,9 @@ def finished(folder: Path) -> bool:
     return path.exists() and "after" in json.loads(path.read_text())
 
 
-def _differing(folder: Path, config: Config) -> list[str]:
+def _differing(folder: Path, config: Config, ignored: Set[str]) -> list[str]:
     """Result of `differing` for the options that decide the result."""
-    decisive = {key: value for key, value in as_dict(config).items() if key not in FREE_TO_CHANGE}
+    decisive = {key: value for key, value in as_dict(config).items() if key not in FREE_TO_CHANGE | ignored}
     return differing(json.loads((folder / "config.json").read_text()), decisive)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from thinkrl.config import Config
@@ -39,7 +40,7 @@ class LongShort(Preset[Conversation]):
     """
 
     def __init__(self, config: Config, world: World):
-        self.config = config
+        self.config, self.device = config, world.device
         paths = {
             role: model_path(config[role], f"--{role}") if config[role] else model_path(config.model)
             for role in ("long", "short")
@@ -69,8 +70,16 @@ class LongShort(Preset[Conversation]):
             )
 
     def begin_step(self, step: int) -> Actor:
-        """The learner of the round's role; its reference is the policy as the round began. LS Eq. 7, 8"""
-        learner = self.learners[self.at(step).role]
+        """The learner of the round's role; its reference is the policy as the round began. LS Eq. 7, 8
+
+        The frozen partner's moments wait on the host.
+        """
+        trained = self.at(step).role
+        for role, each in self.learners.items():  # the partner's first: there may be no room for both
+            if role != trained:
+                each.move_moments(torch.device("cpu"))
+        learner = self.learners[trained]
+        learner.move_moments(self.device)
         if self.at(step).step == 0:
             learner.reset_reference()
         return learner

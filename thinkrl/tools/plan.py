@@ -1,13 +1,11 @@
 """Predict memory and time of a training run, before renting the GPUs.
 
     python -m thinkrl.tools.plan                                   Qwen2.5 shapes on 1, 8, 64 and 512 GPUs
-    python -m thinkrl.tools.plan --model DIR --gpus 8 --gpu_memory 80 --activation_checkpointing
+    python -m thinkrl.tools.plan --model DIR --gpus 8 --gpu_memory 80 --activation_checkpointing selective
 
-docs/gpu.md explains the formulas. Letters: P parameters, N GPUs, L layers, D width, F MLP width, H and Hk query
-and key-value heads of Dh dimensions, V vocabulary, T tokens of a packed row, b bytes of the compute dtype.
-
-Memory follows from what the code allocates; the allocator's fragmentation comes on top. Time is arithmetic and
-traffic divided by the chip's peak and by an efficiency that is assumed, not measured.
+docs/gpu.md explains the formulas; those of memory are in thinkrl/memory.py. Memory follows from what the code
+allocates; the allocator's fragmentation comes on top. Time is arithmetic and traffic divided by the chip's peak and by
+an efficiency that is assumed, not measured.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kernels.logprob import CHUNK
 from thinkrl import UserError
+from thinkrl.memory import CHECKPOINTING, Setting, parameters, update_bytes
 from thinkrl.model import ModelConfig
 from thinkrl.options import command_line, exit_with_error, group, option, parse_as
 
@@ -45,7 +43,9 @@ class Options:
     prompt_tokens: int = option(256, "mean prompt length", low=1)
     completion_tokens: int = option(1024, "mean completion length", low=1)
     micro_batch_tokens: int = option(16384, "tokens of a packed row", low=1)
-    activation_checkpointing: bool = option(False, "recompute each block in the backward pass")
+    activation_checkpointing: str = option(
+        "none", "what the backward pass recomputes: nothing | all of a block | its MLP", CHECKPOINTING
+    )
     _chip = group("Chip (defaults: H100 SXM, from its data sheet)")
     gpu_memory: float = option(80.0, "GB of a GPU", above=0)
     tflops: float = option(989.0, "dense bf16 peak, TFLOP/s", above=0)
@@ -56,46 +56,11 @@ class Options:
     decoding: float = option(0.6, "share of the memory bandwidth that decoding reaches", above=0, high=1)
 
 
-def parameters(c: ModelConfig) -> tuple[int, int]:
-    """(P of a block, P of embedding, final norm and head)."""
-    qkv = (c.heads + 2 * c.kv_heads) * c.head_dim
-    block = c.width * (qkv + c.heads * c.head_dim + 3 * c.mlp_width + 2)
-    block += qkv * c.qkv_bias + 2 * c.head_dim * c.qk_norm
-    return block, c.vocab_size * c.width * (1 if c.tied else 2) + c.width
-
-
-def activation_bytes(c: ModelConfig, checkpointing: bool = False, b: int = 2, fused: bool = True) -> int:
-    """Bytes that the backward pass needs per token and layer.
-
-    MLP 4 F (gate, up, SiLU, product), residual and norms 4 D, attention (2 H + 2 Hk) Dh, in b bytes each; log-sum-exp
-    and norm statistics in fp32.
-
-    checkpointing   the block's input alone, D
-    fused           norms that keep their input only, as on CUDA; otherwise 3 D more
-    """
-    if checkpointing:
-        return b * c.width
-    attention = (2 * c.heads + 2 * c.kv_heads) * c.head_dim
-    return b * (4 * c.mlp_width + (4 if fused else 7) * c.width + attention) + 4 * c.heads + 8
-
-
 def memory(c: ModelConfig, gpus: int, o: Options) -> dict[str, float]:
     """GB per GPU by part, and the two peaks: during the update, and before the KV cache is taken."""
-    block, root = parameters(c)
-    P = o.policies * (c.layers * block + root)
-    kept = c.layers * activation_bytes(c, o.activation_checkpointing)
-    recomputed = activation_bytes(c) * o.activation_checkpointing  # one block at a time
+    setting = Setting(gpus, o.policies, o.reference)
     tokens = min(o.micro_batch_tokens, o.problems_per_step * o.group_size / gpus * length(o))
-    parts = {
-        "weights": 4 * P / gpus,
-        "AdamW": 8 * P / gpus,
-        "reference": 4 * P / gpus * o.reference,
-        "sampler": 2 * P,
-        "gradients": 4 * P / o.policies / gpus,
-        "gathered": 2 * root + 2 * 2 * block + 4 * block if gpus > 1 else 2 * root + 2 * block,
-        "activations": tokens * (kept + recomputed),
-        "LM head": CHUNK * c.vocab_size * (4 + 2) + 2 * 4 * c.vocab_size * c.width,
-    }
+    parts = update_bytes(c, tokens, o.activation_checkpointing, setting)
     resting = sum(parts[name] for name in ("weights", "AdamW", "reference", "sampler"))
     parts |= {"resting": resting, "update": sum(parts.values())}
     parts["KV cache"] = max(0.0, 0.8 * (o.gpu_memory * 1e9 - resting))
@@ -110,13 +75,15 @@ def seconds(c: ModelConfig, gpus: int, o: Options, kv_gb: float) -> dict[str, fl
     """Seconds of a step by part. Decoding moves weights and K/V once per token; training does 6 P FLOPs a token."""
     block, root = parameters(c)
     P, products = c.layers * block + root, c.layers * block + c.vocab_size * c.width
+    gate_up = c.layers * 2 * c.width * c.mlp_width  # the products that selective checkpointing repeats
     samples = math.ceil(o.problems_per_step * o.group_size / gpus)
     kv_token = 2 * 2 * c.layers * c.kv_heads * c.head_dim
     rows = min(256, samples, max(1, int(kv_gb * 1e9 / (kv_token * length(o)))))
     traffic = 2 * products + rows * kv_token * (o.prompt_tokens + o.completion_tokens / 2)
     decode = math.ceil(samples / rows) * o.completion_tokens * traffic / (o.bandwidth * 1e9 * o.decoding)
     tokens = samples * length(o)
-    passes = 6 + 2 * o.activation_checkpointing + 2 * o.reference
+    again = {"none": 0, "selective": gate_up / products, "full": 1}[o.activation_checkpointing]
+    passes = 6 + 2 * again + 2 * o.reference
     attention = (
         3.5 * 2 * c.layers * c.heads * c.head_dim * length(o)
     )  # causal: half the square, times 7 products
@@ -133,8 +100,9 @@ def fits(parts: dict[str, float], o: Options) -> bool:
 
 def remedy(c: ModelConfig, gpus: int, o: Options) -> str:
     """The first options that make it fit, cheapest first; or what to do where none does."""
-    tries: list[dict] = [{"micro_batch_tokens": 8192}, {"activation_checkpointing": True}]
-    tries += [{"activation_checkpointing": True, "micro_batch_tokens": t} for t in (8192, 4096)]
+    tries: list[dict] = [{"micro_batch_tokens": 8192}, {"micro_batch_tokens": 4096}]
+    for mode in CHECKPOINTING[1:]:
+        tries += [{"activation_checkpointing": mode} | more for more in ({}, *tries[:2])]
     for change in tries:
         if fits(memory(c, gpus, replace(o, **change)), replace(o, **change)):
             return "fits with " + " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
