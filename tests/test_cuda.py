@@ -51,7 +51,7 @@ def fake():
 
 def test_the_pretended_device_refuses_what_a_real_one_does(fake):
     x = torch.ones(3, device=CUDA)
-    with pytest.raises(RuntimeError, match="two devices"):
+    with pytest.raises(RuntimeError, match="two (different )?devices"):
         x + torch.ones(3)
     for wait in (x.sum().item, x.tolist, x.nonzero):
         with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):

@@ -151,11 +151,10 @@ def checkpoint_block(block: nn.Module, how: str) -> None:
     The methods are replaced on the block itself, inside the sharded unit: a wrapper would rename the parameters.
     Nothing in a block is random, so no state of a random generator is kept.
     """
-    recomputed = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
-    if how == "selective":
-        block.mlp = recomputed(block.mlp)
-    elif how == "full":
-        block.forward = recomputed(block.forward)
+    name = {"none": "", "selective": "mlp", "full": "forward"}[how]
+    if name:
+        again = partial(checkpoint, getattr(block, name), use_reentrant=False, preserve_rng_state=False)
+        setattr(block, name, again)
 
 
 def free_memory(device: torch.device) -> int:
