@@ -64,7 +64,7 @@ tiny: .venv/done ## rebuild the embedded model from its problem generator
 		--lr 3e-3 --warmup 0.03 --save_dtype float32 --name tiny-sft --device $(DEVICE)
 	cp runs/tiny-sft/hf/model.safetensors thinkrl/assets/tiny/
 
-compare: .venv/done ## L2T against GRPO and its controls, 3 seeds each (most of an hour on two cores)
+compare: .venv/done ## GRPO, L2T and eight other methods, 3 seeds each (80 minutes of one core)
 	$(BIN)/python -m thinkrl.tools.compare $(ARGS)
 
 longshort: .venv/done ## Long⊗Short on the embedded model: chunk, cold start, six rounds, GRPO beside it (14 minutes on two cores)

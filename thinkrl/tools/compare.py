@@ -1,28 +1,66 @@
-"""The comparison: recipes × seeds from the same start and for as many steps, side by side.   `make compare`
+"""The comparison: methods × seeds × tasks from the same start, for as many steps, side by side.   `make compare`
 
-    python -m thinkrl.tools.compare [--seeds 1,2,3] [--steps 100] [--only grpo,l2t] [--runs_dir runs/compare]
-    [--jobs 2]
+    python -m thinkrl.tools.compare [--methods grpo,l2t,kimi] [--seeds 1,2,3] [--steps 100] [--tasks FILE.json]
+    [--against grpo] [--runs_dir runs/compare] [--jobs 2]
 
 Each run is `torchrun --nproc_per_node=1 train.py …` on a core of its own. A finished run is not repeated, so
-a comparison can be cut short and continued, or given more seeds. Ends with a table, runs/compare/summary.json
-(recipe -> lists with one entry per seed), runs/compare/report.html with all runs, and, if matplotlib is installed,
-runs/compare/accuracy_tokens.svg.
+a comparison can be cut short and continued, or given more seeds, methods and tasks. --tasks holds
+{"NAME": {"options": "--model … --data …", "tokens": 80}}; tokens is what the start policy writes in the mean, to
+which limits in tokens are scaled. The built-in task is the embedded model's.
+
+For each task it prints a table and what can be concluded from it, and writes runs/compare/TASK/: comparison.md,
+summary.json, report.html with the runs, and, if matplotlib is installed, accuracy_tokens.svg.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from thinkrl.options import command_line, option, parse_as
+from thinkrl import UserError
+from thinkrl.options import command_line, nearest, option, parse_as
 from thinkrl.runs import ROOT, finished, torchrun, write_json
-from thinkrl.tools.report import write_report
+from thinkrl.tools.differences import compare, conclusions, measure, table
+from thinkrl.tools.report import MOST, write_report
 
+# Options of train.py by method. {tokens} is the task's. Published constants that are counted in tokens are scaled
+# from the few thousand tokens of their papers to the task's.
+METHODS = {
+    "grpo": "grpo",
+    "l2t": "l2t",
+    "truncation": "grpo --length truncation --length_limit {tokens}",
+    "kimi": "grpo --length kimi",
+    "arora_zanette": "grpo --length arora_zanette",
+    "laser": "grpo --length laser --length_limit {tokens}",
+    "shorter_better": "grpo --length shorter_better --length_beta {beta}",
+    "gfpo": "grpo --length gfpo --length_keep 4",
+    "gr3": "grpo --length gr3",
+    "prime_linear": "grpo --length prime_linear",
+}
+# What else can be asked for with --methods, and what each separates.
+CONTROLS = {
+    "grpo_no_std": "grpo --advantage_std none",
+    "dler": "grpo --length truncation --length_limit {tokens} --advantage_std batch --clip_high 0.28",
+    # a plain price per token; divided by a group's std it would weigh the same whatever it is
+    "priced": "grpo --advantage_std none --length priced --length_price {price}",
+    # a fixed price of 0.02 per episode: no fitting gain, C_k = 1
+    "episode_price": "l2t --gain none --compression flat --alpha 1 --beta 0.02",
+    "l2t_beta0": "l2t --beta 0",  # fitting gain alone
+    "l2t_beta0_batch": "l2t --beta 0 --advantage_std batch",  # the same without the group's std
+    "l2t_gain_none": "l2t --gain none",  # compression alone
+    "l2t_alpha0_per_token": "l2t --alpha 0 --statistic token_trunc_mean",  # Alg. 1's statistic alone
+    "l2t_paper": "l2t --profile paper",  # Alg. 1 to the letter
+    "l2t_to_go": "l2t --credit to_go",  # episodes' returns-to-go against the baseline of their state
+    "l2t_to_go_continue": "l2t --credit to_go --gain continue --gain_samples 1",  # the same, J from continuations
+    "l2t_to_go_none": "l2t --credit to_go --gain none",  # the same, compression alone
+    "local_4": "l2t --method vineppo --gain_samples 4",  # local credit by M continuations a cut
+    "local_4_lambda": "l2t --method vineppo --gain_samples 4 --credit_lambda 0.8",
+    "local_1_lambda": "l2t --method vineppo --gain_samples 1 --credit_lambda 0.8",
+}
 COLOURS = [
     "#2a5aa5",
     "#b3541e",
@@ -36,167 +74,103 @@ COLOURS = [
     "#4a9cc7",
     "#9a6b4b",
 ]
-
-# What is compared, and what each control separates.
-RECIPES = {
-    "grpo": "grpo",
-    "l2t": "l2t",
-    # a plain price per token, tuned to l2t's tokens; divided by a group's std it would weigh the same
-    # whatever it is
-    "grpo_length_penalty": "grpo --advantage_std none --length priced --length_price 0.004",
-    # GRPO with a fixed price of 0.02 per episode: no fitting gain, C_k = 1
-    "grpo_episode_price": "l2t --gain none --compression flat --alpha 1 --beta 0.02",
-    "l2t_beta0": "l2t --beta 0",  # fitting gain alone
-    "l2t_gain_none": "l2t --gain none",  # compression alone
-    "l2t_alpha0_per_token": "l2t --alpha 0 --statistic token_trunc_mean",  # Alg. 1's statistic alone
-    "l2t_paper": "l2t --profile paper",  # Alg. 1 to the letter
-    "l2t_to_go": "l2t --credit to_go",  # episodes' returns-to-go against the baseline of their state
-    "l2t_to_go_continue": "l2t --credit to_go --gain continue --gain_samples 1",  # the same, J from continuations
-    "l2t_to_go_none": "l2t --credit to_go --gain none",  # the same, compression alone
-}
+EMBEDDED = {"arith": {"options": "", "tokens": 64}}
 
 
 @dataclass(frozen=True)
 class Options:
+    methods: str = option(",".join(METHODS), "comma-separated names, see below")
     seeds: str = option("1,2,3", "comma-separated")
     steps: int = option(100, "optimizer steps of every run", low=1)
     eval_every: int = option(50, "steps between evaluations, for the figure", low=0)
-    only: str = option("", "comma-separated recipe names; empty: all")
-    runs_dir: str = option("runs/compare", "where the runs and the summary go")
+    tasks: str = option("", "JSON file of tasks; empty: the embedded model's own")
+    against: str = option("grpo", "the method that the others are compared with")
+    runs_dir: str = option("runs/compare", "where the runs and the results go")
     jobs: int = option(2, "runs at a time, one core each", low=1)
 
 
 def parse(argv: list[str]) -> Options:
-    recipes = (f"  {name:<24}{arguments}" for name, arguments in RECIPES.items())
+    methods = (f"  {name:<22}{arguments}" for name, arguments in (METHODS | CONTROLS).items())
     usage = "python -m thinkrl.tools.compare [--key value …]"
-    return parse_as(Options, argv, usage, notes=["", "recipes:", *recipes])
+    options = parse_as(Options, argv, usage, notes=["", "methods:", *methods])
+    for name in (*options.methods.split(","), options.against):
+        if name not in METHODS | CONTROLS:
+            raise UserError(f"no method {name!r} to compare{nearest(name, METHODS | CONTROLS)}")
+    if options.against not in options.methods.split(","):
+        raise UserError(f"--against {options.against} is not among --methods")
+    return options
 
 
-def run_all(jobs: list[tuple[str, list[str]]], folder: Path, at_once: int) -> None:
-    """Start (name, arguments) runs, each pinned to one core, as cores fall free. Output goes to
-    <name>.log.
-    """
+def read_tasks(path: str) -> dict[str, dict]:
+    """{name: {"options": str, "tokens": int}} of --tasks. Raises UserError."""
+    if not path:
+        return EMBEDDED
+    try:
+        tasks = json.loads(Path(path).read_text())
+        for task in tasks.values():
+            task["options"].split(), int(task["tokens"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"--tasks {path}: {error!r}; it must be a JSON file of "
+            '{"NAME": {"options": "--model … --data …", "tokens": N}}'
+        ) from None
+    return tasks
+
+
+def arguments(method: str, task: dict, seed: str, options: Options) -> list[str]:
+    """Of train.py, for one run."""
+    tokens = task["tokens"]
+    text = (METHODS | CONTROLS)[method].format(
+        tokens=tokens,
+        beta=f"{1.28 / tokens:.1g}",  # alpha / beta is 1.6 times the mean length
+        price=f"{0.256 / tokens:.1g}",  # a mean completion loses a quarter of its reward
+    )
+    shared = ["--seed", seed, "--steps", str(options.steps), "--eval_every", str(options.eval_every)]
+    return [*text.split(), *task["options"].split(), *shared, "--keep_checkpoints", "1"]
+
+
+def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
+    """Start runs, (folder, arguments), each pinned to one core, as cores fall free. Output goes to FOLDER.log."""
     cores = sorted(os.sched_getaffinity(0))[:at_once]
-    busy: dict[int, tuple[str, subprocess.Popen]] = {}
-    queue = [job for job in jobs if not finished(folder / job[0])]
+    busy: dict[int, tuple[Path, subprocess.Popen]] = {}
+    queue = [job for job in jobs if not finished(job[0])]
     print(f"{len(jobs) - len(queue)} runs are finished, {len(queue)} to do", flush=True)
     while queue or busy:
         for core in cores:
             if core in busy and busy[core][1].poll() is not None:
-                name, process = busy.pop(core)
-                print(
-                    f"{name}: {'done' if process.returncode == 0 else f'FAILED, see {folder / name}.log'}",
-                    flush=True,
-                )
+                run, process = busy.pop(core)
+                state = "done" if process.returncode == 0 else f"FAILED, see {run}.log"
+                print(f"{run.parent.name}/{run.name}: {state}", flush=True)
             if core not in busy and queue:
-                name, arguments = queue.pop(0)
-                log = (folder / f"{name}.log").open("w")
-                command = torchrun(
-                    1,
-                    "train.py",
-                    *arguments,
-                    "--runs_dir",
-                    str(folder.resolve()),
-                    "--name",
-                    name,
-                    "--resume",
-                    "auto",
-                    "--device",
-                    "cpu",
-                )
-                busy[core] = (
-                    name,
-                    subprocess.Popen(
-                        command,
-                        cwd=ROOT,
-                        stdout=log,
-                        stderr=log,
-                        preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}),
-                    ),
-                )
+                run, own = queue.pop(0)
+                busy[core] = run, _start(run, own, core)
         time.sleep(0.5)
 
 
-def start_policy(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]:
-    """The policy that all recipes start from, as each seed sampled it."""
-    out: dict[str, list] = {}
-    for run in (folder / f"{recipe}-{seed}" for seed in seeds):
-        measures = (
-            _measures(json.loads((run / "summary.json").read_text())["before"]) if finished(run) else {}
+def _start(run: Path, own: list[str], core: int) -> subprocess.Popen:
+    place = [
+        "--runs_dir",
+        str(run.parent.resolve()),
+        "--name",
+        run.name,
+        "--resume",
+        "auto",
+        "--device",
+        "cpu",
+    ]
+    with Path(f"{run}.log").open("w") as log:
+        return subprocess.Popen(
+            torchrun(1, "train.py", *own, *place),
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )
-        for key, value in measures.items():
-            out.setdefault(key, []).append(value)
-    return out
 
 
-def collect(recipe: str, seeds: list[str], folder: Path) -> dict[str, list]:
-    """One entry per finished seed for each quantity."""
-    out: dict[str, list] = {}
-    for seed in seeds:
-        run = folder / f"{recipe}-{seed}"
-        if not finished(run):
-            continue
-        summary = json.loads((run / "summary.json").read_text())
-        last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-10:]
-        row = {
-            "seed": int(seed),
-            "steps": last[-1]["step"],
-            "seconds_per_step": _mean([r["seconds"] for r in last]),
-        }
-        row |= _measures(summary["after"])
-        row["curve"] = sorted(
-            [result["step"], result["accuracy"], result["tokens"]] for result in summary.values()
-        )
-        if "episodes" in last[-1]:
-            row |= {key: _mean([r[key] for r in last]) for key in ("episodes", "malformed")}
-            row["tokens_per_episode"] = _mean([r["tokens"] / r["episodes"] for r in last])
-        for key, value in row.items():
-            out.setdefault(key, []).append(value)
-    return out
-
-
-def _measures(result: dict) -> dict:
-    row = {
-        "accuracy": result["accuracy"],
-        "tokens": result["tokens"],
-        "truncated": result["truncated"],
-        "greedy_accuracy": result["greedy"]["accuracy"],
-        "greedy_tokens": result["greedy"]["tokens"],
-    }
-    for prefix, by_level in ("", result["by_level"]), ("greedy_", result["greedy"]["by_level"]):
-        for level, part in by_level.items():
-            row |= {f"{prefix}accuracy {level}": part["accuracy"], f"{prefix}tokens {level}": part["tokens"]}
-    return row
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def table(results: dict[str, dict]) -> str:
-    """mean ± standard deviation over seeds."""
-    levels = sorted(
-        key.removeprefix("accuracy ") for key in next(iter(results.values())) if key.startswith("accuracy ")
-    )
-    columns = ["accuracy", "tokens", "greedy_accuracy", "greedy_tokens"]
-    columns += [f"{quantity} {level}" for level in levels for quantity in ("accuracy", "tokens")]
-    head = ["T=1 acc", "tokens", "greedy acc", "tokens", *(h for x in levels for h in (x, "tokens"))]
-    lines = ["| recipe | seeds | " + " | ".join(head) + " |", "|---" * (len(head) + 2) + "|"]
-    for name, result in results.items():
-        cells = [_cell(result[column], percent="accuracy" in column) for column in columns]
-        lines.append(f"| {name} | {len(result['accuracy'])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(values: list[float], percent: bool) -> str:
-    scale = 100 if percent else 1
-    spread = statistics.stdev(values) * scale if len(values) > 1 else 0.0
-    return f"{_mean(values) * scale:.1f} ± {spread:.1f}"
-
-
-def draw(results: dict[str, dict], path: Path) -> str:
-    """Draw accuracy over mean tokens at T = 1 as training goes on, a path per recipe, averaged over seeds. Returns
-    what to tell the user: the path, or what is missing.
+def draw(rows: dict[str, dict], path: Path) -> str:
+    """Draw accuracy over mean tokens at temperature 1 as training goes on, a path per method, means over seeds.
+    Returns the path, or what is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -206,9 +180,8 @@ def draw(results: dict[str, dict], path: Path) -> str:
     drawing = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = drawing.subplots()
     ends = []
-    for i, (name, result) in enumerate(results.items()):
-        curve = [tuple(map(_mean, zip(*points))) for points in zip(*result["curve"])]
-        _, accuracy, tokens = zip(*curve)
+    for i, (name, row) in enumerate(rows.items()):
+        _, accuracy, tokens = zip(*row["curve"])
         (line,) = axes.plot(tokens, accuracy, color=COLOURS[i % len(COLOURS)], linewidth=2)
         axes.plot(tokens[1:-1], accuracy[1:-1], "o", color=line.get_color(), markersize=4)
         axes.plot(tokens[-1], accuracy[-1], "o", color=line.get_color(), markersize=8)
@@ -231,31 +204,29 @@ def draw(results: dict[str, dict], path: Path) -> str:
 
 
 def main(options: Options) -> None:
-    folder, seeds = Path(options.runs_dir), options.seeds.split(",")
-    folder.mkdir(parents=True, exist_ok=True)
-    names = options.only.split(",") if options.only else list(RECIPES)
-    common = [
-        "--steps",
-        str(options.steps),
-        "--eval_every",
-        str(options.eval_every),
-        "--keep_checkpoints",
-        "1",
-    ]
-    jobs = [
-        (f"{name}-{seed}", [*RECIPES[name].split(), "--seed", seed, *common])
-        for seed in seeds
-        for name in names
-    ]
-    run_all(jobs, folder, options.jobs)
-    results = {name: collect(name, seeds, folder) for name in RECIPES}
-    results = {name: result for name, result in results.items() if result}
-    write_json(
-        folder / "summary.json", {"start": start_policy(next(iter(results)), seeds, folder), **results}
-    )
-    drawn = draw(results, folder / "accuracy_tokens.svg")
-    print(f"{table(results)}\nsummary: {folder}/summary.json\nfigure: {drawn}")
-    print(f"report: {write_report(folder)}")
+    tasks, methods, seeds = read_tasks(options.tasks), options.methods.split(","), options.seeds.split(",")
+    root = Path(options.runs_dir)
+    jobs = []
+    for name, task in tasks.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for seed in seeds:  # all methods of a seed first: a comparison that is cut short is balanced
+            for method in methods:
+                jobs.append((root / name / f"{method}-{seed}", arguments(method, task, seed, options)))
+    run_all(jobs, options.jobs)
+    for name in tasks:
+        folder = root / name
+        measured = {method: measure(method, seeds, folder) for method in methods}
+        measured = {method: m for method, m in measured.items() if m}
+        if options.against not in measured:
+            raise UserError(f"{folder}: no run of {options.against} is finished, see its log")
+        rows = compare(measured, options.against)
+        write_json(folder / "summary.json", rows)
+        text = f"{table(rows, options.against)}\n\n{conclusions(rows, options.against)}\n"
+        (folder / "comparison.md").write_text(text)
+        drawn = draw(rows, folder / "accuracy_tokens.svg")
+        shown = [folder / f"{method}-{seed}" for method, m in measured.items() for seed in m.seeds][:MOST]
+        print(f"{name}\n\n{text}\nfigure: {drawn}")
+        print(f"report: {write_report(*shown, out=folder / 'report.html')}")
 
 
 if __name__ == "__main__":

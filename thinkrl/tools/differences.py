@@ -1,0 +1,157 @@
+"""What the finished runs of several methods say, and how sure one can be.
+
+Every method has answered the same held-out problems with the same seeds. Intervals hold 95 %; they come from a
+bootstrap over problems and seeds that draws both, the same ones for the two policies of a difference
+(`thinkrl.intervals`). A difference counts as shown if its interval does not hold 0.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from thinkrl.intervals import aes_interval, paired_bootstrap
+from thinkrl.runs import finished
+
+MEASURES = ("accuracy", "tokens")
+Interval = tuple[float, float, float]  # value, low, high
+
+
+@dataclass
+class Measured:
+    """What the finished runs of one method say. Arrays are [S seeds, P problems], at temperature 1."""
+
+    seeds: list[str]
+    before: dict[str, np.ndarray]  # "accuracy", "tokens": the start policy, as each seed sampled it
+    after: dict[str, np.ndarray]
+    greedy: dict[str, np.ndarray]
+    curve: list[tuple[float, float, float]]  # (step, accuracy, tokens), means over seeds
+    million_tokens: float  # sampled in training, and run through the model for probes; mean over seeds
+    budgets: list[float] = field(default_factory=list)  # accuracy at token budgets (--eval_budgets)
+
+
+def measure(method: str, seeds: list[str], folder: Path) -> Measured | None:
+    """None if no run of the method is finished."""
+    runs = {seed: folder / f"{method}-{seed}" for seed in seeds}
+    runs = {seed: run for seed, run in runs.items() if finished(run)}
+    if not runs:
+        return None
+    evaluations = [_evaluations(run) for run in runs.values()]
+    summaries = [json.loads((run / "summary.json").read_text()) for run in runs.values()]
+
+    def arrays(when: str, decoding: str) -> dict[str, np.ndarray]:
+        return {
+            key: np.array([evaluation[when, decoding][key] for evaluation in evaluations]) for key in MEASURES
+        }
+
+    steps = zip(*(sorted((r["step"], r["accuracy"], r["tokens"]) for r in s.values()) for s in summaries))
+    budgets = [[accuracy for _, accuracy in s["after"].get("budgets", [])] for s in summaries]
+    return Measured(
+        seeds=list(runs),
+        before=arrays("before", "sampled"),
+        after=arrays("after", "sampled"),
+        greedy=arrays("after", "greedy"),
+        curve=[tuple(np.mean(points, axis=0).tolist()) for points in steps],
+        million_tokens=float(np.mean([_tokens_spent(run) for run in runs.values()])) / 1e6,
+        budgets=np.mean(budgets, axis=0).tolist(),
+    )
+
+
+def _evaluations(run: Path) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """{(when, decoding): means over a problem's samples, in the order of problems} of evaluations.jsonl."""
+    samples: dict[tuple[str, str], dict[int, list[tuple[float, int]]]] = {}
+    for line in (run / "evaluations.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        tokens = sum(turn["tokens"] for turn in row["turns"])
+        problems = samples.setdefault((row["when"], row["decoding"]), {})
+        problems.setdefault(row["problem"], []).append((row["outcome_reward"], tokens))
+    out = {}
+    for key, problems in samples.items():
+        accuracy, tokens = zip(*(np.mean(problems[id], axis=0).tolist() for id in sorted(problems)))
+        out[key] = {"accuracy": list(accuracy), "tokens": list(tokens)}
+    return out
+
+
+def _tokens_spent(run: Path) -> float:
+    config = json.loads((run / "config.json").read_text())
+    completions = config["problems_per_step"] * config["group_size"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return sum(row["tokens"] * completions + row.get("probe_tokens", 0.0) for row in rows)
+
+
+def compare(measured: dict[str, Measured], against: str) -> dict[str, dict]:
+    """Per method, for summary.json: means with intervals, differences to `against`, AES relative to the start policy."""
+    out = {}
+    for name, m in measured.items():
+        row: dict = {"seeds": m.seeds, "million_tokens": m.million_tokens, "curve": m.curve}
+        for key in MEASURES:
+            row[key] = paired_bootstrap(m.after[key], np.zeros_like(m.after[key]))
+            row[f"greedy_{key}"] = float(m.greedy[key].mean())
+        row["aes"] = aes_interval(
+            m.after["accuracy"], m.after["tokens"], m.before["accuracy"], m.before["tokens"]
+        )
+        if name != against:
+            common = [seed for seed in m.seeds if seed in measured[against].seeds]
+            row["paired_seeds"] = common
+            for key in MEASURES if common else ():
+                own, other = (
+                    side.after[key][[side.seeds.index(seed) for seed in common]]
+                    for side in (m, measured[against])
+                )
+                row[f"{key}_difference"] = paired_bootstrap(own, other)
+        out[name] = row
+    if all(m.budgets for m in measured.values()):
+        best = np.max([m.budgets for m in measured.values()], axis=0)
+        for name, m in measured.items():
+            out[name]["gap_to_frontier"] = float((best - m.budgets).mean())
+    return out
+
+
+def table(rows: dict[str, dict], against: str) -> str:
+    """Markdown. Accuracies in percent, differences in percentage points."""
+    gap = "gap_to_frontier" in next(iter(rows.values()))
+    head = ["method", "seeds", "accuracy %", f"less {against}'s", "tokens", f"less {against}'s", "AES"]
+    head += ["greedy %", "greedy tokens", "M tokens spent", *["gap to frontier"] * gap]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, row in rows.items():
+        cells = [name, str(len(row["seeds"]))]
+        for key, scale in zip(MEASURES, (100, 1)):
+            difference = row.get(f"{key}_difference")
+            cells += [
+                _interval(row[key], scale),
+                _interval(difference, scale, sign="+") if difference else "",
+            ]
+        cells += [_interval(row["aes"], 1, digits=2), f"{row['greedy_accuracy']:.1%}".rstrip("%")]
+        cells += [f"{row['greedy_tokens']:.1f}", f"{row['million_tokens']:.2f}"]
+        if gap:
+            cells.append(f"{100 * row['gap_to_frontier']:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _interval(interval: Interval, scale: float, digits: int = 1, sign: str = "") -> str:
+    value, low, high = (f"{x * scale:{sign}.{digits}f}" for x in interval)
+    return f"{value} [{low}, {high}]"
+
+
+def conclusions(rows: dict[str, dict], against: str) -> str:
+    """Which differences are shown, in sentences."""
+    lines, intervals = [], 0
+    for key, unit, scale in (("accuracy", "points of accuracy", 100), ("tokens", "tokens", 1)):
+        found: dict[str, list[str]] = {f"more {unit} than": [], f"fewer {unit} than": []}
+        found[f"no shown difference in {unit} to"] = []
+        for name, row in rows.items():
+            if difference := row.get(f"{key}_difference"):
+                value, low, high = difference
+                verdict = list(found)[0 if low > 0 else 1 if high < 0 else 2]
+                found[verdict].append(f"{name} ({value * scale:+.1f})")
+                intervals += 1
+        lines += [f"- {verdict} {against}: {', '.join(names)}" for verdict, names in found.items() if names]
+    lines.append(
+        f"- {intervals} intervals: of differences that are 0, one in 20 would look like one by chance. "
+        "Of few seeds intervals are too narrow."
+    )
+    return "\n".join(lines)
