@@ -40,8 +40,12 @@ from thinkrl.types import Problem, Trajectory
 from thinkrl.update import Diverged, pack_evenly, update
 
 
-def method(preset: str) -> type[Preset]:
-    """The class of a preset. A paper's folder is imported only here, and only when it is asked for."""
+def method(preset: str, name: str = "") -> type[Preset]:
+    """The class of a preset, or of --method. A paper's folder is imported only here, and only when it is asked for."""
+    if name == "s-grpo":
+        from thinkrl.l2t.exits import SGrpo
+
+        return SGrpo
     if preset == "l2t":
         from thinkrl.l2t.preset import L2T
 
@@ -97,7 +101,7 @@ def train(config: Config, world: World) -> Run:
     """Reinforcement learning: grpo, l2t, longshort."""
     stream = training_stream(config.data, config.seed, config.data_weights, **reading(config))
     require_enough(stream, config, world)
-    preset = method(config.preset)(config, world)
+    preset = method(config.preset, config.method)(config, world)
     preset.require_room(stream.preview(config.problems_per_step), training=True)
     held_out = subsample(
         held_out_problems(config.eval_data, config.data, **reading(config)), config.eval_problems

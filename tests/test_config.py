@@ -423,7 +423,7 @@ METHODS = (ROOT / "docs" / "methods.md").read_text()
 
 def test_the_options_of_a_method_s_row_are_its_settings():
     rows = re.findall(
-        r"^\| `(\w+)` \(\d{4}\.\d{5}\) \|.*\| (?:`(--[^`]*)`|the same with `(--[^`]*)`) \|$", METHODS, re.M
+        r"^\| `([\w-]+)` \(\d{4}\.\d{5}\) \|.*\| (?:`(--[^`]*)`|the same with `(--[^`]*)`) \|$", METHODS, re.M
     )
     assert {name for name, _, _ in rows} == set(config.METHOD_VALUES) - {""}
     above = ""

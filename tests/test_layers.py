@@ -26,7 +26,7 @@ INSIDE = {
     "grading": ["notation", "values", "algebra", "rules"],
     "data": ["rows", "layouts", "chats", "problems"],
     "decode": ["pages", "paged_model", "step", "loop"],
-    "l2t": ["episodes", "prm", "prm_training", "gain", "budgets", "compression", "credit", "preset"],
+    "l2t": ["episodes", "prm", "prm_training", "gain", "budgets", "compression", "credit", "preset", "exits"],
     "longshort": ["conversation", "thoughts", "protocol", "cold_start", "preset"],
     "tools": [
         "docs",

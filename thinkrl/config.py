@@ -253,8 +253,8 @@ class Config:
     )
     method: str = option(
         "",
-        "named settings of other papers that the probes measure too, docs/methods.md: mrt | vineppo | igpo | pacr",
-        ("", "mrt", "vineppo", "igpo", "pacr"),
+        "named settings of other papers that the probes measure too, docs/methods.md: mrt | vineppo | igpo | pacr | s-grpo",
+        ("", "mrt", "vineppo", "igpo", "pacr", "s-grpo"),
     )
     alpha: float = option(0.8, "α, weight of the process reward (Eq. 5)", low=0)
     beta: float = option(0.6, "β, weight of the compression penalty in the process reward (Eq. 3)", low=0)
@@ -464,6 +464,8 @@ METHOD_VALUES: dict[str, dict] = {
     | dict(alpha=1.0, gain="forced", gain_scale="geometric", credit="step", credit_lambda=1.0),
     # 2510.22255, by its abstract: the same on log p
     "pacr": _NO_PENALTY | dict(alpha=1.0, gain="forced", gain_scale="log", credit="step", credit_lambda=1.0),
+    # 2505.07686: no J at all, the forced answers are trained on; thinkrl/l2t/exits.py
+    "s-grpo": _NO_PENALTY | dict(alpha=0.0, gain="none", advantage_std="none"),
 }
 
 
@@ -681,7 +683,15 @@ def _check_objective(c: Config, refuse: Callable[[Any, str], None]) -> None:
     )
 
 
+READ_BY_S_GRPO = ("method", "episodes", "probe_prefix", "probe_suffix")  # of l2t's own options
+
+
 def _check_credit(c: Config, refuse: Callable[[Any, str], None]) -> None:
+    if c.method == "s-grpo":
+        own = {key for key in c.given if "l2t" in readers(key) and "grpo" not in readers(key)}
+        unread = sorted((own | c.given & {"advantage_std"}) - set(READ_BY_S_GRPO))
+        refuse(unread, f"--method s-grpo does not read --{' --'.join(unread)}: leave it out")
+        refuse(c.reward != "outcome", "--method s-grpo counts right answers: leave out --reward")
     refuse(
         c.profile and c.method,
         f"--profile {c.profile} and --method {c.method}: choose one, they set the same",

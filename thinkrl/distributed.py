@@ -144,14 +144,14 @@ def whole(tensor: Tensor) -> Tensor:
 def checkpoint_block(block: nn.Module, how: str) -> None:
     """Recompute in the backward pass what a block's forward would keep for it.
 
-    none         nothing
+    none         nothing; so does auto, for which train.py has put another one (`memory.fitted`)
     selective    the MLP: only its input is kept, not gate, up and what is made of them
     full         all: only the block's input is kept
 
     The methods are replaced on the block itself, inside the sharded unit: a wrapper would rename the parameters.
     Nothing in a block is random, so no state of a random generator is kept.
     """
-    name = {"none": "", "selective": "mlp", "full": "forward"}[how]
+    name = {"none": "", "auto": "", "selective": "mlp", "full": "forward"}[how]
     if name:
         again = partial(checkpoint, getattr(block, name), use_reentrant=False, preserve_rng_state=False)
         setattr(block, name, again)

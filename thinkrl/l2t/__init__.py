@@ -12,6 +12,7 @@ Read in this order:
     compression     what a gradient step on an episode moves, for all episodes in one pass (kernels/fisher.py)
     credit          process rewards, token rewards, token advantages: the paper's Algorithm 1
     preset          the three steps of a training step: rollout, reward, advantages
+    exits           S-GRPO, another paper: the forced answers themselves are trained on
     prm, prm_training    a step reward model as another estimator of J, and how it is trained
 
 docs/l2t.md is the walk through them, with what was measured and where the code departs from the paper. Nothing

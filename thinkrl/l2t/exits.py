@@ -1,0 +1,126 @@
+"""S-GRPO (arXiv 2505.07686): the answers behind a chain's probes are trained on.        train.py l2t --method s-grpo
+
+A group is one chain of thought with its G - 1 exits: places n_1 <= … <= n_{G-1}, drawn evenly from its thinking,
+where it is cut off and the answer is forced and sampled.
+
+    r_i = 2^(1 - N_i) if answer i is right, else 0        N_i: right answers up to i; the chain's own is the last, i = G
+    A_i = r_i - mean r                                    no division by the group's std
+
+Every completion of the group, prefix and answer, has the advantage A_i. The prefixes are shared, so a token of the
+chain is trained on once, with the sum of the A_i of all completions that hold it; forced tokens are not trained on.
+That is the gradient of the group's summed log-probs; means over tokens count a shared token once.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thinkrl.grading import extract, grade
+from thinkrl.grpo import group_advantages
+from thinkrl.l2t.episodes import segment
+from thinkrl.l2t.gain import forcing
+from thinkrl.metrics import Tally
+from thinkrl.presets import OnePolicy
+from thinkrl.rollout import PROBE, TRAINING
+from thinkrl.types import Problem, Trajectory, Turn
+
+
+@dataclass(kw_only=True)
+class Exit(Trajectory):
+    """An answer that was forced after `cut` tokens of the chain, or the chain, all of whose tokens are its own."""
+
+    cut: int
+
+    def record(self, advantage: Tensor) -> dict:
+        """One line of samples.jsonl: that of a trajectory, and `cut`."""
+        return super().record(advantage) | {"cut": self.cut}
+
+
+def exit_rewards(correct: Tensor) -> Tensor:
+    """2^(1 - N_i) where right, else 0.  correct [P, G] in {0, 1}, exits in order and the chain last -> [P, G] fp64."""
+    c = correct.double()
+    return c * 2 ** (1 - c.cumsum(1))  # S-GRPO §3.2
+
+
+def chain_advantages(advantage: Tensor, cuts: Sequence[int], tokens: int) -> Tensor:
+    """Of each of the chain's tokens, [tokens]: the sum of the advantages [G] of all completions that hold it.
+
+    cuts: the tokens of the chain that the G - 1 exits hold; the last completion is the chain.
+    """
+    out = advantage[-1].repeat(tokens)
+    for own, cut in zip(advantage, cuts):
+        out[:cut] += own
+    return out
+
+
+def draw_exits(first: int, last: int, count: int, key: str) -> list[int]:
+    """`count` places from `first` to `last`, ascending, drawn evenly and with repetition."""
+    draw = random.Random(f"exits/{key}")
+    return sorted(draw.randint(first, last) for _ in range(count))
+
+
+class SGrpo(OnePolicy[Exit]):
+    """One chain a problem, its group its own early exits."""
+
+    def _forced(self, problem: Problem) -> list[int]:
+        return self.tokenizer.encode(forcing(problem, self.config.probe_prefix, self.config.probe_suffix)[0])
+
+    def require_room(self, problems: list[Problem], training: bool, more: int = 0) -> None:
+        """In training, behind the longest chain there must be room for a forced answer that is as long."""
+        if training:
+            forced = max(len(self._forced(problem)) for problem in problems)
+            more = forced + self.config.max_tokens
+        super().require_room(problems, training, more)
+
+    def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Exit]:
+        c, exits = self.config, self.config.group_size - 1
+        chains = self.attempt(problems, 1, c.temperature, (TRAINING, step))
+        cuts, prompts = [], []
+        for t in chains:
+            prompt, tokens = t.turns[0].prompt, t.turns[0].completion
+            places = segment(tokens, self.tokenizer, c.episodes).prefixes
+            cuts.append(draw_exits(places[0], places[-1], exits, f"{c.seed}/{step}/{t.problem.id}"))
+            prompts += [prompt + tokens[:n] + self._forced(t.problem) for n in cuts[-1]]
+        answers = self.learners["policy"].sampler.generate(
+            prompts,
+            max_tokens=c.max_tokens,
+            temperature=c.temperature,
+            stop_ids=self.tokenizer.stop_ids,
+            seed=c.seed,
+            keys=[(PROBE, step, t.problem.id, i) for t in chains for i in range(exits)],
+        )
+        written = iter(zip(prompts, answers, strict=True))
+        group: list[Exit] = []
+        for chain, places in zip(chains, cuts):
+            for i, cut in enumerate(places):
+                prompt, [answer] = next(written)
+                group.append(self._exit(chain, i, cut, prompt, answer))
+            chain.sample = exits
+            group.append(Exit(**vars(chain), cut=chain.tokens))
+        return group
+
+    def _exit(self, chain: Trajectory, i: int, cut: int, prompt: list[int], answer) -> Exit:
+        problem, beginning = chain.problem, len(chain.turns[0].prompt)
+        text = self.tokenizer.decode(prompt[beginning:] + answer.tokens)
+        outcome = float(grade(text, problem.answer, problem.source))
+        turn = Turn("policy", prompt, answer.tokens, answer.logprobs, answer.finish_reason)
+        return Exit(problem, i, [turn], text, extract(text, problem.source), outcome, outcome, cut=cut)
+
+    def reward(self, trajectories: Sequence[Exit], step: int, tally: Tally) -> None:
+        correct = torch.tensor([t.outcome_reward for t in trajectories]).view(-1, self.config.group_size)
+        for t, reward in zip(trajectories, exit_rewards(correct).flatten().tolist(), strict=True):
+            t.reward = reward
+
+    def advantages(self, trajectories: Sequence[Exit], step: int, tally: Tally) -> list[Tensor]:
+        size, out = self.config.group_size, []
+        rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64).view(-1, size)
+        for i, own in enumerate(group_advantages(rewards, std="none").float()):
+            *exits, chain = trajectories[i * size : (i + 1) * size]
+            out += [a.expand(t.tokens) for a, t in zip(own, exits)]
+            out.append(chain_advantages(own, [t.cut for t in exits], chain.tokens))
+        return out
