@@ -13,6 +13,7 @@ from thinkrl.l2t.gain import (
     Gain,
     answer_probability,
     endings_ref,
+    ids_ending_a_number_ref,
     make_probe,
     predicted_correctness_ref,
 )
@@ -88,6 +89,14 @@ def test_what_ends_a_number(bpe):
     ends = {bpe.pieces[v] for v in ids}
     assert {"\n", "%", "k", "}."} <= ends
     assert not ends & {"7", ".", ",", "/", "e", "E", " ", " 42"}
+
+
+def test_what_ends_a_number_is_what_the_grader_reads_as_its_end(bpe):
+    ((_, ids),) = make_probe(bpe, "42", *FORCING["gsm8k"]).endings
+    fast, slow = {*ids, bpe.eos_id}, set(ids_ending_a_number_ref(bpe))
+    assert fast <= slow and len(fast) > 100
+    missed = [bpe.pieces[i] for i in slow - fast]  # separators, and groups of digits as in 42 000
+    assert not any(c.isalpha() for piece in missed for c in piece), missed
 
 
 @pytest.mark.parametrize("rule, answer", CASES)

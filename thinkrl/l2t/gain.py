@@ -46,7 +46,8 @@ FORCING = {  # by grading rule: what asks for the answer, and what ends it; "": 
     "gym": ("\n</think>\n\n<answer>", "</answer>"),
     "math": ("\n</think>\n\nThe final answer is \\boxed{", "}"),
 }
-NUMBER_ENDS = re.compile(r"\.?(?:\s*\n|\s+[^\s\d/])|[^\s\d.,/eE]")  # 4 may go on as 4.2, 4,200, 4/2, 4e2
+# 4 may go on as 4.2, 4,200, 4/2 or 4e2; a # may begin #### and with it another answer; the grader drops \
+NUMBER_ENDS = re.compile(r"\.?(?:\s*\n|\s+[^\s\d/#\\])|[.,/]+[^\s\d.,/#\\]|[eE][^\d+-]|[^\s\d.,/eE#\\]")
 
 SCALES = ("p", "geometric", "log")
 
@@ -159,6 +160,18 @@ def _ids_ending_a_number(tokenizer: Tokenizer) -> tuple[int, ...]:
     """All ids behind which a number on the answer's line is complete: stop ids, and what cannot belong to it."""
     ends = {i for i, piece in enumerate(tokenizer.pieces) if NUMBER_ENDS.match(piece)}
     return tuple(sorted(ends | set(tokenizer.stop_ids)))
+
+
+def ids_ending_a_number_ref(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The specification of `_ids_ending_a_number`: ids behind which the grader reads the same number whatever follows.
+    The regular expression misses some without a letter: separators, and digits behind a space, as in 42 000.
+    """
+    more = ("", "0", "3", ".5", ",000", ",3", "/2", "e3", "-3", "+3", " 000", " 1/2", "\n", " x")
+    return tuple(
+        i
+        for i, piece in enumerate(tokenizer.pieces)
+        if i in tokenizer.stop_ids or all(grade(f"#### 42{piece}{m}", "42", "gsm8k") for m in more)
+    )
 
 
 def room_behind(kind: str, probes: Sequence[Probe], max_tokens: int) -> int:
