@@ -152,6 +152,7 @@ LENGTH = {
     "--length l1_max --length_target 0": "--length_target is '0': it must be N or LOW:HIGH, tokens",
     "--length l1_max --length_target 9 --length_prompt x": "--length_prompt must say {target}",
     "--length kimi --advantage_std mean": "--advantage_std mean divides by a group's mean reward, which kimi may",
+    "--advantage_std each": "--advantage_std each is for several rewards of grpo: name them with --reward",
     "--length limit": "--length is 'limit': it must be one of truncation,",
     "--surrogate sapo": "--surrogate sapo does nothing with one update per rollout",
     "--surrogate cispo --updates_per_rollout 2 --level sequence": "--surrogate cispo is one of tokens",
@@ -437,7 +438,7 @@ def test_the_options_of_a_method_s_row_are_its_settings():
 
 def test_recipes_of_the_page_parse():
     recipes = re.findall(r"^\| [\w. ]+ \| `(--[^`]*)`.*\|$", METHODS, re.M)
-    assert len(recipes) == 5
+    assert len(recipes) == 6
     for recipe in recipes:
         parse(
             [

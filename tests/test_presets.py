@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import sys
 
 import pytest
 import torch
@@ -280,6 +281,25 @@ def test_dynamic_sampling_in_a_step(world):
     assert any(equal) and [t.problem for t in trajectories[::4]] == expected
     assert list(tally.pairs["resampled"]) == [sum(equal), 2]
     assert tally.sums["sampled_tokens"] > 0
+
+
+def test_each_of_several_rewards_is_compared_on_its_own(world, monkeypatch):
+    """GDPO: twice the outcome and a reward of a thousandth's spread count by their weights, not by their spread."""
+    import types
+
+    brief = types.ModuleType("brief")
+    brief.brief = lambda completions, **columns: [-0.001 * len(text) for text in completions]
+    monkeypatch.setitem(sys.modules, "brief", brief)
+    options = "--reward outcome+brief:brief --reward_weights 2,1 --advantage_std each".split()
+    _, trajectories, advantages, _ = step_of(world, "grpo", *options)
+    right, short = (torch.tensor([t.rewards[i] for t in trajectories]).view(-1, 4).double() for i in (0, 1))
+    assert right.flatten().tolist() == [t.outcome_reward for t in trajectories] and (short < 0).all()
+    assert [t.reward for t in trajectories] == pytest.approx((2 * right + short).flatten().tolist())
+    total = 2 * group_advantages(right) + group_advantages(short)
+    expected = (total / (total.square().sum() / 7).sqrt()).flatten()
+    assert right.std() > 0
+    for advantage, value in zip(advantages, expected):
+        assert advantage.tolist() == pytest.approx([float(value)] * len(advantage), abs=1e-5)
 
 
 def test_flat_compression_is_grpo_with_a_fixed_price_per_episode(world):

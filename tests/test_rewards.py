@@ -11,7 +11,7 @@ from thinkrl import UserError
 from thinkrl.config import parse
 from thinkrl.data.problems import load_problems, reading
 from thinkrl.grpo import group_advantages
-from thinkrl.rewards import load_rewards, require_columns, total
+from thinkrl.rewards import each, load_rewards, require_columns, weighted_sum
 from thinkrl.types import Problem, Trajectory, Turn
 
 MODULE = """
@@ -82,7 +82,8 @@ def attempt(problem, text, stop=True, outcome=0.0):
 
 
 def given(names, trajectories, tokenizer, weights=""):
-    return total(load_rewards(names, weights), trajectories, tokenizer)
+    rewards = load_rewards(names, weights)
+    return [weighted_sum(rewards, values) for values in each(rewards, trajectories, tokenizer)]
 
 
 A, B = Problem(0, "a?", "a", "math"), Problem(1, "b?", "b", "math")
@@ -103,6 +104,13 @@ def test_several_with_weights(tokenizer):
     )
     assert given("outcome", tried, tokenizer) == [1, 0, 0]
     assert all(map(math.isnan, given("my_rewards:spy+my_rewards:nan", tried, tokenizer)))
+
+
+def test_what_each_gives_is_kept_raw(tokenizer):
+    tried = [attempt(A, "a", outcome=1.0), attempt(A, "bb")]
+    rewards = load_rewards("my_rewards:length+outcome+my_rewards:spy", "0.5,-2,1")
+    values = each(rewards, tried, tokenizer)
+    assert [row[:2] for row in values] == [[1, 1], [2, 0]] and all(math.isnan(row[2]) for row in values)
 
 
 def test_what_trl_passes(tmp_path, tokenizer):

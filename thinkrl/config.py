@@ -142,8 +142,9 @@ class Config:
     advantage_std: str = option(
         "sample",
         "what divides a group's advantages: its standard deviation | with G for G - 1 | nothing | one standard deviation "
-        "for the whole step (DLER) | the group's mean (MaxRL; grpo only)",
-        ("sample", "population", "none", "batch", "mean"),
+        "for the whole step (DLER) | the group's mean (MaxRL; grpo only) | that of each of several --reward, then the step's "
+        "of their weighted sum (GDPO; grpo only)",
+        ("sample", "population", "none", "batch", "mean", "each"),
     )
     surrogate: str = option(
         "clip",
@@ -676,6 +677,10 @@ def _check_objective(c: Config, refuse: Callable[[Any, str], None]) -> None:
     refuse(
         c.advantage_std == "mean" and (c.preset in ("l2t", "longshort") or c.length not in NEVER_NEGATIVE),
         f"--advantage_std mean divides by a group's mean reward, which {c.length or c.preset} may make negative",
+    )
+    refuse(
+        c.advantage_std == "each" and (c.preset != "grpo" or "+" not in c.reward),
+        "--advantage_std each is for several rewards of grpo: name them with --reward, joined by +",
     )
     refuse(
         c.advantage_std == "mean" and c.reward != "outcome",

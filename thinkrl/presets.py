@@ -25,10 +25,10 @@ from thinkrl import length
 from thinkrl.config import LENGTH_VALUES, Config, target_range
 from thinkrl.distributed import World, gather, global_sum
 from thinkrl.evaluate import summarise
-from thinkrl.grpo import group_advantages
+from thinkrl.grpo import gdpo_advantages, group_advantages
 from thinkrl.learner import Actor, learning_rate, model_path, new_actor
 from thinkrl.metrics import Tally
-from thinkrl.rewards import load_rewards, require_columns, total
+from thinkrl.rewards import each, load_rewards, require_columns, weighted_sum
 from thinkrl.rollout import TRAINING, require_room, rollout, sampling_file
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample, Trajectory
@@ -143,8 +143,15 @@ class OnePolicy(Preset[T]):
             require_columns(self.rewards, problems)
 
     def base_rewards(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """What --reward gives for each trajectory, NaN where it gives none; by default the graded outcome."""
-        return total(self.rewards, trajectories, self.tokenizer, self.config.system, self.config.suffix)
+        """What --reward gives for each trajectory, NaN where it gives none; by default the graded outcome. Sets
+        `rewards`, what each function of several gives.
+        """
+        c = self.config
+        for t, values in zip(
+            trajectories, each(self.rewards, trajectories, self.tokenizer, c.system, c.suffix), strict=True
+        ):
+            t.rewards = values
+        return [weighted_sum(self.rewards, t.rewards) for t in trajectories]
 
     def begin_step(self, step: int) -> Actor:
         return self.learners["policy"]
@@ -197,9 +204,18 @@ class Grpo(OnePolicy[Trajectory]):
     def advantages(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> list[Tensor]:
         if self.config.length == "gfpo":
             scalars = self._by_length(trajectories).flatten().float()
+        elif self.config.advantage_std == "each":
+            scalars = self._each_reward(trajectories)
         else:
             scalars = grpo_advantages(trajectories, self.config)
         return [value.expand(t.tokens) for value, t in zip(scalars, trajectories)]
+
+    def _each_reward(self, trajectories: Sequence[Trajectory]) -> Tensor:
+        """GDPO: one fp32 number per trajectory from its rewards, each compared on its own. Collective."""
+        columns = torch.tensor([t.rewards for t in trajectories], dtype=torch.float64).unbind(1)
+        groups = [column.view(-1, self.config.group_size) for column in columns]
+        weights = [reward.weight for reward in self.rewards]
+        return gdpo_advantages(groups, weights, reduce=global_sum).flatten().float()
 
     def _by_length(self, trajectories: Sequence[Trajectory]) -> Tensor:
         """The function of thinkrl/length.py that --length names, on this rank's groups: [P, G] fp64. Collective."""

@@ -77,26 +77,28 @@ def _function(name: str) -> Callable | None:
     return function
 
 
-def total(
+def each(
     rewards: Sequence[Reward],
     trajectories: Sequence[Trajectory],
     tokenizer: Tokenizer,
     system: str = "",
     suffix: str = "",
-) -> list[float]:
-    """The reward of each trajectory, NaN where no function gave one. The text of a completion is without its stop token.
+) -> list[list[float]]:
+    """What each function gives each trajectory, [trajectory][function], unweighted; NaN where it gives None.
 
-    system, suffix: what the prompts were asked with. Raises UserError, naming the function, if it fails or returns
-    anything else than it should.
+    The text of a completion is without its stop token. system, suffix: what the prompts were asked with. Raises
+    UserError, naming the function, if it fails or returns anything else than it should.
     """
     texts = [_text(t, tokenizer) for t in trajectories]
     asked = [messages(t.problem, system, suffix) for t in trajectories]
     given = [_given(reward, trajectories, texts, asked) for reward in rewards]
-    totals = []
-    for values in zip(*given):
-        known = [reward.weight * value for reward, value in zip(rewards, values) if value is not None]
-        totals.append(math.fsum(known) if known else math.nan)
-    return totals
+    return [[math.nan if value is None else value for value in values] for values in zip(*given)]
+
+
+def weighted_sum(rewards: Sequence[Reward], values: Sequence[float]) -> float:
+    """The reward of a trajectory from what each function gave it; NaN where none gave one."""
+    known = [reward.weight * value for reward, value in zip(rewards, values) if not math.isnan(value)]
+    return math.fsum(known) if known else math.nan
 
 
 def _text(t: Trajectory, tokenizer: Tokenizer) -> str:

@@ -74,6 +74,7 @@ class Trajectory:
     reward: float = (
         0.0  # raw: outcome_reward plus what the preset adds per trajectory; NaN: none could be given
     )
+    rewards: list[float] = field(default_factory=list)  # raw, by each function of --reward; NaN: it gave none
 
     @property
     def correct(self) -> bool:
