@@ -4,7 +4,10 @@ import json
 
 import pytest
 
-from thinkrl.evaluate import summarise, summary_table
+from thinkrl.evaluate import attempt_of, held_out_record, recorded_attempt, summarise, summary_table
+from thinkrl.intervals import clustered_interval
+from thinkrl.learner import TINY
+from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory, Turn
 
 
@@ -23,20 +26,41 @@ ATTEMPTS = [
 
 
 def test_summarise_by_hand():
-    assert summarise(ATTEMPTS) == {
+    out = summarise(ATTEMPTS)
+    levels = out.pop("by_level")
+    interval = out.pop("accuracy_interval")
+    assert out == {
+        "problems": 2,
         "completions": 4,
         "accuracy": 0.75,
         "tokens": 30.0,
+        "tokens_median": 25.0,
+        "tokens_95": pytest.approx(30 + 0.85 * 30),  # 0.95 of the way from the first to the fourth
         "tokens_max": 60,
         "truncated": 0.25,
         "tokens_per_correct": 40.0,
         "pass@2": 1.0,
         "maj@2": 1.0,
-        "by_level": {
-            "easy": {"completions": 2, "accuracy": 1.0, "tokens": 15.0},
-            "hard": {"completions": 2, "accuracy": 0.5, "tokens": 45.0},
-        },
     }
+    assert tuple(interval) == clustered_interval([[1, 1], [0, 1]])[1:]
+    assert list(levels) == ["easy", "hard"]
+    assert levels["hard"] == summarise(ATTEMPTS[2:])["by_level"]["hard"]
+    assert levels["easy"]["accuracy"] == 1.0 and levels["hard"]["tokens"] == 45.0
+    assert levels["hard"]["pass@2"] == 1.0 and levels["hard"]["truncated"] == 0.5
+
+
+def test_a_record_counts_as_its_attempt_does():
+    """Through JSON, as evaluations.jsonl keeps it."""
+    tokenizer = Tokenizer(TINY)
+    for t in [*ATTEMPTS, attempt(3, 0, "2.0", 7)]:
+        assert recorded_attempt(json.loads(json.dumps(held_out_record(t, tokenizer)))) == attempt_of(t)
+    assert attempt_of(attempt(3, 0, "2.0", 7)).vote == attempt_of(attempt(3, 1, "2", 7)).vote
+
+
+@pytest.mark.parametrize("n, sizes", [(1, []), (2, [2]), (5, [2, 4, 5]), (8, [2, 4, 8])])
+def test_subsets_are_powers_of_two_and_all(n, sizes):
+    keys = summarise([attempt(0, i, "1", 5) for i in range(n)])
+    assert [key for key in keys if key.startswith("pass@")] == [f"pass@{k}" for k in sizes]
 
 
 def test_wrong_votes_count_when_they_agree():

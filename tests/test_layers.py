@@ -13,7 +13,18 @@ from helpers import ROOT
 
 LAYERS = {
     0: ["kernels"],
-    1: ["options", "aliases", "intervals", "config", "types", "distributed", "metrics", "sinks", "runs"],
+    1: [
+        "visible",
+        "options",
+        "aliases",
+        "intervals",
+        "config",
+        "types",
+        "distributed",
+        "metrics",
+        "sinks",
+        "runs",
+    ],
     2: [*("model", "checkpoint", "tokenizer", "hub", "arith", "gym", "grading", "data")],
     3: ["memory", "decode", "sampler", "rollout", "grpo", "length", "rewards"],
     4: ["learner", "evaluate", "update", "session", "finish", "sft", "presets"],
@@ -47,6 +58,8 @@ INSIDE = {
 }
 # Within a layer, modules do not see each other, but for these.
 SIDEWAYS = {
+    ("options", "visible"),
+    ("metrics", "visible"),
     ("config", "options"),
     ("config", "aliases"),
     ("metrics", "distributed"),

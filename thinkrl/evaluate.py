@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from thinkrl.grading import canonical
 from thinkrl.intervals import aes as aes
-from thinkrl.intervals import maj_at_k, pass_at_k
+from thinkrl.intervals import clustered_interval, maj_at_k, pass_at_k
 from thinkrl.metrics import Tally
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Trajectory
@@ -15,35 +18,97 @@ from thinkrl.types import Trajectory
 RIGHT = "right"  # every right answer's vote, however it is spelled
 
 
-def summarise(trajectories: Sequence[Trajectory]) -> dict:
-    """Accuracy and cost of graded attempts at problems, as numbers for summary.json.
+@dataclass(frozen=True)
+class Attempt:
+    """What is counted of a graded attempt at a problem."""
 
-    completions    attempts
-    accuracy       share that is right
-    tokens         mean sampled tokens of an attempt, all turns and roles; tokens_max the most
-    truncated      share with a turn that was cut at the token limit
-    tokens_per_correct   all tokens / right answers; None if there are none
-    pass@k, maj@k  for k = 2, 4, 8, … up to the attempts at each problem, averaged over problems
-    by_level       {level: completions, accuracy, tokens} in the order of the levels' names
+    problem: int
+    level: str
+    correct: bool
+    tokens: int  # sampled, all turns and roles
+    truncated: bool  # with a turn that was cut at the token limit
+    vote: Hashable | None  # its answer, for maj@k; None: it has none
+
+
+def attempt_of(t: Trajectory) -> Attempt:
+    truncated = any(turn.finish_reason == "length" for turn in t.turns)
+    vote = _vote(t.correct, t.answer, t.problem.source)
+    return Attempt(t.problem.id, t.problem.level, t.correct, t.tokens, truncated, vote)
+
+
+def recorded_attempt(record: dict) -> Attempt:
+    """The same from a `held_out_record`."""
+    correct = record["outcome_reward"] > 0.5
+    tokens = sum(turn["tokens"] for turn in record["turns"])
+    truncated = any(turn["finish_reason"] == "length" for turn in record["turns"])
+    vote = _vote(correct, record["answer"], record["source"])
+    return Attempt(record["problem"], record["level"], correct, tokens, truncated, vote)
+
+
+def _vote(correct: bool, answer: str | None, source: str) -> Hashable | None:
+    if correct:
+        return RIGHT
+    found = None if answer is None else canonical(answer, source)
+    return None if found is None else ("wrong", found)
+
+
+def summarise(trajectories: Sequence[Trajectory]) -> dict:
+    """Numbers for summary.json, see `summary_of`."""
+    return summary_of([attempt_of(t) for t in trajectories])
+
+
+def summary_of(attempts: Sequence[Attempt]) -> dict:
+    """Accuracy and cost of equally many attempts at each of some problems.
+
+    problems, completions    how many; completions are attempts
+    accuracy            share that is right; accuracy_interval its 95 % interval, clustered by problem
+    tokens              mean sampled tokens of an attempt, all turns and roles; tokens_median, tokens_95, the 95th
+                        percentile, and tokens_max, the most
+    truncated           share with a turn that was cut at the token limit
+    tokens_per_correct  all tokens / right answers; None if there are none
+    pass@k, maj@k       for k = 2, 4, 8, … and all attempts at a problem, averaged over problems
+    by_level            {level: the same numbers} in the order of the levels' names
     """
-    if not trajectories:
+    if not attempts:
         raise ValueError("there is nothing to summarise: no completions")
-    out = _accuracy_and_tokens(trajectories)
-    out["tokens_max"] = max(t.tokens for t in trajectories)
-    out["truncated"] = _mean([any(turn.finish_reason == "length" for turn in t.turns) for t in trajectories])
-    correct = sum(t.correct for t in trajectories)
-    out["tokens_per_correct"] = sum(t.tokens for t in trajectories) / correct if correct else None
-    groups = _grouped(trajectories, lambda t: t.problem.id).values()
-    k = 2
-    while k <= min(map(len, groups)):
-        out[f"pass@{k}"] = _mean(
-            [pass_at_k(len(group), sum(t.correct for t in group), k) for group in groups]
-        )
-        out[f"maj@{k}"] = _mean([maj_at_k([_vote(t) for t in group], RIGHT, k) for group in groups])
-        k *= 2
-    levels = _grouped(trajectories, lambda t: t.problem.level)
-    out["by_level"] = {level: _accuracy_and_tokens(levels[level]) for level in sorted(levels)}
+    levels = _grouped(attempts, lambda a: a.level)
+    return _numbers(attempts) | {"by_level": {level: _numbers(levels[level]) for level in sorted(levels)}}
+
+
+def _numbers(attempts: Sequence[Attempt]) -> dict:
+    groups = list(_grouped(attempts, lambda a: a.problem).values())
+    accuracy, low, high = clustered_interval([[a.correct for a in group] for group in groups])
+    tokens = [a.tokens for a in attempts]
+    correct, n = sum(a.correct for a in attempts), len(groups[0])
+    out = {
+        "problems": len(groups),
+        "completions": len(attempts),
+        "accuracy": accuracy,
+        "accuracy_interval": [low, high],
+        "tokens": sum(tokens) / len(tokens),
+        "tokens_median": float(np.median(tokens)),
+        "tokens_95": float(np.percentile(tokens, 95)),
+        "tokens_max": max(tokens),
+        "truncated": sum(a.truncated for a in attempts) / len(attempts),
+        "tokens_per_correct": sum(tokens) / correct if correct else None,
+    }
+    for k in _sizes(n):
+        passes = [pass_at_k(n, sum(a.correct for a in group), k) for group in groups]
+        majorities = [maj_at_k([a.vote for a in group], RIGHT, k) for group in groups]
+        out[f"pass@{k}"], out[f"maj@{k}"] = sum(passes) / len(groups), sum(majorities) / len(groups)
     return out
+
+
+def _sizes(n: int) -> list[int]:
+    """2, 4, 8, … up to n, and n."""
+    return sorted({2**i for i in range(1, n.bit_length())} | {n}) if n > 1 else []
+
+
+def _grouped(attempts: Sequence[Attempt], key: Callable[[Attempt], Hashable]) -> dict:
+    groups: dict[Hashable, list[Attempt]] = {}
+    for attempt in attempts:
+        groups.setdefault(key(attempt), []).append(attempt)
+    return groups
 
 
 def tally_outcomes(tally: Tally, trajectories: Sequence[Trajectory], group_size: int) -> None:
@@ -65,7 +130,7 @@ def held_out_record(t: Trajectory, tokenizer: Tokenizer) -> dict:
     """One line of evaluations.jsonl, to which "step", "when" (the key in summary.json) and "decoding" are added.
 
     problem, sample           address: the problem's id, the place in its group
-    question, gold, level     of the problem
+    question, gold, source, level    of the problem
     answer, outcome_reward    as extracted (null: none found), and 1 if it is the gold one
     turns                     role, text, tokens and finish_reason of each turn
     """
@@ -83,6 +148,7 @@ def held_out_record(t: Trajectory, tokenizer: Tokenizer) -> dict:
         "sample": t.sample,
         "question": t.problem.question,
         "gold": t.problem.answer,
+        "source": t.problem.source,
         "level": t.problem.level,
         "answer": t.answer,
         "outcome_reward": t.outcome_reward,
@@ -109,28 +175,3 @@ def summary_table(summary: dict) -> str:
         ]:
             lines.append(f"{name:<24}" + "".join(f"{r['accuracy']:>11.1%}{r['tokens']:>9.1f}" for r in row))
     return "\n".join(lines)
-
-
-def _vote(t: Trajectory) -> Hashable | None:
-    if t.correct:
-        return RIGHT
-    answer = None if t.answer is None else canonical(t.answer, t.problem.source)
-    return None if answer is None else ("wrong", answer)
-
-
-def _accuracy_and_tokens(trajectories: Sequence[Trajectory]) -> dict:
-    accuracy, tokens = _mean([t.correct for t in trajectories]), _mean([t.tokens for t in trajectories])
-    return {"completions": len(trajectories), "accuracy": accuracy, "tokens": tokens}
-
-
-def _grouped(
-    trajectories: Sequence[Trajectory], key: Callable[[Trajectory], Hashable]
-) -> dict[Hashable, list[Trajectory]]:
-    groups: dict[Hashable, list[Trajectory]] = {}
-    for t in trajectories:
-        groups.setdefault(key(t), []).append(t)
-    return groups
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

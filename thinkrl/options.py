@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from thinkrl import UserError
+from thinkrl.visible import visible
 
 T = TypeVar("T")
 BOOL = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -39,6 +40,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
     presets: tuple[str, ...] | None = None,
+    words: int = 1,
 ) -> Any:
     """A field of an options class.
 
@@ -46,6 +48,7 @@ def option(
     low, high      bounds that the value may equal
     above, below   bounds that it may not equal
     presets        those that read it; None: those of its group
+    words          how many texts follow the option: of more than one the value is a tuple of texts
     """
     return dataclasses.field(
         default=default,
@@ -57,6 +60,7 @@ def option(
             "above": above,
             "below": below,
             "presets": presets,
+            "words": words,
         },
     )
 
@@ -130,6 +134,9 @@ def read_options(
             )
         f = fields[key]
         if not equals:
+            if f.metadata["words"] > 1:
+                given[key], queue = _words(f, queue)
+                continue
             if type_name(f) == "bool" and (not queue or queue[0].startswith("--")):
                 text = "true"
             elif not queue:
@@ -138,6 +145,15 @@ def read_options(
                 text = queue.pop(0)
         given[key] = _value(f, text)
     return given
+
+
+def _words(f: dataclasses.Field, queue: list[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The texts of an option that takes several, and what follows them."""
+    count = f.metadata["words"]
+    words = tuple(queue[:count])
+    if len(words) < count or any(word.startswith("--") for word in words):
+        raise UserError(f"option '--{f.name}' needs {count} values")
+    return words, queue[count:]
 
 
 def _value(f: dataclasses.Field, text: str):
@@ -195,9 +211,10 @@ def help_line(f: dataclasses.Field, default: Any, tiny: Any = None) -> str:
     parts = [f.metadata["help"]]
     if choices:
         parts.append(f"[{'|'.join(choice for choice in choices if choice)}]")
-    if default != "" or tiny is not None:
+    if default not in ("", ()) or tiny is not None:
         parts.append(f"(default {shown(default)}{'' if tiny is None else f'; tiny {shown(tiny)}'})")
-    return f"  --{f.name} {type_name(f).upper()}".ljust(36) + " ".join(parts)
+    kind = "STR " * f.metadata["words"] if f.metadata["words"] > 1 else type_name(f).upper()
+    return f"  --{f.name} {kind}".ljust(36) + " ".join(parts)
 
 
 def shown(value: Any) -> str:
@@ -224,7 +241,7 @@ def exit_with_error(program: str, mistake: Exception, status: int = 2) -> NoRetu
     if os.environ.get("RANK", "0") != "0":
         # if rank 0 saw the same, it prints and exits now, and torchrun ends this rank before it prints too
         time.sleep(30)
-    print(f"{program}: {mistake}", file=sys.stderr, flush=True)
+    print(f"{program}: {visible(mistake)}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

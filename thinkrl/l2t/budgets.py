@@ -10,7 +10,7 @@ at temperature 1. The probes fork the pages of the evaluation's own completions:
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from thinkrl.config import Config
 from thinkrl.l2t.episodes import Codec, Episodes, segment
 from thinkrl.l2t.gain import Gain, Probe, forcing, make_probe, room_behind
 from thinkrl.presets import OnePolicy
+from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory
 
@@ -59,28 +60,49 @@ def at_budgets(
 
 def require_room(preset: OnePolicy, problems: Sequence[Problem]) -> None:
     """Raise UserError if behind a completion there is no room for a forced answer, or a problem has none to force."""
-    probes = _probes(problems, preset.tokenizer, preset.config)
-    preset.require_room(list(problems), training=False, more=room_behind("forced", probes, 0))
+    preset.require_room(list(problems), training=False, more=room_for(_probes_of(preset, problems)))
+
+
+def room_for(probes: Sequence[Probe]) -> int:
+    """Tokens that a forced answer may take behind a completion."""
+    return room_behind("forced", probes, 0)
+
+
+def make_probes(
+    problems: Sequence[Problem], tokenizer: Tokenizer, prefix: str = "", suffix: str = ""
+) -> list[Probe]:
+    """What forces each problem's answer. Raises UserError where the grading rule would not find it, see `gain.forcing`."""
+    texts = (forcing(p, prefix, suffix) for p in problems)
+    return [make_probe(tokenizer, p.answer, *text) for p, text in zip(problems, texts)]
+
+
+def _probes_of(preset: OnePolicy, problems: Sequence[Problem]) -> list[Probe]:
+    return make_probes(problems, preset.tokenizer, preset.config.probe_prefix, preset.config.probe_suffix)
 
 
 def attempt(
     preset: OnePolicy, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...]
 ) -> tuple[list[Trajectory], list[list[float]]]:
     """`preset.attempt`, and of every trajectory the chance of a right answer within each budget."""
-    budgets = budgets_of(preset.config)
-    cut = partial(cut_at, budgets=budgets, tokenizer=preset.tokenizer)
-    gain = Gain(preset.learners["policy"].sampler, _probes(problems, preset.tokenizer, preset.config), cut)
-    trajectories = preset.attempt(problems, n, temperature, address, on_finish=gain.on_finish)
+    run = partial(preset.attempt, problems, n, temperature, address)
+    sampler = preset.learners["policy"].sampler
+    return measured(run, sampler, _probes_of(preset, problems), budgets_of(preset.config))
+
+
+def measured(
+    run: Callable[..., list[Trajectory]], sampler: Sampler, probes: Sequence[Probe], budgets: Sequence[int]
+) -> tuple[list[Trajectory], list[list[float]]]:
+    """What `run(on_finish=…)` samples, and of every trajectory the chance of a right answer within each budget.
+
+    probes: one per prompt of that call.
+    """
+    gain = Gain(sampler, probes, partial(cut_at, budgets=budgets, tokenizer=sampler.tokenizer))
+    trajectories = run(on_finish=gain.on_finish)
     rows = [
         at_budgets(J, episodes.prefixes, t.tokens, t.outcome_reward, budgets)
         for t, (episodes, J) in zip(trajectories, gain.results(), strict=True)
     ]
     return trajectories, rows
-
-
-def _probes(problems: Sequence[Problem], tokenizer: Tokenizer, config: Config) -> list[Probe]:
-    texts = (forcing(p, config.probe_prefix, config.probe_suffix) for p in problems)
-    return [make_probe(tokenizer, p.answer, *text) for p, text in zip(problems, texts)]
 
 
 def curve(rows: Sequence[Sequence[float]], config: Config) -> dict:
