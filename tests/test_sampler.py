@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import pytest
 import tokenizers
@@ -349,6 +350,39 @@ def test_a_host_that_looks_rarely_sees_the_same(tokenizer, stop):
         torch.testing.assert_close(a.hidden, b.hidden, atol=1e-4, rtol=0)
     assert {completion.finish_reason for group in groups for completion in group} == {"stop", "length"}
     assert rarely.pool.free_pages == 30
+
+
+@pytest.mark.parametrize("look_every, num_pages", [(1, None), (8, None), (1, 8)])
+def test_tokens_are_shown_while_they_are_written(tokenizer, look_every, num_pages):
+    """Each look shows what the last one did and more; the last one, the completion. Nothing behind a stop string, and
+    nothing twice from a completion that lost its pages.
+    """
+    sampler = Sampler(random_model(vocab=tokenizer.vocab_size), tokenizer, num_pages)
+    sampler.look_every = look_every
+    shown: dict[tuple[int, int], list[list[int]]] = {}
+    groups = sampler.generate(
+        [[1, 2, 3], [4] * 9],
+        n=2,
+        max_tokens=40,
+        stop=["ab", "c"],
+        on_tokens=lambda prompt, sample, tokens: shown.setdefault((prompt, sample), []).append(tokens),
+    )
+    for prompt, group in enumerate(groups):
+        for sample, completion in enumerate(group):
+            looks = shown[prompt, sample]
+            assert looks[-1] == completion.tokens and len(looks) > len(completion.tokens) // (2 * look_every)
+            assert all(b[: len(a)] == a for a, b in pairwise(looks))
+
+
+def test_completions_of_prompts_are_counted_and_their_continuations_are_not(model):
+    sampler, counted = Sampler(model), []
+
+    def fork_and_go_on(completion, pages):
+        sampler.generate([[]], 3, max_tokens=2, prefix=[pages])
+
+    sampler.on_completion = lambda: counted.append(1)
+    sampler.generate(PROMPTS, 2, max_tokens=4, on_finish=fork_and_go_on)
+    assert len(counted) == 2 * len(PROMPTS)
 
 
 def test_a_sampler_leaves_its_callers_model_as_it_was():

@@ -64,6 +64,7 @@ class Sampler:
         self.max_tokens_per_forward = max_tokens_per_forward
         self.look_every = LOOK_EVERY if self.device.type == "cuda" else 1
         self.forwards = TokenForwards()
+        self.on_completion: Callable[[], object] | None = None  # called once per completion of a prompt
         self._paged: PagedModel | None = None
         self._step: Callable = eager_step
         self._matchers: dict[tuple[str, ...], StopStrings] = {}
@@ -150,6 +151,7 @@ class Sampler:
         seed: int = 0,
         keys: Sequence[tuple[int, ...]] | None = None,
         on_finish: Callable[[Completion, Pages], None] | None = None,
+        on_tokens: Callable[[int, int, list[int]], None] | None = None,
         prefix: Sequence[Pages] | None = None,
         return_hidden: bool = False,
     ) -> list[list[Completion]]:
@@ -163,6 +165,8 @@ class Sampler:
         on_finish      called with each completion before its pages are freed. It may fork them, score forks, sample
                        from forks, and keep forks beyond the call (a kept fork holds its pages until released,
                        or idle)
+        on_tokens      called with (prompt, sample, tokens so far) of every live completion whenever the host looks at
+                       them: to show a text while it is written
         prefix         one sequence per prompt, from `prefill` or a fork: prompts[i], which may then be empty, continues
                        prefix[i] on its pages. The prefix stays the caller's, to be released by the caller
         return_hidden  keep the hidden state behind every log-prob, len(tokens) × D numbers per completion
@@ -188,12 +192,14 @@ class Sampler:
         )
         row_keys = hash_key(seed, *addresses.unbind(-1)).tolist() if prompts else []
         waiting = deque(Row(group, s, row_keys[group.index * n + s]) for group in groups for s in range(n))
-        request = Request(max_tokens, temperature, stop_ids, self._stop_strings(stop), on_finish)
+        request = Request(max_tokens, temperature, stop_ids, self._stop_strings(stop), on_finish, on_tokens)
         loop = DecodeLoop(self.paged, waiting, request, self.max_rows, self.look_every, self._step, hidden)
         results: dict[tuple[int, int], Completion] = {}
         try:
             for completion in loop.run():
                 results[completion.prompt, completion.sample] = completion
+                if self.on_completion and not prefix[completion.prompt]:
+                    self.on_completion()
         except BaseException:
             self.pool.release_all_but(before)
             raise

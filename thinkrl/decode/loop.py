@@ -48,6 +48,7 @@ class Request:
     stop_ids: Sequence[int]
     stops: StopStrings | None
     on_finish: Callable[[Completion, Pages], None] | None
+    on_tokens: Callable[[int, int, list[int]], None] | None = None
 
 
 @dataclass
@@ -270,6 +271,8 @@ class DecodeLoop:
         if self.may_end is not None:
             for place in self.ending[:n].nonzero().flatten().tolist():
                 self._match(place)
+        if self.request.on_tokens:
+            self._show_tokens()
         ended = self.done[:n].nonzero().flatten().tolist()
         if not ended:
             return
@@ -308,6 +311,12 @@ class DecodeLoop:
             row.stopped = True
             self.done[place] = True
             self.state.cursor[place] = start + found + 1 - len(row.tokens)
+
+    def _show_tokens(self) -> None:
+        """Hand every live row's tokens so far to `on_tokens`."""
+        for row, cursor in zip(self.rows, self.state.cursor[: len(self.rows)].tolist()):
+            new = self.tokens[row.slot * self.stride : cursor].tolist()
+            self.request.on_tokens(row.group.index, row.sample, row.tokens + new)
 
     def _read_back(self, places: list[int]) -> None:
         """Copy what these rows sampled since they were admitted, into Python lists."""
