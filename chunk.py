@@ -100,12 +100,11 @@ if __name__ == "__main__":  # before torch is imported
     OPTIONS = command_line("chunk.py", parse_options)
 
 import json
-import os
 import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -114,12 +113,13 @@ from thinkrl import arith, require_own_kernels
 from thinkrl.checkpoint import load_model
 from thinkrl.data import layouts, rows
 from thinkrl.data.problems import messages
-from thinkrl.distributed import World, from_main, raise_on_all_ranks, start, stop
+from thinkrl.distributed import World, from_main, start, stop, together
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.longshort import thoughts
 from thinkrl.longshort.conversation import Prompts, load_prompts
 from thinkrl.longshort.thoughts import Rejected, Thought
 from thinkrl.options import exit_with_error
+from thinkrl.parts import open_part, read_parts
 from thinkrl.runs import open_out, write_json
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -160,7 +160,7 @@ def chunk(options: Options, world: World) -> None:
 
     at_once = world.size * options.items_per_batch
     with (
-        open_part(folder, world) as part,
+        open_part(folder, world.rank) as part,
         tqdm(total=len(waiting), desc="chunk", unit="item", disable=not world.main) as bar,
     ):
 
@@ -177,19 +177,6 @@ def chunk(options: Options, world: World) -> None:
             bar.update(len(dealt))
     if world.main:
         merge(folder, len(items), prompts, options.plot)
-
-
-def together(function: Callable, *arguments):
-    """The function's result, when every rank has its own. A UserError of one rank is raised on all: nobody
-    waits for long.
-    """
-    result, error = None, ""
-    try:
-        result = function(*arguments)
-    except UserError as mistake:
-        error = str(mistake)
-    raise_on_all_ranks(error)
-    return result
 
 
 def load_items(options: Options) -> list[Item]:
@@ -393,26 +380,7 @@ def open_folder(folder: Path, settings: dict, world: World) -> set[int]:
     if not world.main:
         return set()
     open_out(folder, settings)
-    (folder / "parts").mkdir(exist_ok=True)
     return {line["id"] for line in read_parts(folder)}
-
-
-def open_part(folder: Path, world: World):
-    """This rank's part, to append to. A last line that a kill tore is cut off."""
-    path = folder / "parts" / f"rank_{world.rank}.jsonl"
-    written = path.read_bytes() if path.exists() else b""
-    part = path.open("a", encoding="utf-8")
-    os.truncate(path, written.rfind(b"\n") + 1)
-    return part
-
-
-def read_parts(folder: Path) -> Iterator[dict]:
-    """Finished items of all ranks; a torn last line is not one."""
-    for path in sorted((folder / "parts").glob("rank_*.jsonl")):
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)
 
 
 def merge(folder: Path, count: int, prompts: Prompts, draw: bool) -> None:

@@ -1,15 +1,19 @@
-"""Answer a prompt, or measure a policy:
+"""Answer a prompt, chat, measure a policy, or compare two:
 
+    python sample.py                                                              a chat, on a terminal
     torchrun --nproc_per_node=1 sample.py --prompt "374*6?"
-    torchrun --nproc_per_node=2 -- sample.py --data FILE --n 8 --temperature 1       "--", or torchrun reads --n itself
-    torchrun --nproc_per_node=1 sample.py --long DIR --short DIR --prompt "…"     a conversation of two policies
+    torchrun --nproc_per_node=2 -- sample.py --data FILE --n 8 --out DIR          "--", or torchrun reads --n itself
+    python sample.py --compare RUN_A RUN_B                                        runs, or folders of --out
 
-Prints accuracy, tokens (mean, max, share truncated), pass@k, maj@k and tokens per correct answer; for
-conversations also their turns, and with --base the Accuracy-Efficiency Score against that model on the same
-problems.
+--long DIR --short DIR instead of --model DIR: two policies, which answer in a conversation.
+
+--data prints accuracy with a 95 % interval, tokens, pass@k and maj@k, all and by level; with --budgets accuracy with
+thinking cut off; with --base the comparison with that model on the same problems. --out keeps every attempt: a killed
+evaluation goes on with the same command (thinkrl/tools/evaluation.py).
 """
 
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import asdict, dataclass, replace
 
 from thinkrl import UserError
 from thinkrl.options import command_line, group, option, parse_as
@@ -24,13 +28,16 @@ class Options:
     )
     long: str = option("", "folder of the long-thought policy: together with --short, a conversation")
     short: str = option("", "folder of the short-thought policy")
-    base: str = option(
-        "", "folder of a model to compare with on --data, asked in the same way: prints AES against it"
-    )
+    base: str = option("", "model to compare with on --data, asked in the same way")
     prompt: str = option("", "answer this and print it")
     data: str = option(
         "",
         "evaluate on: 'arith' or gym:TASK (held out) | FILE | hub:owner/name[:config][:split]; several joined by +",
+    )
+    compare: tuple = option(
+        (),
+        "two runs, RUN or RUN:before, or two folders of --out: differences, paired by problem, and AES",
+        words=2,
     )
     source: str = option(
         "",
@@ -56,58 +63,86 @@ class Options:
     temperature: float = option(
         1.0, "sampling temperature; 0 is greedy; if it is left out, as in training or 1", low=0
     )
+    budgets: str = option(
+        "",
+        "comma-separated: also measure accuracy with thinking cut off after so many tokens, the answer forced",
+    )
+    probe_prefix: str = option("", "text that forces an answer for --budgets; empty: the grading rule's")
+    probe_suffix: str = option("", "text that ends it; empty: the grading rule's")
     seed: int = option(42, "seed of every sampled token")
     device: str = option("auto", "device", ("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto", "compute dtype; auto: bfloat16 on CUDA, float32 on CPU", ("auto", "float32", "bfloat16")
     )
-    out: str = option("", "also write every completion on --data to this JSONL file")
+    out: str = option(
+        "", "folder for the attempts on --data and their summary (JSON, Markdown), or for that of --compare"
+    )
+
+
+# What an evaluation that goes on may change.
+FREE_TO_CHANGE = ("given", "prompt", "compare", "base", "out", "device")
 
 
 def parse_options(argv: list[str]) -> Options:
-    usage = "torchrun --nproc_per_node=N -- sample.py --prompt TEXT | --data FILE [--key value …]"
+    usage = "torchrun --nproc_per_node=N -- sample.py [--prompt TEXT | --data FILE | --compare A B] [--key value …]"
     options = parse_as(Options, argv, usage)
-    if bool(options.prompt) == bool(options.data):
-        raise UserError("give either --prompt TEXT or --data FILE")
-    if options.prompt and (options.base or options.out):
-        raise UserError("--base and --out are for --data FILE: an answer to --prompt is only printed")
+    tasks = [f"--{name}" for name in ("prompt", "data", "compare") if getattr(options, name)]
+    if len(tasks) > 1:
+        raise UserError(f"{' and '.join(tasks)}: give one of them")
+    if not tasks and not sys.stdin.isatty():
+        raise UserError(
+            "give --prompt TEXT, --data FILE or --compare A B; without them, a chat needs a terminal"
+        )
+    if tasks != ["--data"] and (options.base or options.budgets):
+        raise UserError("--base and --budgets are for --data FILE")
+    if options.out and tasks not in (["--data"], ["--compare"]):
+        raise UserError("--out is for --data FILE and --compare A B: an answer is only printed")
     if bool(options.long) != bool(options.short):
         raise UserError("a conversation needs both --long DIR and --short DIR")
+    if options.long and options.budgets:
+        raise UserError("--budgets cuts off the thinking of one policy: not of --long and --short")
+    budget_list(options)
     return options
+
+
+def budget_list(options: Options) -> list[int]:
+    """--budgets in ascending order."""
+    words = options.budgets.split(",") if options.budgets else []
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise UserError(
+            f"--budgets is '{options.budgets}': give positive numbers of tokens, such as 256,512,1024"
+        )
+    return sorted({int(word) for word in words})
 
 
 if __name__ == "__main__":  # before torch is imported
     OPTIONS = command_line("sample.py", parse_options)
 
 import gc
-import json
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from thinkrl import require_own_kernels
-from thinkrl.checkpoint import load_model, read_config
-from thinkrl.config import embedded
 from thinkrl.data.problems import held_out_problems, reading
-from thinkrl.distributed import World, gather, start, stop
-from thinkrl.evaluate import aes, summarise
-from thinkrl.learner import compute_dtype, model_path
+from thinkrl.distributed import World, start, stop, together
+from thinkrl.learner import model_path
 from thinkrl.longshort import protocol as longshort
-from thinkrl.longshort.conversation import shared_prompts
 from thinkrl.options import exit_with_error, shown
-from thinkrl.rollout import EVALUATION, read_sampling, rollout
-from thinkrl.sampler import Sampler
-from thinkrl.tokenizer import Tokenizer
-from thinkrl.types import Problem, Trajectory
+from thinkrl.rollout import read_sampling
+from thinkrl.runs import open_out, write_json
+from thinkrl.tools import evaluation, paired
+from thinkrl.tools.chat import chat, write
+from thinkrl.tools.policies import OnePolicy, TwoPolicies, limit, model_paths, question
+from thinkrl.types import Problem
+from thinkrl.visible import visible
 
-BATCH = 64  # problems per call, so that the bar moves
 
-
-Attempt = Callable[[list[Problem], int], list[Trajectory]]  # problems, n -> n attempts at each, contiguous
+def policy(options: Options, world: World) -> OnePolicy | TwoPolicies:
+    if options.long:
+        return TwoPolicies(options, world)
+    return OnePolicy(options, world, budget_list(options))
 
 
 def as_trained(options: Options, world: World) -> Options:
@@ -115,180 +150,102 @@ def as_trained(options: Options, world: World) -> Options:
     saved = read_sampling(model_path(options.long or options.model, "--long" if options.long else "--model"))
     taken = {key: value for key, value in saved.items() if key not in options.given and value != ""}
     if taken and world.main:
-        print(
-            "as in training:", *(f"--{key} {shown(value)}" for key, value in taken.items()), file=sys.stderr
-        )
+        said = visible(" ".join(f"--{key} {shown(value)}" for key, value in taken.items()))
+        print(f"as in training: {said}", file=sys.stderr)
     return replace(options, **taken)
 
 
-def policy(options: Options, world: World) -> Attempt:
-    return (
-        two_policies(options, world)
-        if options.long
-        else one_policy(model_path(options.model), options, world)
-    )
-
-
-def one_policy(path: Path, options: Options, world: World) -> Attempt:
-    tokenizer = Tokenizer(path)
-    sampler = Sampler(load_model(path, compute_dtype(options, world), world.device), tokenizer)
-
-    def attempt(problems: list[Problem], n: int) -> list[Trajectory]:
-        return rollout(
-            sampler,
-            tokenizer,
-            problems,
-            group_size=n,
-            max_tokens=limit(path, options),
-            seed=options.seed,
-            temperature=options.temperature,
-            address=(EVALUATION, 0),
-            system=options.system,
-            suffix=options.suffix,
-        )
-
-    return attempt
-
-
-def two_policies(options: Options, world: World) -> Attempt:
-    paths = {"long": model_path(options.long, "--long"), "short": model_path(options.short, "--short")}
-    tokenizers = {role: Tokenizer(path) for role, path in paths.items()}
-    longshort.require_same_tokenizer(tokenizers["long"], tokenizers["short"])
-    prompts = shared_prompts(options.prompts, *paths.values())
-    roles = {
-        role: longshort.RoleSampler(
-            Sampler(
-                load_model(path, compute_dtype(options, world), world.device),
-                tokenizers[role],
-                memory_share=0.4,
-            ),
-            options.temperature,
-            limit(path, options),
-            prompts,
-            options.suffix,
-        )
-        for role, path in paths.items()
-    }
-
-    def attempt(problems: list[Problem], n: int) -> list[Trajectory]:
-        return longshort.converse(
-            roles,
-            problems,
-            group_size=n,
-            max_turns=options.max_turns,
-            seed=options.seed,
-            address=(EVALUATION, 0),
-        )
-
-    return attempt
-
-
 def answer(options: Options, world: World) -> None:
-    """One prompt, n answers, as they came; a conversation turn by turn. Nothing is added to the prompt but
-    --suffix, or with --source the instruction of that grading rule.
-    """
-    source = options.source or ("arith" if embedded(options.long or options.model) else "math")
-    problem = Problem(0, options.prompt, "0", source, instruct=bool(options.source))
-    for t in policy(options, world)([problem], options.n) if world.main else []:
-        if options.long:
-            say(longshort.transcript(t, colour=sys.stdout.isatty()), f"\n[{t.tokens} tokens, {t.ended}]")
-        else:
-            say(f"{t.text}\n[{t.tokens} tokens, {t.turns[0].finish_reason}]")
+    """One prompt, n answers, as they came; a conversation turn by turn."""
+    for text in policy(options, world).answers(question(options, options.prompt)) if world.main else []:
+        say(text)
+
+
+def talk(options: Options, world: World) -> None:
+    if world.size > 1:
+        raise UserError("a chat is for one process: python sample.py")
+    write(f"{options.long or options.model}: /new begins again, Ctrl-D ends\n")
+    chat(policy(options, world).reply)
 
 
 def evaluate(options: Options, world: World) -> None:
     """Measure, print and write; then the same for --base, with no other model in memory."""
-    base = model_path(options.base, "--base") if options.base else None
-    if options.out and world.main:
-        require_writable(Path(options.out))
+    base = replace(options, model=options.base, long="", short="") if options.base else None
+    out = Path(options.out) if options.out else None
+    if base:
+        model_path(options.base, "--base")  # what would fail in the end fails now
     problems = held_out_problems(options.data, options.data, **reading(options))
-    problems = problems[:: max(1, len(problems) // (options.limit or len(problems)))][
-        : options.limit or len(problems)
-    ]
-    attempts = measure(policy(options, world), problems, options, world)
-    result = summarise(attempts)
-    if world.main:
-        if options.out:
-            Path(options.out).write_text("".join(json.dumps(record(t)) + "\n" for t in attempts))
-        print_numbers(result | (longshort.summary(attempts) if options.long else {}))
+    every = max(1, len(problems) // (options.limit or len(problems)))
+    problems = problems[::every][: options.limit or len(problems)]
+    records = measure(options, problems, world, out)
     if base:
         gc.collect()  # a sampler's layers refer to themselves: the first model is still there
         torch.cuda.empty_cache()
-        reference = summarise(measure(one_policy(base, options, world), problems, options, world))
+        others = measure(base, problems, world, out and out / "base")
         if world.main:
-            say(compared(result, reference, options.base))
+            show_comparison({"": paired.compare(records, others, (named(options), named(base)))}, out)
 
 
-def measure(attempt: Attempt, problems: list[Problem], options: Options, world: World) -> list[Trajectory]:
-    """n attempts at every problem, shared over the ranks; all of them on every rank."""
-    mine = [problems[i] for i in world.share(len(problems))]
-    attempts = []
-    for i in tqdm(
-        range(0, len(mine), BATCH), desc="evaluate", unit=f"×{BATCH} problems", disable=not world.main
-    ):
-        attempts += attempt(mine[i : i + BATCH], options.n)
-    return sum(gather(attempts), [])
+def measure(options: Options, problems: list[Problem], world: World, out: Path | None) -> list[dict]:
+    """The records of the attempts, see `evaluation.evaluate`; the main rank prints and writes what they say."""
+    paths = model_paths(options)
+    decisive = {key: value for key, value in asdict(options).items() if key not in FREE_TO_CHANGE}
+    decisive["max_tokens"] = limit(paths[0], options)
+    settings = evaluation.settings_of(decisive, problems, paths)
+    decoding = "sampled" if options.temperature else "greedy"
+    records = evaluation.evaluate(
+        problems, options.n, lambda: policy(options, world), world, out, settings, decoding
+    )
+    if world.main:
+        result = evaluation.summary(records)
+        if options.long:
+            result |= longshort.summary_of_records(records)
+        text = f"{visible(named(options))} on {visible(options.data)}\n\n{evaluation.tables(result)}"
+        say(text)
+        if out:
+            write_json(out / "summary.json", result)
+            (out / "summary.md").write_text(text + "\n", encoding="utf-8")
+    return records
 
 
-def compared(result: dict, base: dict, name: str) -> str:
-    if not base["accuracy"]:
-        return f"no AES: it is relative to the accuracy of --base {name}, which is 0 here"
-    score = aes(result["accuracy"], result["tokens"], base["accuracy"], base["tokens"])
-    return f"{'AES':<22} {score:.4g}   against {name}: accuracy {base['accuracy']:.3f}, tokens {base['tokens']:.1f}"
+def named(options: Options) -> str:
+    return f"{options.long} and {options.short}" if options.long else options.model
 
 
-def record(t: Trajectory) -> dict:
-    """A line of --out."""
-    line = {
-        "problem": t.problem.id,
-        "question": t.problem.question,
-        "gold": t.problem.answer,
-        "text": t.text,
-        "answer": t.answer,
-        "correct": t.correct,
-        "tokens": t.tokens,
-    }
-    if isinstance(t, longshort.Conversation):
-        turns = [{"role": turn.role, "text": text} for turn, text in zip(t.turns, t.texts)]
-        line |= {"turns": turns, "ended": t.ended}
-    return line
+def compare(options: Options, world: World) -> None:
+    out = Path(options.out) if options.out else None
+    if out:
+        together(open_out, out, {})
+    if world.main:
+        show_comparison(paired.compare_runs(*options.compare), out)
 
 
-def require_writable(file: Path) -> None:
-    """Raise UserError if --out could not be written: now, not when everything has been sampled."""
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(f"--out {file} cannot be written: give a file in a folder that exists")
+def show_comparison(results: dict[str, dict], out: Path | None) -> None:
+    """Print comparisons by decoding, and write them to comparison.json and comparison.md."""
+    text = "\n\n".join(f"{decoding}\n{paired.tables(result)}".strip() for decoding, result in results.items())
+    say(text)
+    if out:
+        write_json(out / "comparison.json", results)
+        (out / "comparison.md").write_text(text + "\n", encoding="utf-8")
 
 
-def say(*words: str) -> None:
+def say(text: str) -> None:
     """Print at once. A reader that has left, as `| head` does, is no mistake: nothing more is printed."""
     try:
-        print(*words, flush=True)
+        print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def print_numbers(result: dict, indent: str = "") -> None:
-    for name, value in result.items():
-        if isinstance(value, dict):
-            say(f"{indent}{name or 'all'}")
-            print_numbers(value, indent + "  ")
-        elif value is not None:
-            say(f"{indent}{name:<22} {value:.4g}")
-
-
-def limit(path: Path, options: Options) -> int:
-    """--max_tokens, or its default: what leaves half of the context to the prompt, at most 2048."""
-    return options.max_tokens or (
-        200 if embedded(str(path)) else min(2048, read_config(path).max_positions // 2)
-    )
 
 
 def main(options: Options) -> None:
     try:
         require_own_kernels()
         world = start(options.device)
-        (answer if options.prompt else evaluate)(as_trained(options, world), world)
+        if options.compare:
+            compare(options, world)
+        else:
+            task = answer if options.prompt else evaluate if options.data else talk
+            task(as_trained(options, world), world)
     except UserError as mistake:
         exit_with_error("sample.py", mistake)
     finally:

@@ -207,3 +207,16 @@ def raise_on_all_ranks(error: str) -> None:
     sentences = [s for s in gather(error) if s]
     if sentences:
         raise UserError(sentences[0])
+
+
+def together(function: Callable, *arguments: Any) -> Any:
+    """The function's result, when every rank has its own. A UserError of one rank is raised on all: nobody
+    waits for long.
+    """
+    result, error = None, ""
+    try:
+        result = function(*arguments)
+    except UserError as mistake:
+        error = str(mistake)
+    raise_on_all_ranks(error)
+    return result

@@ -24,7 +24,7 @@ its correction of that. What it trains is `single_exchange`: one long turn, one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -48,6 +48,7 @@ from thinkrl.longshort.conversation import (
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer, difference
 from thinkrl.types import Problem, Sample, Trajectory, Turn
+from thinkrl.visible import visible
 
 
 @dataclass
@@ -81,6 +82,8 @@ class RoleSampler:
     max_tokens: int  # of one turn
     prompts: Prompts = BUILT_IN
     suffix: str = ""  # text appended to every question
+    # called with the role and its turn's tokens so far, while it is written
+    on_tokens: Callable[[str, list[int]], None] | None = None
 
     def prompt(self, role: str, talk: Conversation) -> list[int]:
         """Ids of the role's next prompt. The row's own system message is not used: Γ takes its place."""
@@ -112,6 +115,7 @@ class RoleSampler:
             stop=STOPS[role],
             seed=seed,
             keys=keys,
+            on_tokens=self.on_tokens and (lambda _prompt, _sample, tokens: self.on_tokens(role, tokens)),
         )
         sampled = [(prompt, completion) for prompt, group in zip(prompts, groups) for completion in group]
         for talk, (prompt, c) in zip(talks, sampled, strict=True):
@@ -341,11 +345,25 @@ def summary(talks: Sequence[Conversation]) -> dict:
     """Numbers that conversations add to `evaluate.summarise`: exchanges (min, mean, max), tokens by role, how
     they ended.
     """
-    count, turns = len(talks), exchanges(talks)
-    ends = [talk.ended for talk in talks]
+    return _summary(
+        [([(turn.role, len(turn.completion)) for turn in talk.turns], talk.ended) for talk in talks]
+    )
+
+
+def summary_of_records(records: Iterable[dict]) -> dict:
+    """The same from `held_out_record`."""
+    return _summary([([(turn["role"], turn["tokens"]) for turn in r["turns"]], r["ended"]) for r in records])
+
+
+def _summary(talks: Sequence[tuple[list[tuple[str, int]], str]]) -> dict:
+    """Of each conversation (role, tokens) of its turns, and how it ended."""
+    count = len(talks)
+    turns = [sum(role == "long" for role, _ in talk) for talk, _ in talks]
+    tokens = {own: sum(n for talk, _ in talks for role, n in talk if role == own) for own in ROLES}
+    ends = [ended for _, ended in talks]
     return {
         "turns": {"min": min(turns), "mean": sum(turns) / count, "max": max(turns)},
-        **{f"{role}_tokens": sum(own_tokens(talk, role) for talk in talks) / count for role in ROLES},
+        **{f"{role}_tokens": total / count for role, total in tokens.items()},
         "ended": {end: ends.count(end) / count for end in ("answered", "malformed", "turns", "context")},
     }
 
@@ -353,10 +371,18 @@ def summary(talks: Sequence[Conversation]) -> dict:
 _COLOURS = {"long": "\033[36m", "short": "\033[33m"}
 
 
+def heading(role: str, colour: bool) -> str:
+    """What stands before a role's words; coloured, they stay in its colour until `RESET`."""
+    return f"{_COLOURS[role]}{role}\n" if colour else f"{role}\n"
+
+
+RESET = "\033[0m"
+
+
 def transcript(talk: Conversation, colour: bool = True) -> str:
     """A conversation to be printed: question, then a heading and the text of every turn, roles coloured."""
-    parts = [talk.problem.question]
+    parts = [visible(talk.problem.question)]
     for turn, text in zip(talk.turns, talk.texts):
-        part = f"{turn.role} ({len(turn.completion)} tokens)\n{text}"
-        parts.append(f"{_COLOURS[turn.role]}{part}\033[0m" if colour else part)
+        part = f"{turn.role} ({len(turn.completion)} tokens)\n{visible(text)}"
+        parts.append(f"{_COLOURS[turn.role]}{part}{RESET}" if colour else part)
     return "\n\n".join(parts)
