@@ -198,7 +198,7 @@ class Sampler:
         try:
             for completion in loop.run():
                 results[completion.prompt, completion.sample] = completion
-                if self.on_completion and not prefix[completion.prompt]:
+                if self.on_completion and not groups[completion.prompt].source:
                     self.on_completion()
         except BaseException:
             self.pool.release_all_but(before)
