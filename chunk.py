@@ -114,13 +114,14 @@ from thinkrl.checkpoint import load_model
 from thinkrl.data import layouts, rows
 from thinkrl.data.problems import messages
 from thinkrl.distributed import World, from_main, start, stop, together
+from thinkrl.files import write_json
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.longshort import thoughts
 from thinkrl.longshort.conversation import Prompts, load_prompts
 from thinkrl.longshort.thoughts import Rejected, Thought
 from thinkrl.options import exit_with_error
 from thinkrl.parts import open_part, read_parts
-from thinkrl.runs import open_out, write_json
+from thinkrl.runs import open_out
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem
@@ -249,7 +250,7 @@ def with_room(problem: Problem, chain: list[Thought], tools: Tools, options: Opt
     """The chain, if it leaves room for its rollouts. Raises Rejected."""
     sampler = tools.sampler
     context = sampler.model.config.max_positions
-    thoughts.require_room(problem, chain, sampler.tokenizer, context, options.max_tokens, options.suffix)
+    thoughts.require_chain(problem, chain, sampler.tokenizer, context, options.max_tokens, options.suffix)
     return chain
 
 

@@ -8,7 +8,7 @@ import torch
 from thinkrl.distributed import global_sum
 from thinkrl.learner import model_path, new_actor
 from thinkrl.presets import Preset
-from thinkrl.rollout import TRAINING, require_room, rollout
+from thinkrl.rollout import TRAINING, prompt_ids, require_room, rollout
 from thinkrl.tokenizer import Tokenizer
 
 
@@ -20,7 +20,8 @@ class Reinforce(Preset):
 
     def require_room(self, problems, training):
         c, context = self.config, self.learners["policy"].policy.config.max_positions
-        require_room(problems, self.tokenizer, context, c.max_tokens, c.system, c.suffix)
+        prompts = [prompt_ids(problem, self.tokenizer, c.system, c.suffix) for problem in problems]
+        require_room(problems, prompts, context, c.max_tokens)
 
     def begin_step(self, step):
         return self.learners["policy"]

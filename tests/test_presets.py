@@ -529,7 +529,7 @@ def test_the_partners_opening_turn_must_fit_too(world):
     """It is first sampled in the first round of the short role: hundreds of steps into a run."""
     pair = pair_of(world, "--partner_max_tokens", "1020")  # of 1024
     pair.require_room(SIX, training=False)
-    with pytest.raises(UserError, match="a turn of 1020 exceed .* of 1024; lower --partner_max_tokens"):
+    with pytest.raises(UserError, match="1020 more, .* exceed .* of 1024; lower --partner_max_tokens"):
         pair.require_room(SIX, training=True)
     pair_of(world, "--rounds", "L", "--partner_max_tokens", "1020").require_room(SIX, training=True)
 

@@ -16,7 +16,6 @@ Whatever is written appears by a rename, whole or not at all; `latest` moves las
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -40,6 +39,7 @@ from torch.optim import Optimizer
 
 from thinkrl import UserError
 from thinkrl.distributed import whole
+from thinkrl.files import read_json, write_json
 from thinkrl.model import ModelConfig, Transformer
 
 Layout = dict[
@@ -330,22 +330,6 @@ def _rank() -> int:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: file not found") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: a JSON object is expected, not a {type(content).__name__}")
-    return content
 
 
 def tensor_files(path: Path) -> dict[str, Path]:

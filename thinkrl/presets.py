@@ -29,7 +29,7 @@ from thinkrl.grpo import gdpo_advantages, group_advantages
 from thinkrl.learner import Actor, learning_rate, model_path, new_actor
 from thinkrl.metrics import Tally
 from thinkrl.rewards import each, load_rewards, require_columns, weighted_sum
-from thinkrl.rollout import TRAINING, require_room, rollout, sampling_file
+from thinkrl.rollout import TRAINING, prompt_ids, require_room, rollout, sampling_file
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample, Trajectory
 
@@ -77,20 +77,7 @@ class Preset(Protocol[T]):
 
     def samples(self, trajectories: Sequence[T], advantages: Sequence[Tensor], step: int) -> list[Sample]:
         """The (prompt, completion) pairs that enter the loss: all turns, unless a method says otherwise."""
-        samples = []
-        for t, advantage in zip(trajectories, advantages, strict=True):
-            parts = advantage.split([len(turn.completion) for turn in t.turns])
-            samples += [
-                Sample(
-                    turn.prompt,
-                    turn.completion,
-                    part,
-                    torch.tensor(turn.logprobs),
-                    f"{t.problem.id}/{t.sample}",
-                )
-                for turn, part in zip(t.turns, parts)
-            ]
-        return samples
+        return turn_samples(trajectories, advantages)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of this step."""
@@ -122,6 +109,23 @@ class Preset(Protocol[T]):
         """Take what `state_dict` returned; {} at the start of a new run."""
 
 
+def turn_samples(
+    trajectories: Sequence[Trajectory], advantages: Sequence[Tensor], role: str = ""
+) -> list[Sample]:
+    """Every turn, or every turn of one role, as a (prompt, completion) sample.
+
+    advantages: per trajectory, one value per token of these turns in order, [tokens] fp32.
+    """
+    samples = []
+    for t, advantage in zip(trajectories, advantages, strict=True):
+        own = [(i, turn) for i, turn in enumerate(t.turns) if role in ("", turn.role)]
+        parts = advantage.split([len(turn.completion) for _, turn in own]) if own else []
+        for (i, turn), part in zip(own, parts):
+            logprobs, place = torch.tensor(turn.logprobs), f"{t.problem.id}/{t.sample}/{i}"
+            samples.append(Sample(turn.prompt, turn.completion, part, logprobs, place))
+    return samples
+
+
 class OnePolicy(Preset[T]):
     """The part that Grpo and L2T share: one policy, whose attempts are single completions."""
 
@@ -136,9 +140,8 @@ class OnePolicy(Preset[T]):
     def require_room(self, problems: list[Problem], training: bool, more: int = 0) -> None:
         """Raise UserError if a problem, its completion and `more` tokens exceed the model's context."""
         c, model = self.config, self.learners["policy"].policy
-        require_room(
-            problems, self.tokenizer, model.config.max_positions, c.max_tokens + more, c.system, c.suffix
-        )
+        prompts = [prompt_ids(problem, self.tokenizer, c.system, c.suffix) for problem in problems]
+        require_room(problems, prompts, model.config.max_positions, c.max_tokens + more)
         if training:
             require_columns(self.rewards, problems)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from thinkrl import UserError
 from thinkrl.config import Config, readers
 from thinkrl.data.problems import messages
+from thinkrl.files import read_json
 from thinkrl.grading import extract, grade
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -35,8 +36,7 @@ def sampling_file(config: Config) -> dict[str, str]:
 
 def read_sampling(folder: Path) -> dict:
     """What `sampling_file` wrote beside a policy's weights; {} for a model that was not trained here."""
-    path = folder / SAMPLING_FILE
-    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    values = read_json(folder / SAMPLING_FILE, missing={})
     return {key: values[key] for key in SAMPLING_KEYS if key in values}
 
 
@@ -45,17 +45,20 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer, system: str = "", suffix:
 
 
 def require_room(
-    problems: list[Problem], tokenizer: Tokenizer, context: int, max_tokens: int, system: str, suffix: str
+    problems: Sequence[Problem],
+    prompts: Sequence[list[int]],
+    context: int,
+    max_tokens: int,
+    option: str = "--max_tokens",
 ) -> None:
-    """Raise UserError before the first step if a prompt leaves no room for a completion in the model's
-    context.
+    """Raise UserError before the first step if a problem's prompt leaves no room for max_tokens more in the model's
+    context. option: the one that sets them.
     """
-    for problem in problems:
-        length = len(prompt_ids(problem, tokenizer, system, suffix))
-        if length + max_tokens > context:
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if len(prompt) + max_tokens > context:
             raise UserError(
-                f"problem {problem.id} (counted from 0): a prompt of {length} tokens and {max_tokens} more "
-                f"(--max_tokens, probe) exceed the model's context of {context}; lower --max_tokens, or leave it out"
+                f"problem {problem.id} (counted from 0): a prompt of {len(prompt)} tokens and {max_tokens} more, sampled "
+                f"or probed, exceed the model's context of {context}; lower {option}, or leave the problem out"
             )
 
 

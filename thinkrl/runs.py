@@ -29,6 +29,7 @@ import torch
 from thinkrl import UserError, __version__
 from thinkrl.config import Config, as_dict
 from thinkrl.distributed import World, from_main, raise_on_all_ranks
+from thinkrl.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent  # where train.py lies
 FREE_TO_CHANGE = {
@@ -152,12 +153,6 @@ def differing(saved: dict, now: dict) -> list[str]:
     return [
         f"{key} {saved.get(key)!r}, now {value!r}" for key, value in now.items() if saved.get(key) != value
     ]
-
-
-def write_json(path: Path, value) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def _choose(config: Config, ignored: Set[str] = frozenset()) -> tuple[Path, bool]:

@@ -29,6 +29,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from thinkrl import UserError
+from thinkrl.files import read_json
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FILES = (
@@ -65,8 +66,8 @@ class Tokenizer:
             raise UserError(f"{file}: not a readable tokenizer ({error})") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._config = _read_json(self.path / "tokenizer_config.json")
-        named = _read_json(self.path / "special_tokens_map.json") | self._config
+        self._config = read_json(self.path / "tokenizer_config.json", missing={})
+        named = read_json(self.path / "special_tokens_map.json", missing={}) | self._config
         self.special: dict[str, str] = {}
         for name in SPECIAL_NAMES:
             token = named.get(name)
@@ -96,7 +97,7 @@ class Tokenizer:
         """All ids that end a completion: generation_config.json's, config.json's and the tokenizer's own."""
         ids = set()
         for file in ("generation_config.json", "config.json"):
-            listed = _read_json(self.path / file).get("eos_token_id")
+            listed = read_json(self.path / file, missing={}).get("eos_token_id")
             ids.update(listed if isinstance(listed, list) else [listed])
         ids.add(self._tokenizer.token_to_id(self.special.get("eos_token", "")))
         return sorted(ids - {None})
@@ -300,19 +301,6 @@ class IncrementalText:
         left = self.tokenizer.continuation(self._pending)[self._given :]
         self._pending, self._given = [], 0
         return left
-
-
-def _read_json(file: Path) -> dict:
-    """A JSON object, empty if there is no such file."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: a JSON object is expected, not a {type(content).__name__}")
-    return content
 
 
 class _Generation(jinja2.ext.Extension):

@@ -111,7 +111,7 @@ def descend(
     if not math.isfinite(total + grad_norm):
         suspects = gather([i for p, loss in zip(packs, losses) if not loss.isfinite() for i in p.ids])
         raise Diverged(
-            f"loss {total}, gradient norm {grad_norm}; samples (problem/sample) of the rows that are not finite: "
+            f"loss {total}, gradient norm {grad_norm}; samples (problem/sample/turn) of the rows that are not finite: "
             f"{sum(suspects, []) or 'none, only the gradient'}; nothing was saved over the last checkpoint"
         )
     for parameters in learner.optimizer.param_groups:

@@ -23,10 +23,9 @@ from thinkrl.longshort.protocol import (
     exchanges,
     format_reward,
     length_reward,
-    own_samples,
+    opening_prompts,
     own_tokens,
     pair_name,
-    require_room,
     require_same_tokenizer,
     role_rewards,
     round_at,
@@ -35,6 +34,8 @@ from thinkrl.longshort.protocol import (
     transcript,
 )
 from thinkrl.metrics import Tally
+from thinkrl.presets import turn_samples
+from thinkrl.rollout import require_room
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Turn, pack
@@ -160,7 +161,7 @@ def test_never_answers():
 def test_a_malformed_thought_ends_the_conversation(text):
     [t] = talk(Scripted([text]), Scripted())
     assert (len(t.turns), t.ended, t.outcome_reward) == (1, "malformed", 0.0)
-    assert own_samples([t], "short", [torch.zeros(0)]) == []
+    assert turn_samples([t], [torch.zeros(0)], "short") == []
 
 
 @pytest.mark.parametrize(
@@ -277,7 +278,7 @@ def test_only_own_turns_enter_the_loss():
     for role, turns in (("long", (0, 2)), ("short", (1, 3))):
         n = own_tokens(t, role)
         assert n == sum(len(t.turns[i].completion) for i in turns)
-        samples = own_samples([t], role, [torch.arange(1.0, n + 1)])
+        samples = turn_samples([t], [torch.arange(1.0, n + 1)], role)
         assert [s.id for s in samples] == [f"5/0/{i}" for i in turns]
         [row] = pack(samples, budget=1000)
         assert row.mask.sum() == n and row.advantage.sum() == n * (n + 1) / 2
@@ -422,12 +423,13 @@ def test_length_reward_is_bounded_and_ordered():
 def test_a_question_without_room_is_named_before_the_first_step(tiny):
     problems = [Problem(3, "2*3?", "6"), Problem(4, "1" * 90, "1")]
     prompts = Prompts("<|long|>", "<|short|>", joiner="")
-    require_room(problems, tiny.tokenizer, 140, 40, prompts)
+    asked = opening_prompts(problems, tiny.tokenizer, prompts)
+    require_room(problems, asked, 140, 40)
     with pytest.raises(
         UserError,
-        match=r"problem 4 \(counted from 0\): an opening prompt of \d+ tokens and a turn of 40 exceed",
+        match=r"problem 4 \(counted from 0\): a prompt of \d+ tokens and 40 more, sampled or probed, exceed",
     ):
-        require_room(problems, tiny.tokenizer, 100, 40, prompts)
+        require_room(problems, asked, 100, 40)
 
 
 @pytest.mark.parametrize(
@@ -437,6 +439,7 @@ def test_a_question_without_room_is_named_before_the_first_step(tiny):
 def test_an_opening_prompt_may_leave_exactly_one_turn(source, suffix, length):
     """ "(L\\nq)" has 5 characters; what follows the question stands on a line of its own."""
     problems = [Problem(0, "q", "4", source)]
-    require_room(problems, Letters(), length + 40, 40, PROMPTS, suffix)
-    with pytest.raises(UserError, match=f"an opening prompt of {length} tokens"):
-        require_room(problems, Letters(), length + 39, 40, PROMPTS, suffix)
+    prompts = opening_prompts(problems, Letters(), PROMPTS, suffix)
+    require_room(problems, prompts, length + 40, 40)
+    with pytest.raises(UserError, match=f"a prompt of {length} tokens"):
+        require_room(problems, prompts, length + 39, 40)

@@ -22,7 +22,7 @@ from thinkrl.longshort.thoughts import (
     importance,
     label,
     read_blocks,
-    read_json,
+    repair_json,
     runs,
     segments,
 )
@@ -199,7 +199,7 @@ def test_reads_what_json_writes(value):
         and value
         and not any(mark in json.dumps(value) for mark in (",]", ",}", ", ]", ", }"))
     ):
-        assert read_json(f"Sure:\n```json\n{json.dumps(value, indent=1)}\n```") == value
+        assert repair_json(f"Sure:\n```json\n{json.dumps(value, indent=1)}\n```") == value
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_reads_what_json_writes(value):
     ],
 )
 def test_forgives(text, value):
-    assert read_json(text) == value
+    assert repair_json(text) == value
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_forgives(text, value):
 )
 def test_gives_up(text):
     with pytest.raises(Rejected):
-        read_json(text)
+        repair_json(text)
 
 
 # An instruct model that answers from a script
@@ -462,14 +462,14 @@ def test_a_cut_continuation_is_graded_by_what_it_says_itself(tiny):
 
 def test_chains_that_cannot_be_rolled_out(tiny):
     problem, chain = Problem(3, "24*3?", "72", "arith"), thoughts.tags(RESPONSE)
-    thoughts.require_room(problem, chain, tiny.tokenizer, context=100, max_tokens=40)
+    thoughts.require_chain(problem, chain, tiny.tokenizer, context=100, max_tokens=40)
     for bad, context, reason in [
         (chain[:1], 100, "one thought"),
         ([], 100, "no thought"),
         (chain, 60, "no room for 40"),
     ]:
         with pytest.raises(Rejected, match=reason):
-            thoughts.require_room(problem, bad, tiny.tokenizer, context, max_tokens=40)
+            thoughts.require_chain(problem, bad, tiny.tokenizer, context, max_tokens=40)
 
 
 def test_a_rollout_may_end_at_the_last_place_of_the_context(tiny):
@@ -477,9 +477,9 @@ def test_a_rollout_may_end_at_the_last_place_of_the_context(tiny):
     length = len(prompt_ids(problem, tiny.tokenizer)) + sum(
         len(tiny.tokenizer.encode(t.prefix)) for t in chain
     )
-    thoughts.require_room(problem, chain, tiny.tokenizer, length + 40, 40)
+    thoughts.require_chain(problem, chain, tiny.tokenizer, length + 40, 40)
     with pytest.raises(Rejected, match=f"have {length} tokens: no room for 40"):
-        thoughts.require_room(problem, chain, tiny.tokenizer, length + 39, 40)
+        thoughts.require_chain(problem, chain, tiny.tokenizer, length + 39, 40)
 
 
 def test_plot(tmp_path):

@@ -25,7 +25,7 @@ from thinkrl.l2t.episodes import segment
 from thinkrl.l2t.prm import StepRewardModel, new_prm, save_prm
 from thinkrl.learner import Learner, compute_dtype, learning_rate, model_path, new_optimizer
 from thinkrl.metrics import Tally
-from thinkrl.rollout import LABELS, TRAINING, require_room, rollout
+from thinkrl.rollout import LABELS, TRAINING, prompt_ids, require_room, rollout
 from thinkrl.runs import Run
 from thinkrl.sampler import Sampler
 from thinkrl.session import Session, require_enough
@@ -49,14 +49,10 @@ def train(config: Config, world: World, report: Callable[[Path], object] | None 
     policy = Sampler(
         model, tokenizer, config.kv_pages or None, max_rows=config.max_rows, cuda_graphs=config.cuda_graphs
     )
-    require_room(
-        stream.preview(config.problems_per_step),
-        tokenizer,
-        policy.model.config.max_positions,
-        2 * config.max_tokens,  # a prefix of a completion, and its continuation
-        config.system,
-        config.suffix,
-    )
+    first = stream.preview(config.problems_per_step)
+    prompts = [prompt_ids(problem, tokenizer, config.system, config.suffix) for problem in first]
+    more = 2 * config.max_tokens  # a prefix of a completion, and its continuation
+    require_room(first, prompts, model.config.max_positions, more)
     learner = new_learner(config, world, tokenizer)
     session = Session(config, world, {"prm": learner}, export=save_prm, report=report)
     for step in session.steps():

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Protocol
 
 from thinkrl import UserError
+from thinkrl.files import read_json
 
 ROLES = ("long", "short")
 THINK, THOUGHT = "<think>", "</think>"
@@ -138,12 +139,9 @@ def load_prompts(path: str | Path = "", folder: str | Path = "") -> Prompts:
         if path:
             raise UserError(f"--prompts {file}: no such file")
         return BUILT_IN
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
+    content = read_json(file)
     known = [f.name for f in fields(Prompts)]
-    if not isinstance(content, dict) or not set(ROLES) <= content.keys() <= set(known):
+    if not set(ROLES) <= content.keys() <= set(known):
         raise UserError(
             f"{file}: an object with the texts 'long', 'short' and, if wanted, 'joiner', 'chunk' and 'complete' "
             "is expected"

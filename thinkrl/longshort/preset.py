@@ -18,18 +18,17 @@ from thinkrl.longshort.protocol import (
     Round,
     converse,
     exchanges,
-    own_samples,
+    opening_prompts,
     own_tokens,
     pair_name,
-    require_room,
     require_same_tokenizer,
     role_rewards,
     round_at,
     summary,
 )
 from thinkrl.metrics import Tally
-from thinkrl.presets import Preset, grpo_advantages
-from thinkrl.rollout import TRAINING, sampling_file
+from thinkrl.presets import Preset, grpo_advantages, turn_samples
+from thinkrl.rollout import TRAINING, require_room, sampling_file
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample
 
@@ -64,10 +63,9 @@ class LongShort(Preset[Conversation]):
         """
         c, sampler = self.config, self.learners["long"].sampler
         context = sampler.model.config.max_positions
+        prompts = opening_prompts(problems, sampler.tokenizer, self.prompts, c.suffix)
         for option in ("max_tokens", "partner_max_tokens")[: 2 if training and "S" in c.rounds else 1]:
-            require_room(
-                problems, sampler.tokenizer, context, c[option], self.prompts, c.suffix, f"--{option}"
-            )
+            require_room(problems, prompts, context, c[option], f"--{option}")
 
     def begin_step(self, step: int) -> Actor:
         """The learner of the round's role; its reference is the policy as the round began. LS Eq. 7, 8
@@ -147,7 +145,7 @@ class LongShort(Preset[Conversation]):
     def samples(
         self, trajectories: Sequence[Conversation], advantages: Sequence[Tensor], step: int
     ) -> list[Sample]:
-        return own_samples(trajectories, self.at(step).role, advantages)
+        return turn_samples(trajectories, advantages, self.at(step).role)  # LS Eq. 7, 8
 
     def attempt(
         self, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...]

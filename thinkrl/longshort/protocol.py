@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-import torch
 from torch import Tensor
 
 from thinkrl import UserError
@@ -47,7 +46,7 @@ from thinkrl.longshort.conversation import (
 )
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer, difference
-from thinkrl.types import Problem, Sample, Trajectory, Turn
+from thinkrl.types import Problem, Trajectory, Turn
 from thinkrl.visible import visible
 
 
@@ -186,25 +185,12 @@ def _grade(talk: Conversation) -> None:
     talk.outcome_reward = talk.reward = float(grade(closing, talk.problem.answer, source))
 
 
-def require_room(
-    problems: Sequence[Problem],
-    tokenizer: Tokenizer,
-    context: int,
-    max_tokens: int,
-    prompts: Prompts = BUILT_IN,
-    suffix: str = "",
-    option: str = "--max_tokens",
-) -> None:
-    """Raise UserError before the first step if a question leaves no room for the opening turn in the
-    model's context. option: the one that set max_tokens.
-    """
-    for problem in problems:
-        length = len(build("long", messages(problem, suffix=suffix)[-1]["content"], [], tokenizer, prompts))
-        if length + max_tokens > context:
-            raise UserError(
-                f"problem {problem.id} (counted from 0): an opening prompt of {length} tokens and a turn of "
-                f"{max_tokens} exceed the model's context of {context}; lower {option}, or leave it out"
-            )
+def opening_prompts(
+    problems: Sequence[Problem], tokenizer: Tokenizer, prompts: Prompts = BUILT_IN, suffix: str = ""
+) -> list[list[int]]:
+    """Ids of the long role's first prompt in each problem's conversations."""
+    questions = [messages(problem, suffix=suffix)[-1]["content"] for problem in problems]
+    return [build("long", question, [], tokenizer, prompts) for question in questions]
 
 
 def require_same_tokenizer(long: Tokenizer, short: Tokenizer) -> None:
@@ -281,28 +267,6 @@ def role_rewards(
 
 def own_tokens(talk: Trajectory, role: str) -> int:
     return sum(len(turn.completion) for turn in talk.turns if turn.role == role)
-
-
-def own_samples(talks: Sequence[Trajectory], role: str, advantages: Sequence[Tensor]) -> list[Sample]:
-    """Every turn of the trained role as a (prompt, completion) sample. LS Eq. 7, 8
-
-    advantages: per conversation, one value per token of its own turns in order, [own tokens] fp32.
-    """
-    samples = []
-    for talk, advantage in zip(talks, advantages, strict=True):
-        own = [(i, turn) for i, turn in enumerate(talk.turns) if turn.role == role]
-        parts = advantage.split([len(turn.completion) for _, turn in own]) if own else []
-        samples += [
-            Sample(
-                turn.prompt,
-                turn.completion,
-                part,
-                torch.tensor(turn.logprobs),
-                f"{talk.problem.id}/{talk.sample}/{i}",
-            )
-            for (i, turn), part in zip(own, parts)
-        ]
-    return samples
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ numbers printed in the paper's Figure 4. Lengths are tokens. Since T1(n) = 0 and
 two or more is always short, so a conversation begins long and ends short. Unlike the released chunker, every
 step must be covered: it drops the tail.
 
-Model text is read by `read_json`: repaired JSON, never `eval`.
+Model text is read by `repair_json`: repaired JSON, never `eval`.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def chunk_by_model(
     requests = [chunk_request(problem.question, s, prompts) for problem, s in zip(problems, steps)]
 
     def read(i: int, text: str) -> list[Thought]:
-        return read_blocks(read_json(text), steps[i])
+        return read_blocks(repair_json(text), steps[i])
 
     return _ask(sampler, tokenizer, requests, read, problems, CHUNKING, max_tokens, temperature, seed)
 
@@ -321,7 +321,7 @@ def token_lengths(thoughts: Sequence[Thought], tokenizer: Tokenizer) -> list[int
     return [len(tokenizer.encode(thought.text)) for thought in thoughts]
 
 
-def require_room(
+def require_chain(
     problem: Problem,
     thoughts: Sequence[Thought],
     tokenizer: Tokenizer,
@@ -409,7 +409,7 @@ def complete_by_model(
 
     def read(i: int, text: str) -> list[str]:
         parts = runs(labels[i])
-        written = iter(read_completion(read_json(text), sum(role == "short" for role, _ in parts)))
+        written = iter(read_completion(repair_json(text), sum(role == "short" for role, _ in parts)))
         return [
             STEP.join(chains[i][j].text for j in indices) if role == "long" else next(written)
             for role, indices in parts
@@ -454,7 +454,7 @@ _SINGLE_QUOTED = re.compile(r"(?<=[{\[,:\s])'((?:[^'\\]|\\.|'(?!\s*[,:}\]]))*)'(
 _STARTS = 20  # brackets from which reading is tried
 
 
-def read_json(text: str) -> dict | list:
+def repair_json(text: str) -> dict | list:
     r"""The first JSON object or list that is not empty in a model's answer. Raises Rejected if there is none.
 
     Forgives what models do: words and fences around it, trailing commas, line breaks in strings, LaTeX with

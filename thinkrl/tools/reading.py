@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thinkrl import UserError
+from thinkrl.files import read_lines
 from thinkrl.learner import model_path
 from thinkrl.tokenizer import Tokenizer
 
@@ -82,7 +83,7 @@ class TrainingRun:
 
     def held_out(self) -> Iterator[dict]:
         """The rows of evaluations.jsonl: one completion of a held-out problem each."""
-        return lines(self.path / "evaluations.jsonl")
+        return read_lines(self.path / "evaluations.jsonl")
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -127,7 +128,7 @@ def open_folders(paths: list[Path]) -> list[TrainingRun | Chains]:
 def open_run(path: Path, name: str) -> TrainingRun:
     config, summary = _json(path / "config.json", {}), _json(path / "summary.json", {})
     launches = _json(path / "environment.json", [])
-    return TrainingRun(path, name, config, list(lines(path / "metrics.jsonl")), summary, launches)
+    return TrainingRun(path, name, config, list(read_lines(path / "metrics.jsonl")), summary, launches)
 
 
 def open_chains(path: Path, name: str) -> Chains:
@@ -147,15 +148,6 @@ def _names(paths: list[Path]) -> list[str]:
     resolved = [path.resolve() for path in paths]
     alone = len({path.name for path in resolved}) == len(resolved)
     return [path.name if alone else f"{path.parent.name}/{path.name}" for path in resolved]
-
-
-def lines(path: Path) -> Iterator[dict]:
-    """The rows of a .jsonl file. A last line that is still being written is left out."""
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)
 
 
 def _json(path: Path, otherwise):

@@ -1,0 +1,42 @@
+"""JSON files: read with one sentence about what is wrong, written all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from thinkrl import UserError
+
+
+def read_json(file: Path, missing: dict | None = None) -> dict:
+    """The JSON object of a file; `missing`, if given, where there is no such file. Raises UserError naming the file."""
+    if missing is not None and not file.exists():
+        return missing
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: file not found") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: a JSON object is expected, not a {type(content).__name__}")
+    return content
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write under a temporary name, then rename: a reader never sees half a file."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, file)
+
+
+def read_lines(file: Path) -> Iterator[dict]:
+    """The rows of a .jsonl file, none if there is no such file. A last line that is not finished is left out."""
+    if file.exists():
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.endswith("\n"):
+                    yield json.loads(line)
