@@ -3,12 +3,12 @@
     torchrun --nproc_per_node=8 chunk.py --data FILE.jsonl --model DIR --out DIR [--key value …]
 
 A row is {"problem", "solution", "answer", "response"}; "question" stands for "problem" and "thought" for
-"response". A JSON list in the layout of OpenMath-ThoughtChunk is read too, with the blocks it brings. `--data
+"response". A JSON list in the layout of OpenMath-ThoughtChunk is read too, with the blocks it has. `--data
 arith` takes the built-in chains.
 
 In the folder --out:
 
-    config.json          what items are made with, from the first one on; the command that continues must bring the same
+    config.json          what items are made with, from the first one on; the command that continues must have the same
     parts/rank_R.jsonl   finished items, appended one by one: what a killed run is continued from, at any number of ranks
     annotated.json       every usable item: thoughts, accuracies behind each, importance, labels, segments
     long.json short.json alpaca rows for `train.py sft`
@@ -174,7 +174,7 @@ def chunk(options: Options, world: World) -> None:
             dealt = waiting[at : at + at_once]
             together(
                 work, dealt[world.rank :: world.size]
-            )  # dealt one by one: neighbours in a file are often alike
+            )  # dealt one by one: adjacent rows of a file are often alike
             bar.update(len(dealt))
     if world.main:
         merge(folder, len(items), prompts, options.plot)
@@ -194,7 +194,7 @@ def load_items(options: Options) -> list[Item]:
     def item(fields: rows.Fields) -> list[Item]:
         problem = layouts.problem(
             fields, options.source, shuffle=False
-        )  # the chain speaks of the row's order
+        )  # the chain names the options in the row's order
         response = fields.text("thought", "response")
         if not response:
             raise fields.error(
@@ -335,7 +335,7 @@ def line(item: Item, measured: dict, asked: str, talk: list[str] | Rejected) -> 
 
 
 def cut(by_id: dict[int, Item], tools: Tools, options: Options) -> dict[int, list[Thought] | Rejected]:
-    """The thoughts of each chain. A row that brings usable blocks is not chunked again."""
+    """The thoughts of each chain. A row that has usable blocks is not chunked again."""
     if options.chunker != "llm":
         split = {"paragraphs": thoughts.paragraphs, "tags": thoughts.tags}[options.chunker]
         return {i: attempt(split, item.response) for i, item in by_id.items()}

@@ -168,7 +168,7 @@ def _ghost_kernel(
 
 # Fixed tiles: tuning at run time would change the rounding from run to run. In 16 bits | in fp32, whose exact
 # products have no tensor cores and must keep their sums in fewer registers | in the interpreter, where small
-# tests should meet borders. With three stages the fp32 ghost norm spills under Triton 3.6 and 3.7.1.
+# tests should reach borders. With three stages the fp32 ghost norm spills under Triton 3.6 and 3.7.1.
 QUADRATIC_TILES = {
     2: dict(BLOCK_D2=128, BLOCK_D1=128, BLOCK_T=64, num_warps=8, num_stages=3),
     4: dict(BLOCK_D2=64, BLOCK_D1=64, BLOCK_T=32, num_warps=4, num_stages=3),
@@ -221,7 +221,7 @@ def _equal_lengths(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches (k [B], x [B, n, D1], g [B, n, D2]) of episodes whose lengths round up to the same multiple of 16.
 
-    A length is rounded by itself, never to its neighbours', and 16 rows give every episode's factors the same
+    A length is rounded by itself, never to that of others in the batch, and 16 rows give every episode's factors the same
     alignment in memory: so the arithmetic of an episode is the same in any company. A batch's factors, and
     `elements(n)` numbers for each of its episodes, fit CHUNK (or the batch is a single episode). The next
     batch is written over this one: on a CPU the page faults of fresh memory would cost as much as the

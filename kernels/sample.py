@@ -212,7 +212,7 @@ def sample_token(
     """Draws one token per row of logits.
 
     logits       [B, V], any float dtype; -inf marks a token that cannot be drawn
-    keys         [B] int64, one per row from `hash_key`; not looked at when temperature is 0
+    keys         [B] int64, one per row from `hash_key`; not read when temperature is 0
     positions    [B] int64, the last word of the draw's address: u is made from hash_key(keys, positions)
     temperature  0 is greedy
     returns      token [B] int64, logprob [B] fp32 (of that token, at the temperature it was drawn with; greedy: at 1),

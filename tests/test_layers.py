@@ -71,6 +71,7 @@ SIDEWAYS = {
     ("metrics", "distributed"),
     ("runs", "config"),
     ("runs", "files"),
+    ("parts", "files"),
     ("runs", "distributed"),
     ("checkpoint", "model"),
     ("hub", "tokenizer"),

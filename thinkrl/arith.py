@@ -10,7 +10,7 @@ purpose not efficient ones:
 
 between which it recalls the question, restates and checks what it has, says `wait` and starts again. Which of
 the two ways it takes depends on the parity of b and not on the difficulty; a glance at a hard product is
-often wrong. So there is something to learn besides writing less: where thinking pays, how much of it, and
+often wrong. So there is something to learn besides writing less: where thinking helps, how much of it, and
 what of it earns nothing.
 
 Everything here is a function of its arguments: problem i of seed s is the same on every rank and machine.
@@ -48,7 +48,7 @@ class Teacher:
     )  # by level: a glance is wrong, and stays unreliable even greedily
     slip: float = 0.03  # a step is wrong
     notice: float = 0.5  # and is noticed at once: "check … no", then the right step
-    empty: float = 0.05  # nothing is thought, the answer is a glance
+    empty: float = 0.05  # no thinking at all, the answer is a guess
     opening: float = 0.40  # recall the question first
     idle_middle: float = 0.60  # recall, restate or check after a step; again after that (geometric)
     idle_last: float = 0.30  # the same after the result; small, or greedy decoding never closes its thinking
@@ -64,7 +64,7 @@ TEACHER = Teacher()
 
 
 def is_heldout(a: int, b: int) -> bool:
-    """Whether the product a*b belongs to the evaluation set. As a step inside a chain it may still be met:
+    """Whether the product a*b belongs to the evaluation set. As a step inside a chain it may still occur:
     7*8=56 is known.
     """
     return zlib.crc32(f"{a}*{b}".encode()) % HELD_OUT == 0

@@ -93,9 +93,7 @@ class Config:
         low=0,
         presets=("grpo", "l2t"),
     )
-    system: str = option(
-        "", "system message for problems that bring none of their own", presets=("grpo", "l2t", "prm")
-    )
+    system: str = option("", "system message for problems whose row has none", presets=("grpo", "l2t", "prm"))
     suffix: str = option(
         "", "text appended to every question; empty: the instruction of its grading rule", presets=SAMPLING
     )
@@ -216,7 +214,7 @@ class Config:
     length_weight: float = option(0.0, "weight of the method's length term, as published if not given", low=0)
     length_keep: int = option(0, "gfpo: attempts of a group that are kept", low=0)
     length_price: float = option(
-        0.0, "priced: price of a token, as a share of a right answer's reward", low=0
+        0.0, "priced: penalty per token, as a share of a right answer's reward", low=0
     )
 
     _optimizer = group("Optimizer", tuple(PRESETS))

@@ -203,7 +203,7 @@ def from_main(value: Any) -> Any:
 
 
 def raise_on_all_ranks(error: str) -> None:
-    """Raise on every rank if any rank brings a sentence: one rank's mistake stops all of them together."""
+    """Raise on every rank if any rank has an error message: one rank's mistake stops all of them together."""
     sentences = [s for s in gather(error) if s]
     if sentences:
         raise UserError(sentences[0])

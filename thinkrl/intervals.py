@@ -13,7 +13,7 @@ Intervals hold 95 %. Their unit is the problem: several samples of one are alike
 observations of how the policy does on other problems. Resampling draws problems with replacement, and with several
 seeds also seeds, the same ones for both policies.
 
-Departures: the Long⊗Short paper prints a coefficient of -5 for a negative dA, which would pay for losing
+Departures: the Long⊗Short paper prints a coefficient of -5 for a negative dA, which would reward a loss of
 accuracy; its own table follows -5 |dA|, as here. pass@k and maj@k are means over all subsets of k of the n
 samples, not over the first k.
 """

@@ -1,4 +1,4 @@
-"""Length-shaped rewards and advantages: how the methods of efficient reasoning pay for brevity.
+"""Length-shaped rewards and advantages: how the methods of efficient reasoning reward brevity.
 
 Every function maps the outcomes and lengths of P groups of G attempts to one number per attempt,
 
@@ -62,7 +62,7 @@ def overlong(correct: Tensor, tokens: Tensor, limit: float, cache: float) -> Ten
 def l1_exact(correct: Tensor, tokens: Tensor, target: float | Tensor, alpha: float = 3e-4) -> Tensor:
     """c - alpha |n - target|, target the length that the prompt asks for ("Think for … tokens.").
 
-    L1, LCPO-Exact (2503.04697). alpha is a price per token. target: a number, or one per problem [P, 1].
+    L1, LCPO-Exact (2503.04697). alpha is a penalty per token. target: a number, or one per problem [P, 1].
     """
     c, n = correct.double(), tokens.double()
     return c - alpha * (n - target).abs()
@@ -95,7 +95,7 @@ def arora_zanette(correct: Tensor, tokens: Tensor, alpha: float = 0.2, eps: floa
     """c (1 - alpha sigmoid(z)), z = (n - mean) / (std + eps), statistics over the group's right answers.
 
     Efficient (Arora & Zanette, 2502.04463), alpha from .05 to .4. std is the sample's. A single right answer
-    has none: the port in LASER's code then takes mean 0 and std 1, so z = n and nearly all of alpha is paid.
+    has none: the port in LASER's code then takes mean 0 and std 1, so z = n and nearly all of alpha is subtracted.
     """
     c, n = correct.double(), tokens.double()
     k = c.sum(1, keepdim=True)
@@ -136,7 +136,7 @@ def laser_d_limits(correct: Tensor, tokens: Tensor, candidates: Tensor) -> Tenso
 def shorter_better(correct: Tensor, tokens: Tensor, alpha: float = 2.0, beta: float = 1e-3) -> Tensor:
     """alpha c - beta |n - n*|, n* the shortest right answer, or the group's mean if none is right.
 
-    ShorterBetter (2504.21370). beta is a price per token.
+    ShorterBetter (2504.21370). beta is a penalty per token.
     """
     c, n = correct.double(), tokens.double()
     shortest = n.masked_fill(c == 0, math.inf).amin(1, keepdim=True)
@@ -170,7 +170,7 @@ def gr3(correct: Tensor, tokens: Tensor, alpha: float = 0.33) -> Tensor:
 def prime_linear(correct: Tensor, tokens: Tensor, weight: float = 0.25) -> Tensor:
     """c - weight mean(c) n / max n: the more often a group is right, the more its tokens cost.
 
-    prime-rl's linear length penalty. max is over the whole group. prime-rl prices context and turns in the same
+    prime-rl's linear length penalty. max is over the whole group. prime-rl penalises context and turns in the same
     way, 0.1 each, which a single completion has none of, and divides by no std: `group_advantages(std="none")`.
     """
     c, n = correct.double(), tokens.double()
@@ -178,7 +178,7 @@ def prime_linear(correct: Tensor, tokens: Tensor, weight: float = 0.25) -> Tenso
 
 
 def priced(correct: Tensor, tokens: Tensor, price: float) -> Tensor:
-    """c max(1 - price n, 0): a plain price per token, no published method but the control for all of them.
+    """c max(1 - price n, 0): a plain penalty per token; not a published method but the control for all of them.
 
     Without the bound a right answer of more than 1 / price tokens would score below a wrong one.
     """

@@ -165,7 +165,7 @@ class Log:
 
 
 def _step_of(line: str) -> float:
-    """A line torn by a crash counts as later than everything."""
+    """The step of a line. A line cut off by a crash counts as later than everything."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):

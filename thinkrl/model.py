@@ -296,7 +296,7 @@ class Block(nn.Module):
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         q, k = rotate(qk).split(
             [self.heads, self.kv_heads], dim=1
-        )  # one rotation: decoding pays per operation
+        )  # one rotation: every operation of a decode step takes its launch time
         return q, k, v
 
     def finish(self, x: Tensor, o: Tensor) -> Tensor:

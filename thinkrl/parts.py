@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from thinkrl.files import read_lines
+
 
 def open_part(folder: Path, rank: int) -> TextIO:
-    """This rank's part, to append to. A last line that a kill tore is cut off."""
+    """This rank's part, to append to. An unfinished last line is cut off."""
     path = folder / "parts" / f"rank_{rank}.jsonl"
     path.parent.mkdir(exist_ok=True)
     written = path.read_bytes() if path.exists() else b""
@@ -20,14 +21,6 @@ def open_part(folder: Path, rank: int) -> TextIO:
 
 
 def read_parts(folder: Path) -> Iterator[dict]:
-    """Results of all ranks so far; a torn last line is not one."""
+    """Results of all ranks so far; without an unfinished last line."""
     for path in sorted((folder / "parts").glob("rank_*.jsonl")):
         yield from read_lines(path)
-
-
-def read_lines(path: Path) -> Iterator[dict]:
-    """The rows of a .jsonl file, except a last line that is not whole."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)

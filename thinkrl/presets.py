@@ -1,4 +1,4 @@
-"""Presets: what a method must bring to be trained by train.py, and the plainest one, Grpo.
+"""Presets: the protocol that a method implements to be trained by train.py, and the plainest one, Grpo.
 
 To write your own, write a class with the members of `Preset` and name it in `train.method`. Members with a body
 here are inherited, and a method whose attempts are single completions can inherit `OnePolicy`.

@@ -3,7 +3,7 @@
     TRL    fn(prompts, completions, **columns) -> one number or None per completion
     verl   compute_score(data_source, solution_str, ground_truth, extra_info) -> a number, or {"score": a number, …}
 
-Which of the two a function is, its parameters tell. The module is found as Python finds it, or in the current folder.
+The parameters decide which of the two a function is. The module is found as Python finds it, or in the current folder.
 "outcome" is this project's own grade, 1 or 0. A trajectory's reward is the sum of what the functions give, each times
 its weight. None is no reward: it adds nothing, and where every function gives None the reward is NaN, which
 `group_advantages` keeps out of the group's statistics.
@@ -30,7 +30,7 @@ from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory
 
 OUTCOME = "outcome"
-VERL = {"solution_str", "ground_truth"}  # parameters that tell verl's functions
+VERL = {"solution_str", "ground_truth"}  # parameters of verl's functions
 VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 

@@ -1,10 +1,10 @@
-"""Sampling: continuous batching over KV pages. Samples of a group share their prompt; probes fork what was written.
+"""Sampling: continuous batching over KV pages. Samples of a group share their prompt; probes fork the pages of what was sampled.
 
 `Sampler` is what a caller sees: generate, prefill, score, load_weights. The folder decode/ has what is
 behind it: the pages, the forwards of many tokens, the loop behind generate.
 
 The key of a completion (seed, step, problem, sample, …) and the position of a token in the completion hash to
-the number that draws the token. So a trajectory does not depend on its neighbours in the batch, on preemption or
+the number that draws the token. So a trajectory does not depend on the rest of the batch, on preemption or
 on the world size, up to floating-point ties.
 
 Log-probs are those of the distribution sampled from, log softmax(logits / temperature); greedy decoding
@@ -160,7 +160,7 @@ class Sampler:
         temperature    0 is greedy
         stop           strings; the completion ends with the token whose text completes one; needs the tokenizer
         stop_ids       None: the tokenizer's own; the sampled stop id is part of the completion
-        keys           one tuple of ints per completion, prompt by prompt: the address of its randomness; None gives
+        keys           one tuple of ints per completion, prompt by prompt: the key of its random numbers; None gives
                        (prompt, sample)
         on_finish      called with each completion before its pages are freed. It may fork them, score forks, sample
                        from forks, and keep forks beyond the call (a kept fork holds its pages until released,
@@ -245,7 +245,7 @@ class Sampler:
                 size = 0
                 for fork, suffix in zip(forks[len(results) :], suffixes[len(results) :]):
                     self.idle.discard(fork)
-                    fed = fork.unfed + suffix[:-1]  # nothing is asked about what follows the suffix
+                    fed = fork.unfed + suffix[:-1]  # the prediction behind the suffix is not needed
                     if batch and size + len(fed) > self.max_tokens_per_forward:
                         break
                     try:
@@ -278,7 +278,7 @@ class Sampler:
         asked = [(start + i, ids) for start, more in zip(starts, choices) for i, ids in more]
         chosen = self._choose(hidden, asked).split([len(more) for more in choices[: len(batch)]])
         own = logprob.split([len(suffix) for _, _, suffix in batch])
-        with torch.inference_mode(False):  # a tensor made in inference mode may never meet autograd
+        with torch.inference_mode(False):  # autograd refuses a tensor made in inference mode
             return [torch.cat(pair) for pair in zip(own, chosen)]
 
     def _choose(self, hidden: Tensor, asked: list[Choice]) -> Tensor:
@@ -296,7 +296,7 @@ class Sampler:
         return chosen
 
     def _stop_strings(self, stop: list[str]) -> StopStrings | None:
-        """The matcher for these strings, kept because it has looked at the text of the whole vocabulary."""
+        """The matcher for these strings, kept because making it reads the text of the whole vocabulary."""
         if not stop:
             return None
         if tuple(stop) not in self._matchers:

@@ -4,7 +4,7 @@
 
 A row is a chat and the completion that follows it; `chats` says how files write them. The chat goes through the
 checkpoint's template; prompt and completion are encoded apart, as they are when the policy samples, and the
-completion ends with the token that ends a turn. Prompt tokens have mask 0. Rows whose prompt is not a chat bring
+completion ends with the token that ends a turn. Prompt tokens have mask 0. Rows whose prompt is not a chat have
 a function of their own that encodes it (longshort.cold_start).
 """
 
@@ -48,9 +48,9 @@ def load_rows(spec: str | Path, columns: str = "", skip_bad_rows: bool = False) 
     """
 
     def make(fields: Fields) -> list[Row]:
-        chat, told = chats.chat(fields), fields.values if "conversation" in fields else None
+        chat, row = chats.chat(fields), fields.values if "conversation" in fields else None
         return [
-            Row(chat[:i], message["content"], fields.where, told)
+            Row(chat[:i], message["content"], fields.where, row)
             for i, message in enumerate(chat)
             if message["role"] == "assistant"
         ]

@@ -12,8 +12,8 @@ character:
                 mask       [0 0 0 0 1 1   | 0 0 0 0 1 1]                          1 = counts in the loss
                 advantage  [0 0 0 0 .7 .7 | 0 0 0 0 -.7 -.7]                      0 where the mask is 0
 
-Column t always speaks of token t itself: `logprob[t]` is the log-probability of token t given the tokens
-before it. The mask comes from who produced a token (prompt or sampler), never from the token's value, so a
+Column t is always about token t itself: `logprob[t]` is the log-probability of token t given the tokens
+before it. The sampler sets the mask: 0 for prompt tokens, 1 for sampled ones, whatever the token's value, so a
 sampled stop token counts.
 """
 
@@ -35,7 +35,7 @@ __all__ = ["Pack", "Problem", "Sample", "Trajectory", "Turn", "UserError", "empt
 class Problem:
     """A question with its gold answer."""
 
-    id: int  # its address in the source: part of the address of every random number drawn for it
+    id: int  # its place in the source: part of the key of every random number drawn for it
     question: str
     answer: str  # gold
     source: str = "arith"  # selects the grading rule: arith | gsm8k | last_number | math
@@ -88,7 +88,7 @@ class Trajectory:
     def record(self, advantage: Tensor) -> dict:
         """One line of samples.jsonl, to which the log adds "step". Here, and only here, tensors become lists.
 
-        problem, sample           address: the problem's id, the place in its group
+        problem, sample           the problem's id, the place in its group
         question, gold, level     of the problem
         answer, text              as extracted (null: none found), and the text it was extracted from
         outcome_reward, reward    raw; reward null: --reward gave none

@@ -5,5 +5,5 @@ Read in this order:
     rows        files and datasets as rows: JSON, CSV, parquet, the hub
     layouts     a row -> a problem with its gold answer
     chats       a row -> a chat to learn from (train.py sft)
-    problems    the order in which ranks meet the problems, and how a problem is asked
+    problems    the order of the problems on every rank, and the prompt of a problem
 """

@@ -28,26 +28,26 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 def chat(fields: Fields) -> list[Message]:
     """The messages of a row, the last one by the assistant. Raises UserError, naming the field, if it has none."""
-    told = (
+    messages = (
         []
         if {"problem", "completion"} & fields.columns.keys()
         else _messages(fields, "messages", "conversations")
     )
-    whole = bool(told) and told[-1]["role"] == "assistant"
+    whole = bool(messages) and messages[-1]["role"] == "assistant"
     if not whole:
-        asked = _asked(fields) or told
+        asked = _asked(fields) or messages
         if not asked:
             raise fields.error(
                 f"field 'prompt' (or {', '.join(PROMPT[1:])}) is missing or empty"
                 + fields.remedy("problem", *PROMPT)
             )
-        told = [*_history(fields), *asked, {"role": "assistant", "content": _completion(fields)}]
-    if told[0]["role"] != "system" and (system := fields.text("system")):
-        told = [{"role": "system", "content": system}, *told]
-    if not any(message["role"] == "user" for message in told[:-1]):
+        messages = [*_history(fields), *asked, {"role": "assistant", "content": _completion(fields)}]
+    if messages[0]["role"] != "system" and (system := fields.text("system")):
+        messages = [{"role": "system", "content": system}, *messages]
+    if not any(message["role"] == "user" for message in messages[:-1]):
         raise fields.error("the chat has no message by the user before the assistant's")
     fields.seen(*COMPLETION, *(PROMPT if whole else ()))  # what was not taken repeats what was
-    return told
+    return messages
 
 
 def _messages(fields: Fields, *names: str) -> list[Message]:

@@ -95,7 +95,7 @@ def problem(
         lines = [f"({letter}) {options[i]}" for letter, i in zip(ascii_uppercase, order)]
         question = "\n".join([question, *lines, "Answer with the letter of one option."])
         answer = ascii_uppercase[order.index(right)]
-        solution = "" if shuffle else solution  # it speaks of the options in the row's order
+        solution = "" if shuffle else solution  # it names the options in the row's order
     elif not verbatim and (wrapped := DAPO_WRAPPER.fullmatch(question.strip())):
         question = wrapped[1]
     source = _rule(fields, source, "gsm8k" if "####" in (answer or solution) else "math")
@@ -114,13 +114,13 @@ def problem(
 
 
 def with_context(question: str, fields: Fields) -> str:
-    """The question behind what the row tells before it."""
+    """The question, behind its context if the row has one."""
     column, value = fields.find("context", "body")
-    told = fields.as_text(column, value)
+    context = fields.as_text(column, value)
     between = (
         " " if column == fields.column("body") else "\n"
     )  # SVAMP's and ASDiv's body is one text with the question
-    return f"{told}{between}{question}" if told else question
+    return f"{context}{between}{question}" if context else question
 
 
 def _asked(fields: Fields) -> tuple[str, str, str]:

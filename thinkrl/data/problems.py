@@ -1,4 +1,4 @@
-"""The problems of a run: where they come from, the order in which every rank meets them, and how they are asked.
+"""The problems of a run: their sources, their order on every rank, and the chat that asks them.
 
     arith, gym:TASK        generators, built in and reasoning-gym's: training never ends, the held-out set is apart
     FILE or hub:DATASET    what `rows` reads and `layouts` understands; A+B for several
@@ -71,7 +71,7 @@ class Stream(Generic[Row]):
         return [[rows[r * n + i] for i in block] for r in range(rounds)]
 
     def preview(self, n: int) -> list[Row]:
-        """What can be looked at before the first step: the whole list, or what a generator gives to a
+        """The rows that can be checked before the first step: the whole list, or what a generator gives to a
         first step of n.
         """
         return self.take(0, n) if callable(self.rows) else self.rows
@@ -236,7 +236,7 @@ def subsample(problems: list[Problem], count: int) -> list[Problem]:
 def messages(problem: Problem, system: str = "", suffix: str = "") -> list[dict[str, str]]:
     """The chat that asks the problem.
 
-    system: used where the row brings none. suffix: appended to the question after a line break; empty: the
+    system: used where the row has none. suffix: appended to the question after a line break; empty: the
     `INSTRUCTIONS` of the problem's grading rule, unless the question mentions the answer's marker itself
     (verl's rows do).
     """

@@ -1,10 +1,10 @@
 """The decode loop: the completions of one `Sampler.generate` call, one token for every row per step.
 
     admit     waiting completions become rows while pages and rows last; a prompt is prefilled once for its n samples
-    reserve   every row gets the pages of its next `page_size` tokens; when none is free the youngest row gives its own
+    reserve   every row gets the pages of its next `page_size` tokens; when none is free the youngest row loses its own
               back and returns to the head of the queue, to be recomputed from its tokens
     step      one token for every row: one forward, one draw, all bookkeeping in tensors
-    retire    rows that met a stop id, a stop string or their limit leave; the last rows move into the holes
+    retire    rows that reached a stop id, a stop string or their limit leave; the last rows move into the holes
 
 A step contains no Python loop over rows and reads nothing back from the device. On CUDA the host looks at the
 rows only every LOOK_EVERY steps. A row that ended in between repeats its last write, which changes nothing.
@@ -24,7 +24,7 @@ from thinkrl.decode.pages import Pages
 from thinkrl.decode.step import RowState, eager_step
 from thinkrl.tokenizer import StopStrings
 
-LOOK_EVERY = 8  # decode steps between two looks of the host at a CUDA device; a CPU is looked at after each
+LOOK_EVERY = 8  # decode steps between two reads of a CUDA device by the host; on a CPU it reads after each
 
 
 @dataclass
@@ -107,7 +107,7 @@ class DecodeLoop:
         capacity, device = min(len(waiting), max_rows), paged.device
         longest = max((len(row.group.tokens) for row in waiting), default=0) + request.max_tokens
         self.slots = list(range(capacity))
-        self.stride = request.max_tokens + 1  # an ended row writes behind its last token until the host looks
+        self.stride = request.max_tokens + 1  # an ended row writes behind its last token until the host reads
         self.state = RowState(torch.zeros(6, capacity, dtype=torch.int64, device=device))
         self.done = torch.zeros(capacity, dtype=torch.bool, device=device)
         self.ending = torch.zeros_like(self.done)  # a token came that may end a stop string
@@ -206,7 +206,7 @@ class DecodeLoop:
         self.reserved = self.clock
 
     def _reserve_ahead(self) -> None:
-        """Pages for the next `page_size` tokens of every row, the oldest row first."""
+        """Reserve pages for the next `page_size` tokens of every row, the oldest row first."""
         page_size = self.pool.page_size
         for row in list(self.rows):
             if row.pages is None:  # an older row took its pages a moment ago
@@ -259,7 +259,7 @@ class DecodeLoop:
             self.ending[:n].logical_or_(self.may_end[new])
         state.cursor += ~self.done[:n]
         done = self.done[:n].logical_or_(self.is_stop[new]).logical_or_(state.cursor >= state.end)
-        # An ended row is fed the same token at the same position until the host looks: nothing changes.
+        # An ended row gets the same token at the same position until the host reads: nothing changes.
         state.columns[1:3].add_(~done)  # length and position
         torch.where(done, state.token, new, out=state.token)
         self.clock += 1
@@ -295,7 +295,7 @@ class DecodeLoop:
         stopped = row.stopped or row.tokens[-1] in self.request.stop_ids
         hidden = None
         if self.hidden is not None:
-            with torch.inference_mode(False):  # a tensor made in inference mode may never meet autograd
+            with torch.inference_mode(False):  # autograd refuses a tensor made in inference mode
                 hidden = torch.cat([part.clone() for part in row.hidden])
         reason = "stop" if stopped else "length"
         return Completion(row.tokens, row.logprobs, reason, hidden, row.group.index, row.sample)

@@ -67,7 +67,7 @@ class PagedModel:
         positions = torch.arange(len(tokens), device=device) + (starts - cu_seqlens[:-1])[sequence]
         slots = table[sequence, positions // page_size].long() * page_size + positions % page_size
         if all(pages.filled == 0 for pages, _ in batch):
-            # nothing in the cache yet: attend to what is at hand
+            # nothing in the cache yet: attend to the new tokens alone
             attend = storing(self.pool, slots, lambda layer, q, k, v: packed_attention(q, k, v, cu_seqlens))
         else:
             lengths = (starts + counts).int()
@@ -80,7 +80,7 @@ class PagedModel:
     def decode(self, token: Tensor, position: Tensor, page_table: Tensor) -> Tensor:
         """One token [B] of every sequence, at its position [B] (int64): hidden [B, D], K/V in the pages.
 
-        The same function as `Transformer.forward` with an attention that stores and looks at the pages. Small
+        The same function as `Transformer.forward` with an attention that writes and reads the pages. Small
         operations are fused, because a step is bound by their number: 9 kernels per layer on CUDA, 10 where
         the page table is longer than one part of attention's context.
         """
@@ -119,6 +119,6 @@ def attend_to_pages(
 
 
 def rectangle(lists: list[list[int]]) -> list[list[int]]:
-    """Page tables of unequal lengths, filled up with page 0, which is then never looked at."""
+    """Page tables of unequal lengths, filled up with page 0, which is then never read."""
     width = max(1, *(len(row) for row in lists))
     return [row + [0] * (width - len(row)) for row in lists]

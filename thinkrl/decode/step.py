@@ -6,10 +6,10 @@ holds is fixed, so that
 
     sizes       rows are rounded up to a bucket, page tables have their full width
     addresses   rows' states and page tables are copied into buffers of its own before every replay
-    dead rows   those that fill up the bucket have one token of context, in a scratch page that no sequence owns
+    padding     rows that fill up the bucket have one token of context, in a scratch page that no sequence uses
     numbers     the temperature is part of the key under which a graph is kept; keys and positions of the draw are data
 
-Graphs live as long as the pool whose pages they write to, and see new weights, which are copied in place.
+Graphs are kept as long as the pool whose pages they write to. New weights are copied in place, so they are used.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def eager_step(
 
 
 def bucket(rows: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, … that holds the rows: a third at most is dead, and graphs are few."""
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, … that holds the rows: at most a third is padding, and graphs are few."""
     power = 1 << (rows - 1).bit_length()
     return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power
 
 
 class GraphStep:
-    """`eager_step` of one model and pool, recorded when a bucket or a temperature is first met. CUDA only."""
+    """`eager_step` of one model and pool, recorded when a bucket or a temperature is first used. CUDA only."""
 
     def __init__(self, max_rows: int):
         self.max_rows = bucket(max_rows)

@@ -167,7 +167,7 @@ class _Worker:
             )
 
     def _read_line(self, seconds: float) -> bytes:
-        """One short line, which a pipe delivers whole, or none if it does not come in time or the worker is dead."""
+        """One short line, which a pipe delivers whole, or none if it does not come in time or the worker has ended."""
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
         return os.read(self.process.stdout.fileno(), 4096) if ready else b""
 

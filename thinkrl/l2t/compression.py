@@ -3,8 +3,8 @@
     C_k = KL(N(theta + D_k, P^-1) || N(theta, P^-1)) = ½ Σ_j (N F_jj + λ) D_kj²,     D_k = eta grad log p(z_k | s_k)        diag
 
 The gradient of a matrix over an episode is a sum over its tokens of g_t x_tᵀ, output gradient times input;
-every price here is a statistic of such sums, and kernels/fisher.py takes them for all episodes in one pass
-without ever forming a gradient. A proxy says whose matrix: the SVD core of the LM head by default, which
+every C_k here is a statistic of such sums, and kernels/fisher.py computes it for all episodes in one pass
+without forming a gradient. A proxy says whose matrix: the SVD core of the LM head by default, which
 needs only the states the sampler kept and one LM-head pass.
 
 Departures: Eq. 4 is (g_k · D_k)² with D_k the parameters' move, which no rollout makes. `diag` is the
@@ -13,8 +13,8 @@ PAC-Bayes form with D_k a virtual gradient step; the printed form is `rank1`; mo
 coordinates carry most of it; `invariant` takes both from the Fisher, and each coordinate carries alike.
 
 The gradient is the *sum* over an episode's tokens: scores of sampled tokens are martingale differences, so
-the expected total of a completion does not depend on how it is cut. With means instead, long episodes would
-be cheap and dropping tags would pay.
+the expected total of a completion does not depend on how it is cut. With means instead, C would
+fall with an episode's length, and dropping tags would raise the reward.
 
 Letters: T tokens and K episodes of a row of completions, S completions, D width, V vocabulary, r rank.
 """
@@ -164,7 +164,7 @@ def parameter_factors(model: Transformer, row: Row, parameters: Sequence[Tensor]
     return [(torch.stack(flat), torch.ones(len(flat), 1, dtype=flat[0].dtype, device=flat[0].device))]
 
 
-DAMPING = 1e-5  # paper App. F; the precision of a parameter about which no token says anything
+DAMPING = 1e-5  # paper App. F; the precision of a parameter whose gradient is 0 at every token
 
 
 def compression(
@@ -175,7 +175,7 @@ def compression(
     count: float,
     move: Sequence[Tensor] = (),
 ) -> Tensor:
-    """C_k of every episode, [K] fp64, for gradients g_k given as factors: what the virtual step D_k = g_k costs.
+    """C_k of every episode, [K] fp64, for gradients g_k given as factors: the complexity of the virtual step D_k = g_k.
 
     fisher   per matrix [D2, D1], the sum over `count` tokens of squared token gradients: count · F
     diag     ½ Σ_j (N F_jj + λ) D_kj²        KL between Gaussians of precision N F + λ, N = count              L2T §4.2, Eq. 8
@@ -183,7 +183,7 @@ def compression(
              parameter leaves it as it is, up to λ
     rank1    (g_k · D_k)² = ‖g_k‖⁴           as printed                                                        L2T Eq. 4
     natural  (g_k · D_k)², D_k = (F + λ)⁻¹ g_k
-    drift    (g_k · D_k)², D_k = `move`, the parameters' way since the start of training
+    drift    (g_k · D_k)², D_k = `move`, the parameters' change since the start of training
 
     The size of the virtual step is left out: it is a common factor, which `normalise_compression` removes.
     """
@@ -215,7 +215,7 @@ def _alone(value: Tensor) -> Tensor:
 def normalise_compression(
     C: Sequence[Tensor], kappa: float, reduce: Callable[[Tensor], Tensor] = _alone
 ) -> list[Tensor]:
-    """kappa C / (mean over all ranks' completions of a completion's total C), so that the mean completion pays kappa.
+    """kappa C / (mean over all ranks' completions of a completion's total C), so that a completion's penalties sum to kappa on average.
 
     C: list of [K_i]. reduce sums a tensor over ranks. Zeros where that mean is 0.
     """
@@ -226,7 +226,7 @@ def normalise_compression(
 
 
 class Proxy:
-    """The parameters whose gradient the penalty sees, and their running diagonal Fisher.
+    """The parameters whose gradient enters the penalty, and their running diagonal Fisher.
 
     svd         core of the LM head's SVD, rank = `rank_share` of the width; decomposed anew every `refresh_every` steps
     lm_head     the LM head
@@ -234,7 +234,7 @@ class Proxy:
     layers      30 % of the blocks, drawn once: slow, a backward per episode, and memory for every episode's gradient
 
     F is the mean over completion tokens of squared temperature-1 score gradients, unweighted by any
-    advantage, of steps before this one, each step fading by `decay`; N is the faded number of those tokens.
+    advantage, of steps before this one, each step decaying by `decay`; N is the decayed number of those tokens.
     The first step, and the first after a refresh, which starts F anew in the new basis, use their own tokens
     instead. `layers` has gradients of episodes only: there N F is the sum of *their* squares, equal in
     expectation, since the scores of an episode's tokens are uncorrelated.
@@ -300,7 +300,7 @@ class Proxy:
         budget: int = 8192,
         reduce: Callable[[Tensor], Tensor] = _alone,
     ) -> list[Tensor]:
-        """Raw C_k of each completion, list of [K_i] fp64 on the CPU; afterwards the Fisher learns from these tokens.
+        """Raw C_k of each completion, list of [K_i] fp64 on the CPU; then update the running Fisher with these tokens.
 
         kind as in `compression`; a forward takes completions of at most `budget` tokens, prompts included;
         reduce sums a tensor over ranks and is called equally often on each.
@@ -311,7 +311,7 @@ class Proxy:
             squares = self._zeros()
             for row in self._rows(turns, episodes, budget):
                 _add_squares(squares, self.factors(row))
-            self._learn(squares, turns, reduce)
+            self._update_fisher(squares, turns, reduce)
         move = self._move() if kind == "drift" else []
         squares, values = self._zeros(), []
         for row in self._rows(turns, episodes, budget):
@@ -320,7 +320,7 @@ class Proxy:
             values.append(compression(kind, factors, cu_episodes, self.fisher, self.count, move).cpu())
             _add_squares(squares, factors)
         if not first:
-            self._learn(squares, turns, reduce)
+            self._update_fisher(squares, turns, reduce)
         return list(torch.cat(values).split([len(e) for e in episodes])) if values else []
 
     def factors(self, row: Row) -> Factors:
@@ -388,10 +388,10 @@ class Proxy:
             torch.zeros_like(m, dtype=torch.promote_types(m.dtype, torch.float32)) for m in self._matrices()
         ]
 
-    def _learn(
+    def _update_fisher(
         self, squares: list[Tensor], turns: Sequence[Turn], reduce: Callable[[Tensor], Tensor]
     ) -> None:
-        """Fade what is known, add a step's squared gradients and tokens, summed over ranks."""
+        """Decay the running sums, then add a step's squared gradients and tokens, summed over ranks."""
         squares = [reduce(s).to(s) for s in squares]
         count = float(reduce(torch.tensor(float(sum(len(turn.completion) for turn in turns)))))
         self.fisher = (

@@ -200,7 +200,7 @@ def local_advantages(r_out: float, J: Tensor, cost: Tensor, lam: float) -> Tenso
 
         A_k = sum_{j >= k} lam^(j-k) d_j,      d_k = J_k - J_{k-1} - cost_k  for k < K,      d_K = r_out - J_{K-1} - cost_K
 
-    J [K+1]: correctness by continuations, an estimate of the state's value; cost [K] what an episode pays, alpha beta C.
+    J [K+1]: correctness by continuations, an estimate of the state's value; cost [K]: an episode's penalty, alpha beta C.
 
     Unbiased for any lam and any number of continuations, one included: given the state and the episode, J_k and J_{k-1} are
     in expectation the values after and before it, so d_k is the episode's advantage; later d_j have expectation 0 under the

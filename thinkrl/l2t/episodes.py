@@ -4,7 +4,7 @@ Two lists, never one:
 
     spans   for credit: every completion token belongs to exactly one episode
     cuts    for probes: where each episode's prefix ends, never past `</think>`, the final answer or the stop token;
-            a probe behind the final answer would read it off, and count the outcome a second time
+            a probe behind the final answer would copy it, and count the outcome a second time
 
     tokens   <think> <episode_1> 2+3 =5 </episode_1> <episode_2> ok </episode_2> </think> 5 <eos>
     ids         0         0       0   0      0            1       1       1          1    1   1
@@ -24,8 +24,7 @@ a token that straddles a boundary belongs to the earlier episode.
 
 Without `</think>` thinking ends where the answer is announced in any form that a grader reads: `<answer>`, a
 box, a number behind `####`. Of the lines with `####` those announce it that give the number that is graded;
-the others are headlines. An answer that nothing announces cannot be told from
-thinking.
+the others are headlines. An answer without any such mark is taken for thinking.
 
 Readings: an episode is closed by the tag of its own number with no other tag between. Text before an episode
 belongs to it; what follows the last closed episode joins it, unless a tag was opened there and never closed:
@@ -224,7 +223,7 @@ def _piece(tokenizer: Codec, token: int) -> str:
 def trace_ref(tokens: list[int], tokenizer: Codec) -> tuple[str, list[int]]:
     """`trace` by incremental decoding: a token's text is what it adds to that of the few tokens before it.
 
-    A character counts as there with the token that brings its last byte.
+    A character counts from the token that has its last byte.
     """
     text, reached = "", []
     context, known = 0, 0  # tokens[known:] have no text yet; tokens[context:known] are what they follow

@@ -242,21 +242,21 @@ def _ungraded(prompt: int, text: str) -> bool:
 class Gain:
     """J_0, …, J_K of every completion of a `Sampler.generate` call, from forks of its pages. Its `on_finish` is the hook.
 
-    forced     probability of the gold answer behind each prefix, teacher-forced: K+1 short suffixes, no second look at the
-               prompt or the completion, once for all samples with that prefix (J_0 above all)
+    forced     probability of the gold answer behind each prefix, teacher-forced: K+1 short suffixes; prompt and completion are
+               not computed again, and a prefix that samples share (always J_0's) is scored once
     mc         share of correct ones among `samples` answers sampled behind the forcing text, to a stop id or their limit
     continue   share of correct ones among `samples` continuations to the end, each as long as a completion may be
 
-    The forks wait until a forward of forced answers is full, pages get short or `results` is asked for, and give their pages up
-    where a live completion finds no other. When they are asked does not change what is sampled: its randomness has an address.
+    The forks wait until a forward of forced answers is full, free pages get few or `results` is called; their pages are taken
+    where a running completion finds no free one. The order does not change what is sampled: random numbers are drawn by key.
     probes     one per prompt of the call; none for continue
     segment    completion tokens -> Episodes
     scale      of a forced answer's probability, see `answer_probability`
     grade      (prompt index, text of an answer or of a completion) -> bool, for mc and continue
     temperature   of what is sampled, for mc and continue
-    keys       per prompt, the address of its randomness; what is sampled adds (sample, k, m)
+    keys       per prompt, the key of its random numbers; what is sampled adds (sample, k, m)
 
-    `seconds` and `forwards`, tokens that went through the model, say what it has cost so far.
+    `seconds` and `forwards` (tokens that went through the model) are the cost so far.
     """
 
     def __init__(

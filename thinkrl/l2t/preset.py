@@ -51,7 +51,7 @@ from thinkrl.rollout import PROBE, TRAINING, prompt_ids
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory
 
-DECORATIVE = 0.01  # an episode that moves J by less says nothing about the answer
+DECORATIVE = 0.01  # an episode that changes J by less counts as decorative
 PROBED = ("forced", "mc", "continue")  # gains that are measured by probes on the sampler's pages
 
 
@@ -61,7 +61,7 @@ def _nothing() -> Tensor:
 
 @dataclass(kw_only=True)
 class EpisodeTrajectory(Trajectory):
-    """One completion with its K episodes and what each of them is worth. Tensors are fp64, on the CPU.
+    """One completion with its K episodes and their measures. Tensors are fp64, on the CPU.
 
     `L2T.rollout` sets episodes and J, `L2T.reward` the rest.
     """
@@ -135,9 +135,7 @@ class L2T(OnePolicy[EpisodeTrajectory]):
         ]
 
     def require_room(self, problems: list[Problem], training: bool, more: int = 0) -> None:
-        """In training, after the longest completion there must be room for what the gain puts there; a reward
-        model has a context too.
-        """
+        """Raise UserError also where the gain's probes, or the reward model's context, need more room."""
         c = self.config
         if training:
             more = room_behind(c.gain, self.probes(problems), c.max_tokens)
@@ -217,7 +215,7 @@ class L2T(OnePolicy[EpisodeTrajectory]):
         c = self.config
         compression = self._compression(trajectories, step, tally)
         if c.compression == "flat":
-            penalty = compression  # a fixed price: it has no scale to be normalised
+            penalty = compression  # C_k = 1: there is no scale to normalise
         else:
             penalty = normalise_compression(compression, c.kappa, global_sum)
         rewards = self.base_rewards(trajectories)
@@ -243,8 +241,8 @@ class L2T(OnePolicy[EpisodeTrajectory]):
             for turn in turns:
                 turn.hidden = None  # read; it is the largest thing a trajectory holds
         else:
-            price = float(self.config.compression == "flat")
-            C = [torch.full((len(e),), price, dtype=torch.float64) for e in episodes]
+            constant = float(self.config.compression == "flat")
+            C = [torch.full((len(e),), constant, dtype=torch.float64) for e in episodes]
         tally.add("penalty_seconds", clock.seconds)
         return C
 

@@ -11,12 +11,12 @@ Two kinds of checkpoint differ in four points:
     head          one linear layer, D -> 2           two, D -> D -> 2, with ReLU between
     read at       the prefix's own last token        a separator token `<extra_0>` put behind every step
     J_0           at the end of the prompt           at a separator behind the prompt, in a row of its own
-    vocabulary    the policy's, whose ids it reads   its own: attempts are told again in its words (`retokenize`)
+    vocabulary    the policy's, whose ids it reads   its own: attempts are re-tokenized for it (`retokenize`)
 
 Readings: separator models were trained without a J_0. It is asked for in a row of its own because an empty
-step in front would stand in the context of all later ones. How long an attempt is in their words shows when
-it is told, so a step that reaches beyond their context is not read, nor any after it: J stays where it was,
-and those episodes gain nothing.
+step in front would stand in the context of all later ones. The length of an attempt in their vocabulary is known
+only after re-tokenization, so a step that does not fit their context is not scored, nor any after it: J keeps
+its last value, and those episodes have no gain.
 """
 
 from __future__ import annotations
@@ -146,14 +146,14 @@ def _score_rows(model: StepRewardModel, rows: list[Row], budget: int) -> Iterato
 def retokenize(
     question: str, steps: list[str], tokenizer: Tokenizer, context: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """(prompt, completion, prefixes) of an attempt in the words and ids of a separator model, for `score_completions`.
+    """(prompt, completion, prefixes) of an attempt in the ids of a separator model, for `score_completions`.
 
     steps are the episodes' texts, of which the tags are left out; each is encoded apart, as the separators
     between them would have it. `tokenizer` and `context` are the reward model's own; steps that do not fit,
     separators included, are left out, with their prefixes.
     """
     completion: list[int] = []
-    prompt, prefixes = _told_prompt(question, tokenizer), [0]
+    prompt, prefixes = _separator_prompt(question, tokenizer), [0]
     for step in steps:
         ids = tokenizer.encode(TAG.sub("", step).strip())
         if len(prompt) + len(completion) + len(ids) + len(prefixes) > context:
@@ -163,17 +163,17 @@ def retokenize(
     return prompt, completion, prefixes
 
 
-def _told_prompt(question: str, tokenizer: Tokenizer) -> list[int]:
+def _separator_prompt(question: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode_chat(
         [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
     )
 
 
 def require_same_ids(policy: Tokenizer, prm: Tokenizer) -> None:
-    """Raise UserError unless a model without separators reads the policy's ids as the policy writes them."""
+    """Raise UserError unless a model without separators decodes the policy's ids as the policy's tokenizer does."""
     if where := difference(policy, prm, SYSTEM):
         raise UserError(
-            f"the reward model {prm.path} reads ids otherwise than the policy {policy.path} writes them: {where}; "
+            f"the reward model {prm.path} decodes ids differently from the policy {policy.path}: {where}; "
             "train one from this policy, by train.py prm"
         )
 
@@ -187,11 +187,11 @@ def require_context(
 ) -> None:
     """Raise UserError before the first step if the reward model's context is too short for a prompt and what must follow.
 
-    That is a whole completion, or, told to a separator model, the separator at which J_0 is read.
+    That is a whole completion, or for a separator model the separator at which J_0 is read.
     """
     for problem, prompt in zip(problems, prompts, strict=True):
         if model.separator is not None:
-            prompt, max_tokens = _told_prompt(problem.question, tokenizer), 1
+            prompt, max_tokens = _separator_prompt(problem.question, tokenizer), 1
         if len(prompt) + max_tokens > model.config.max_positions:
             raise UserError(
                 f"problem {problem.id} (counted from 0): a prompt of {len(prompt)} tokens and {max_tokens} more exceed "

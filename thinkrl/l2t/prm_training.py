@@ -1,4 +1,4 @@
-"""Training of the step reward model (prm.py): it learns how often the policy's prefixes lead to the right answer.
+"""Training of the step reward model (prm.py) to predict how often the policy's prefixes lead to the right answer.
 
     loss = -sum_n [y_n log P_n + (1 - y_n) log(1 - P_n)] / N      y_n: share of M continuations of prefix n that are right
 
@@ -132,7 +132,8 @@ def prefix_labels(
     """For every prefix of every trajectory's completion, the share of M continuations whose answer is right: a list of [K+1].
 
     prefixes    as in `score_completions`; prompt, prefix and `max_tokens` more must fit the model's context
-    address     where the randomness lives, with problem, sample and prefix behind it: labels do not depend on the world size
+    address     first words of the key of random numbers; problem, sample and prefix follow, so labels do not depend on
+                the world size
 
     Equal prefixes are continued once: the K+1 of a group's trajectories share their J_0.
     """

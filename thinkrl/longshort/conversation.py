@@ -10,7 +10,7 @@ A turn's prompt is one user message through the checkpoint's chat template:
 
 Token ids in, token ids out. The template is rendered once with a marker where the history goes; what stands
 before it, each segment, each joiner and what stands after it are encoded apart and concatenated. So a segment
-has the same ids wherever it is met: encoded once from text in SFT, the sampled ids themselves in RL and
+has the same ids everywhere: encoded once from text in SFT, the sampled ids themselves in RL and
 evaluation.
 
 Departures from the released code: Γ stands in the user message everywhere (there: in the system message for

@@ -13,7 +13,7 @@ The protocol, for many conversations at once; h is the history, Γ the role's pr
     LM     0.5 - (len - min) / (max - min) over the group, in own tokens; at most 0 where EM is 0       Kimi k1.5 §2.3.3
 
 A round trains one role by GRPO against the other one, frozen; its reference is the policy as the round began.     LS Eq. 7, 8
-Every turn of the trained role is a sample; the partner's words are in its prompt, so they never enter the loss.
+Every turn of the trained role is a sample; the partner's tokens are in its prompt, so they never enter the loss.
 
 Readings. The paper bounds no conversation; here it ends, with EM = 0, after `max_turns` exchanges, when the
 next prompt leaves no room in the context, and at a malformed turn (by the tag-aware check, whatever the
@@ -57,13 +57,13 @@ class Conversation(Trajectory):
     texts: list[str] = field(default_factory=list)  # of the turns, decoded
     ended: str = ""  # answered | malformed | turns | context; "" while it goes on
     trained: str = ""  # the role that learns from it; "" in evaluation
-    role_reward: RoleReward | None = None  # what that role earned; None in evaluation
+    role_reward: RoleReward | None = None  # that role's reward; None in evaluation
 
     def record(self, advantage: Tensor) -> dict:
         """One line of samples.jsonl: that of a trajectory and
 
         texts, ended                             as above
-        format_reward, length_reward, trained    FM and LM of LS Eq. 9, and the role that earned them
+        format_reward, length_reward, trained    FM and LM of LS Eq. 9, and the trained role
         """
         line = super().record(advantage) | {"texts": self.texts, "ended": self.ended}
         if self.role_reward is not None:
@@ -103,7 +103,7 @@ class RoleSampler:
         seed: int,
         keys: list[tuple[int, ...]],
     ) -> None:
-        """Sample a turn for every conversation and append it; n neighbours share a prompt."""
+        """Sample a turn for every conversation and append it; n adjacent ones share a prompt."""
         if not talks:
             return
         groups = self.sampler.generate(
@@ -134,8 +134,8 @@ def converse(
 ) -> list[Conversation]:
     """`group_size` conversations about each problem, groups contiguous, each graded: `outcome_reward` and `reward` are 0 or 1.
 
-    All advance together, turn by turn; those that have ended wait. A turn's randomness has the address (seed,
-    *address, problem, sample, turn, role).
+    All advance together, turn by turn; those that have ended wait. A turn's random numbers are drawn by the key
+    (seed, *address, problem, sample, turn, role).
     rollout    "full", or "single_exchange": one turn of each role, whatever they write
     """
     single = rollout == "single_exchange"
@@ -214,7 +214,7 @@ def format_reward(text: str, role: str, strict: bool = False) -> float:
 def length_reward(lengths: Sequence[float], correct: Sequence[bool], symmetric: bool = False) -> list[float]:
     """LM of each attempt of one group, from lengths and correctness. Equal lengths give 0. Kimi k1.5 §2.3.3
 
-    symmetric: a wrong attempt is paid for being short like a right one, instead of at most 0.
+    symmetric: a wrong attempt gets the same bonus for being short as a right one, instead of at most 0.
     """
     shortest, longest = min(lengths, default=0), max(lengths, default=0)
     if shortest == longest:
@@ -251,14 +251,16 @@ def role_rewards(
     for start in range(0, len(talks), group_size):
         group = talks[start : start + group_size]
         own = [[text for turn, text in zip(talk.turns, talk.texts) if turn.role == role] for talk in group]
-        spoke = [talk for talk, texts in zip(group, own) if texts]
-        paid = iter(
+        took_part = [talk for talk, texts in zip(group, own) if texts]
+        length_rewards = iter(
             length_reward(
-                [own_tokens(talk, role) for talk in spoke], [talk.correct for talk in spoke], symmetric
+                [own_tokens(talk, role) for talk in took_part],
+                [talk.correct for talk in took_part],
+                symmetric,
             )
         )
         for talk, texts in zip(group, own):
-            outcome, length = talk.outcome_reward, next(paid) if texts else 0.0
+            outcome, length = talk.outcome_reward, next(length_rewards) if texts else 0.0
             form = min((format_reward(text, role, strict) for text in texts), default=0.0)
             total = outcome_coef * outcome + format_coef * form + length_coef * length  # LS Eq. 9
             rewards.append(RoleReward(outcome, form, length, total))

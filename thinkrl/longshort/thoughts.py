@@ -7,7 +7,7 @@ r"""A long chain of thought -> thoughts -> importance -> labels -> the two cold-
                 T2 = (d_y - d_{y_i}) / d_y      a short thought is worth more
                 δ_i = decay if P_i <= P_{i-1}, else 0;  δ_1 = 0
     label       y_1 is long; y_i is long if M(y_i) > max(M(y_1), …, M(y_{i-1})), else short
-    segments    neighbours of one label are one segment; the short ones are completed, by a model (`llm`) or by the thoughts'
+    segments    adjacent thoughts of one label are one segment; the short ones are completed, by a model (`llm`) or by the thoughts'
                 own text (`block`), and closed with </rethink>, the last one with </answer>
 
 Readings. δ is subtracted, also on equal accuracy, and not from the first thought: only so does Eq. 1 give the
@@ -85,7 +85,7 @@ def label(scores: Sequence[float]) -> list[str]:
 
 
 def runs(labels: Sequence[str]) -> list[tuple[str, list[int]]]:
-    """Neighbours of one label, merged: (label, indices of its thoughts), strictly alternating."""
+    """Merge adjacent thoughts of one label: (label, indices of its thoughts), strictly alternating."""
     return [
         (name, [i for i, _ in group]) for name, group in groupby(enumerate(labels), key=lambda pair: pair[1])
     ]

@@ -6,7 +6,7 @@
 sampler: 8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096,
 temperature 1, no filters. Two workloads: every completion runs to 128 tokens; or 64 of the 4096 ids stop, so
 that lengths spread over 1 to 128 and a static batch waits for its longest. Only tokens of completions count.
-The two engines take turns, and the best of the repeats is reported, because a neighbour on the machine can
+The two engines take turns, and the best of the repeats is reported, because another process on the machine can
 only slow a run down. transformers computes in fp32 always.
 
 "matmuls" is how fast decoding would be if a step were nothing but its matrix products on 64 rows, done by

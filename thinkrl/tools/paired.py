@@ -16,7 +16,7 @@ import numpy as np
 
 from thinkrl import UserError
 from thinkrl.intervals import aes_interval, paired_bootstrap
-from thinkrl.parts import read_lines
+from thinkrl.files import read_lines
 from thinkrl.tools.evaluation import table
 from thinkrl.tools.formats import number
 from thinkrl.visible import visible

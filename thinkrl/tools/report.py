@@ -62,7 +62,7 @@ def write_report(*folders: Path, out: Path | None = None, steps: set[int] | None
     found = open_folders(list(folders))
     if len(found) > MOST:
         raise UserError(
-            f"{len(found)} runs are too many for one page, at most {MOST} can be told apart: name some"
+            f"{len(found)} runs are too many for one page, at most {MOST} can be distinguished: name some"
         )
     runs = [run for run in found if isinstance(run, TrainingRun)]
     chains = [folder for folder in found if isinstance(folder, Chains)]
