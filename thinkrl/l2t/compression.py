@@ -215,7 +215,9 @@ def _alone(value: Tensor) -> Tensor:
 def normalise_compression(
     C: Sequence[Tensor], kappa: float, reduce: Callable[[Tensor], Tensor] = _alone
 ) -> list[Tensor]:
-    """kappa C / (mean over all ranks' completions of a completion's total C), so that a completion's penalties sum to kappa on average.
+    """kappa C / (mean over all ranks' completions of a completion's total C): a completion's penalties then sum to kappa on
+    average.
+
 
     C: list of [K_i]. reduce sums a tensor over ranks. Zeros where that mean is 0.
     """
