@@ -218,7 +218,6 @@ def normalise_compression(
     """kappa C / (mean over all ranks' completions of a completion's total C): a completion's penalties then sum to kappa on
     average.
 
-
     C: list of [K_i]. reduce sums a tensor over ranks. Zeros where that mean is 0.
     """
     total, count = reduce(
