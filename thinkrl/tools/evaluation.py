@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from thinkrl.distributed import World, from_main, gather, together
 from thinkrl.evaluate import recorded_attempt, summary_of
-from thinkrl.intervals import clustered_interval
 from thinkrl.files import read_lines
+from thinkrl.intervals import clustered_interval
 from thinkrl.parts import open_part, read_parts
 from thinkrl.runs import open_out, write_json
 from thinkrl.sampler import Sampler
