@@ -263,7 +263,7 @@ def rollouts(
 
     A chain goes through the model once: prefix i + 1 lists the pages of prefix i and its own, and the n
     samples of a prefix share them. Raises UserError if the pages do not suffice. The chains must fit the
-    context: see `require_room`.
+    context: see `require_chain`.
     """
     if not chains:
         return []

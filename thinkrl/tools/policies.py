@@ -21,7 +21,7 @@ from thinkrl.l2t.budgets import make_probes, measured, room_for
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.longshort import protocol as longshort
 from thinkrl.longshort.conversation import shared_prompts
-from thinkrl.rollout import EVALUATION, require_room, rollout
+from thinkrl.rollout import EVALUATION, prompt_ids, require_room, rollout
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.tools.chat import Messages, Stream, write
@@ -80,7 +80,8 @@ class OnePolicy:
         """Raise UserError before anything is sampled if a problem and what comes behind it exceed the context."""
         o, more = self.options, room_for(self._probes(problems)) if self.budgets else 0
         context = self.sampler.model.config.max_positions
-        require_room(problems, self.tokenizer, context, self.max_tokens + more, o.system, o.suffix)
+        prompts = [prompt_ids(problem, self.tokenizer, o.system, o.suffix) for problem in problems]
+        require_room(problems, prompts, context, self.max_tokens + more)
 
     def records(self, problems: list[Problem]) -> list[dict]:
         """The attempts as lines of a file; with --budgets each with its chance of a right answer at every budget."""
@@ -167,9 +168,8 @@ class TwoPolicies:
         """Raise UserError before anything is sampled if a problem and an opening turn exceed the context."""
         long = self.roles["long"]
         context = long.sampler.model.config.max_positions
-        longshort.require_room(
-            problems, self.tokenizer, context, long.max_tokens, self.prompts, self.options.suffix
-        )
+        prompts = longshort.opening_prompts(problems, self.tokenizer, self.prompts, self.options.suffix)
+        require_room(problems, prompts, context, long.max_tokens)
 
     def records(self, problems: list[Problem]) -> list[dict]:
         talks = self.attempt(problems, self.options.n)
