@@ -343,7 +343,7 @@ def test_sft_learns_its_rows_and_leaves_a_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_sample_measures_what_the_run_measured(tmp_path, capsys):
+def test_sample_measures_what_the_run_measured(tmp_path):
     """The prompt and the limit of a policy are beside its weights."""
     rows = [{"problem": f"{i}*7", "answer": str(i * 7), "source": "arith"} for i in range(1, 9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -358,18 +358,15 @@ def test_sample_measures_what_the_run_measured(tmp_path, capsys):
         "temperature": 1.0,
     }
 
-    def measured(*options: str) -> tuple[str, str]:
-        capsys.readouterr()
+    def measured(out: str, *options: str) -> tuple[float, float]:
         command = ["--model", str(model), "--data", str(tmp_path / "rows.jsonl"), "--temperature", "0"]
-        sample.main(sample.parse_options([*command, *options]))
-        said = dict(
-            line.split()[:2] for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2
-        )
-        return said["accuracy"], said["tokens"]
+        sample.main(sample.parse_options([*command, "--out", str(tmp_path / out), *options]))
+        summary = json.loads((tmp_path / out / "summary.json").read_text())
+        return summary["accuracy"], summary["tokens"]
 
     after = json.loads((tmp_path / "run" / "summary.json").read_text())["after"]["greedy"]
-    as_in_training = (f"{after['accuracy']:.4g}", f"{after['tokens']:.4g}")
-    assert measured() == as_in_training != measured("--suffix", "")
+    as_in_training = after["accuracy"], after["tokens"]
+    assert measured("same") == as_in_training != measured("other", "--suffix", "")
 
 
 @pytest.mark.slow

@@ -272,7 +272,7 @@ def test_beyond_a_separator_model_s_context_nothing_is_gained(world, tmp_path):
 def test_a_reward_model_that_cannot_read_the_policy_is_refused(world, tmp_path):
     foreign = tmp_path / "foreign"
     save_prm(random_prm(), write_tokenizer(foreign), foreign)
-    with pytest.raises(UserError, match="reads ids otherwise than the policy"):
+    with pytest.raises(UserError, match="decodes ids differently from the policy"):
         preset_of(world, "--gain", "prm", "--prm", str(foreign))
     preset = preset_of(
         world, "--gain", "prm", "--prm", save_own(tmp_path / "short", max_position_embeddings=100)
