@@ -99,6 +99,7 @@ def parse_options(argv: list[str]) -> Options:
 if __name__ == "__main__":  # before torch is imported
     OPTIONS = command_line("chunk.py", parse_options)
 
+import contextlib
 import json
 import random
 import re
@@ -113,9 +114,10 @@ from thinkrl import arith, require_own_kernels
 from thinkrl.checkpoint import load_model
 from thinkrl.data import layouts, rows
 from thinkrl.data.problems import messages
-from thinkrl.distributed import World, from_main, start, stop, together
+from thinkrl.distributed import World, from_main, run_and_exit, start, stop, together
 from thinkrl.files import write_json
 from thinkrl.learner import compute_dtype, model_path
+from thinkrl.lock import hold, release
 from thinkrl.longshort import thoughts
 from thinkrl.longshort.conversation import Prompts, load_prompts
 from thinkrl.longshort.thoughts import Rejected, Thought
@@ -123,6 +125,7 @@ from thinkrl.options import exit_with_error
 from thinkrl.parts import open_part, read_parts
 from thinkrl.runs import open_out
 from thinkrl.sampler import Sampler
+from thinkrl.signals import Stopped, StopRequest, exit_when_stopped
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem
 
@@ -149,6 +152,7 @@ def chunk(options: Options, world: World) -> None:
     if options.plot:
         thoughts.require_pyplot()
     folder, settings = Path(options.out), settings_of(options, prompts)
+    hold(folder, world)
     finished = from_main(
         together(open_folder, folder, settings, world)
     )  # one reading for all ranks, before any of them writes
@@ -160,7 +164,9 @@ def chunk(options: Options, world: World) -> None:
         )  # not before: a folder that nothing was written for is bound to nothing
 
     at_once = world.size * options.items_per_batch
+    stop_request = StopRequest("these items", world.main)
     with (
+        contextlib.closing(stop_request),
         open_part(folder, world.rank) as part,
         tqdm(total=len(waiting), desc="chunk", unit="item", disable=not world.main) as bar,
     ):
@@ -176,6 +182,8 @@ def chunk(options: Options, world: World) -> None:
                 work, dealt[world.rank :: world.size]
             )  # dealt one by one: adjacent rows of a file are often alike
             bar.update(len(dealt))
+            if stop_request.agreed():
+                raise Stopped(f"stopped, finished items are saved: the same command continues {folder}")
     if world.main:
         merge(folder, len(items), prompts, options.plot)
 
@@ -425,9 +433,12 @@ def main(options: Options) -> None:
         chunk(options, world)
     except UserError as mistake:
         exit_with_error("chunk.py", mistake)
+    except Stopped as request:
+        exit_when_stopped("chunk.py", request)
     finally:
+        release()
         stop()
 
 
 if __name__ == "__main__":
-    main(OPTIONS)
+    run_and_exit(main, OPTIONS)

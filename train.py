@@ -29,12 +29,14 @@ from thinkrl.evaluate import held_out_record, summary_table, tally_outcomes
 from thinkrl.finish import finish, push
 from thinkrl.hub import require_upload
 from thinkrl.learner import fitted, fitted_to_memory, model_path
+from thinkrl.lock import release
 from thinkrl.metrics import Stopwatch, Tally
 from thinkrl.options import exit_with_error
 from thinkrl.presets import Grpo, Preset
 from thinkrl.rollout import EVALUATION, sample_differences
 from thinkrl.runs import Run
 from thinkrl.session import Session, require_enough
+from thinkrl.signals import Stopped, exit_when_stopped
 from thinkrl.sinks import require_sinks
 from thinkrl.types import Problem, Trajectory
 from thinkrl.update import Diverged, pack_evenly, update
@@ -109,28 +111,27 @@ def train(config: Config, world: World) -> Run:
     preset.require_room(held_out, training=False)
     if config.eval_budgets:
         token_budgets().require_room(preset, held_out)
-    session = Session(config, world, preset.learners, report=write_report)
-    preset.load_state_dict(session.state)
+    with Session(config, world, preset.learners, report=write_report) as session:
+        preset.load_state_dict(session.state)
 
-    def evaluate_after(step: int) -> None:
-        if config.eval_every and step % config.eval_every == 0 and 0 < step < config.steps:
-            evaluate(preset, held_out, session, preset.name(step), step)
+        def evaluate_after(step: int) -> None:
+            if config.eval_every and step % config.eval_every == 0 and 0 < step < config.steps:
+                evaluate(preset, held_out, session, preset.name(step), step)
 
-    evaluate(preset, held_out, session, "before", session.first)
-    evaluate_after(session.first)  # a kill may have come between a step and its evaluation
-    for step in session.steps():
-        tally = Tally()
-        problems, *spare = stream.take_rounds(
-            step, config.problems_per_step, 1 + config.dynamic_sampling, world.rank, world.size
-        )
-        trajectories, advantages, numbers = train_step(preset, problems, step, world, tally, spare)
-        tally_outcomes(tally, trajectories, config.group_size)
-        shown = config.log_groups * config.group_size
-        records = [t.record(advantage) for t, advantage in zip(trajectories[:shown], advantages)]
-        session.end_step(step, tally, numbers, records, preset.state_dict())
-        evaluate_after(step + 1)
-    evaluate(preset, held_out, session, "after", config.steps)
-    session.close()
+        evaluate(preset, held_out, session, "before", session.first)
+        evaluate_after(session.first)  # a kill may have come between a step and its evaluation
+        for step in session.steps():
+            tally = Tally()
+            problems, *spare = stream.take_rounds(
+                step, config.problems_per_step, 1 + config.dynamic_sampling, world.rank, world.size
+            )
+            trajectories, advantages, numbers = train_step(preset, problems, step, world, tally, spare)
+            tally_outcomes(tally, trajectories, config.group_size)
+            shown = config.log_groups * config.group_size
+            records = [t.record(advantage) for t, advantage in zip(trajectories[:shown], advantages)]
+            session.end_step(step, tally, numbers, records, preset.state_dict())
+            evaluate_after(step + 1)
+        evaluate(preset, held_out, session, "after", config.steps)
     if world.main:
         print(summary_table(session.run.summary))
     return session.run
@@ -202,7 +203,10 @@ def main(config: Config) -> None:
         exit_with_error("train.py", mistake)
     except Diverged as reason:
         exit_with_error("train.py", reason, status=1)
+    except Stopped as request:
+        exit_when_stopped("train.py", request)
     finally:
+        release()
         stop()
 
 

@@ -1,8 +1,11 @@
-"""Runs a program of the repository that dies at a known place, whatever the load of the machine:
+"""Runs a program of the repository that is killed at a known place, whatever the load of the machine:
 
-python tests/killed.py thinkrl.checkpoint:point_latest 2 train.py grpo …
+python tests/killed.py thinkrl.resume:point_latest 2 train.py grpo …
 
-The process sends itself SIGKILL when the named function has returned for the second time.
+When the named function has returned for the second time, SIGKILL is sent. The environment chooses otherwise:
+
+KILL_SIGNAL    SIGTERM, …
+KILL_WHO       all: every rank that comes there, itself | a rank's number: this one, itself | launcher: rank 0, torchrun
 """
 
 import importlib
@@ -13,13 +16,12 @@ import signal
 import sys
 
 place, times, program, *arguments = sys.argv[1:]
+number = signal.Signals[os.environ.get("KILL_SIGNAL", "SIGKILL")]
+who, rank = os.environ.get("KILL_WHO", "all"), os.environ.get("RANK", "0")
 module, name = place.split(":")
 *path, name = name.split(".")
-holder = (
-    operator.attrgetter(".".join(path))(importlib.import_module(module))
-    if path
-    else importlib.import_module(module)
-)
+holder = importlib.import_module(module)
+holder = operator.attrgetter(".".join(path))(holder) if path else holder
 function, calls = getattr(holder, name), 0
 
 
@@ -28,7 +30,10 @@ def deadly(*args, **kwargs):
     result = function(*args, **kwargs)
     calls += 1
     if calls == int(times):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if who in ("all", rank):
+            os.kill(os.getpid(), number)
+        elif who == "launcher" and rank == "0":
+            os.kill(os.getppid(), number)
     return result
 
 

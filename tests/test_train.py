@@ -192,7 +192,7 @@ def test_kill_and_resume_is_the_same_run(tmp_path, options, killed, steps):
     done = torchrun(2, "train.py", *whole)
     assert done.returncode == 0, done.stderr[-3000:]
     saves = str(killed // SAVE_EVERY)
-    done = torchrun(2, "tests/killed.py", "thinkrl.checkpoint:point_latest", saves, "train.py", *cut)
+    done = torchrun(2, "tests/killed.py", "thinkrl.resume:point_latest", saves, "train.py", *cut)
     assert done.returncode != 0 and (tmp_path / "cut" / "latest").read_text() == f"step_{killed}\n"
     done = torchrun(2, "train.py", *cut, "--resume", "auto")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -264,6 +264,7 @@ def test_more_ranks_than_problems(tmp_path):
 
 def test_run_folders(capsys, tmp_path):
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "metrics.jsonl").write_text("")
     assert "--resume auto" in mistake(capsys, "grpo", "--runs_dir", str(tmp_path), "--name", "taken")
     (tmp_path / "file").write_text("")
     assert "--runs_dir" in mistake(capsys, "grpo", "--runs_dir", str(tmp_path / "file"))

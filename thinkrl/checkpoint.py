@@ -1,16 +1,11 @@
-"""Weights in and out: Hugging Face folders (config.json + safetensors), and step checkpoints that a run resumes from.
+"""Weights in and out: Hugging Face folders (config.json + safetensors). Checkpoints of a run are in resume.py.
 
 A parameter of ours is one Hugging Face tensor, or several stacked along their rows (`hf_layout` is the whole
 mapping), so reading is a copy into rows and writing is a split of rows. Reading streams: parameters are
 allocated once, every tensor is mapped from its file, checked and copied, and nothing is held twice. Writing
 gathers one parameter at a time and holds one file's worth of them.
 
-    runs/NAME/checkpoints/step_N/    dcp/: parameters and optimizer states, each rank its shards (torch.distributed.checkpoint,
-                                     so another number of ranks can read them); extra.pt: everything else,
-                                     from rank 0
-    runs/NAME/latest                 "step_N"
-
-Whatever is written appears by a rename, whole or not at all; `latest` moves last.
+Whatever is written appears by a rename, whole or not at all.
 """
 
 from __future__ import annotations
@@ -23,22 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.optim import Optimizer
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from thinkrl import UserError
-from thinkrl.distributed import whole
+from thinkrl.distributed import on_main, rank, whole
 from thinkrl.files import read_json, write_json
 from thinkrl.model import ModelConfig, Transformer
 
@@ -160,12 +147,18 @@ def save_hf(
     with atomic_dir(Path(path)) as folder:
         weight_map: dict[str, str] = {}
         total = 0
+        failed: Exception | None = None
         for file, names in zip(files, parts):
             tensors = hf_tensors(state, {name: layout[name] for name in names}, dtype)
-            if folder:
-                save_file(tensors, folder / file, metadata={"format": "pt"})
+            if folder and not failed:
+                try:
+                    save_file(tensors, folder / file, metadata={"format": "pt"})
+                except (OSError, SafetensorError) as error:
+                    failed = error  # raised below: other ranks wait in the next file's gathering
                 weight_map |= dict.fromkeys(tensors, file)
                 total += sum(tensor.nbytes for tensor in tensors.values())
+        if failed:
+            raise failed
         if folder:
             if len(files) > 1:
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -198,138 +191,49 @@ def hf_tensors(
     tensors: dict[str, Tensor] = {}
     for ours, rows in layout.items():
         full = whole(state[ours])
-        if _rank() == 0:
+        if rank() == 0:
             parts = full.to("cpu", dtype).split([shape[0] for _, shape in rows])
             tensors |= {theirs: part.clone() for (theirs, _), part in zip(rows, parts)}
     return tensors
 
 
-def save_step(
-    run_dir: str | Path,
-    step: int,
-    modules: dict[str, nn.Module],
-    optimizers: dict[str, Optimizer],
-    extra: dict,
-) -> Path:
-    """Write checkpoints/step_N, which is returned. Every rank must call it.
-
-    extra  nested dicts and lists of tensors, numbers and strings: data cursor, random states, what a preset carries along;
-           rank 0's is the one that is saved, so it must not differ between ranks
-    """
-    path = Path(run_dir) / "checkpoints" / f"step_{step}"
-    # asking an optimizer that has not stepped for its state makes it take a step of its own
-    stepped = {name: optimizer for name, optimizer in optimizers.items() if optimizer.state}
-    with atomic_dir(path) as folder:
-        if folder:
-            torch.save({"extra": extra, "stepped": list(stepped)}, folder / "extra.pt")
-        dcp.save(_state(modules, stepped), checkpoint_id=_temporary(path) / "dcp")
-    return path
-
-
-def point_latest(run_dir: str | Path, step: int, keep: int = 2) -> None:
-    """Name checkpoints/step_N the one to resume from, and remove all but the newest `keep`. Every rank
-    must call it.
-    """
-    run_dir = Path(run_dir)
-    checkpoints = run_dir / "checkpoints"
-    if _rank() == 0:
-        latest = run_dir / "latest"
-        _temporary(latest).write_text(f"step_{step}\n")
-        os.replace(_temporary(latest), latest)
-        saved = sorted(int(entry.name.removeprefix("step_")) for entry in checkpoints.glob("step_*[0-9]"))
-        for old in saved[:-keep]:
-            if old != step:
-                shutil.rmtree(checkpoints / f"step_{old}")
-    _barrier()
-
-
-def load_step(path: str | Path, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> dict:
-    """Restore modules and optimizers in place from a checkpoints/step_N folder, bit for bit; returns `extra`.
-
-    Every rank must call it; the number of ranks may differ from the one that saved.
-    Raises UserError where the folder is incomplete or holds something else than these modules and optimizers.
-    """
-    path = Path(path)
-    for part in ("extra.pt", "dcp/.metadata"):
-        if not (path / part).exists():
-            raise UserError(f"{path / part}: file not found, so {path} is not a complete checkpoint")
-    saved = torch.load(path / "extra.pt", map_location="cpu", weights_only=True)
-    for name in optimizers.keys() - set(saved["stepped"]):
-        optimizers[name].state.clear()
-    optimizers = {name: optimizer for name, optimizer in optimizers.items() if name in saved["stepped"]}
-    state = _state(modules, optimizers)
-    try:
-        dcp.load(state, checkpoint_id=path / "dcp")
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        raise UserError(
-            f"{path}: does not fit this model and optimizer, or is damaged (rank {rank}: {cause})"
-        ) from None
-    for name, module in modules.items():
-        set_model_state_dict(module, state["modules"][name])
-    for name, optimizer in optimizers.items():
-        set_optimizer_state_dict(modules[name], optimizer, state["optimizers"][name])
-    return saved["extra"]
-
-
-def latest_step(run_dir: str | Path) -> int | None:
-    """The step of the newest complete checkpoint of a run, None before the first one."""
-    latest = Path(run_dir) / "latest"
-    if not latest.exists():
-        return None
-    name = latest.read_text().strip()
-    if not name.removeprefix("step_").isdigit() or not (Path(run_dir) / "checkpoints" / name).is_dir():
-        raise UserError(
-            f"{latest}: it says {name!r}, but there is no such folder in {Path(run_dir) / 'checkpoints'}"
-        )
-    return int(name.removeprefix("step_"))
-
-
-def _state(modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> dict:
-    """Sharded, under parameter names that do not depend on how a module was wrapped. An optimizer has its
-    module's name.
-    """
-    return {
-        "modules": {name: get_model_state_dict(module) for name, module in modules.items()},
-        "optimizers": {
-            name: get_optimizer_state_dict(modules[name], optimizer) for name, optimizer in optimizers.items()
-        },
-    }
-
-
 @contextlib.contextmanager
 def atomic_dir(path: Path) -> Iterator[Path | None]:
-    """A folder to fill under a temporary name, renamed to `path` once all ranks are done; None on ranks
-    other than 0.
+    """A folder to fill under a temporary name, flushed to disk and renamed to `path` once all ranks are done; None on
+    ranks other than 0. Collective. A disk that is full or cannot be written is a UserError on all ranks, and `path` is
+    as it was; so whoever fills it must fail, if at all, after the last collective.
     """
-    folder = _temporary(path)
-    if _rank() == 0:
+    folder, error = temporary(path), ""
+
+    def begin() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    _barrier()
-    yield folder if _rank() == 0 else None
-    _barrier()
-    if _rank() == 0:
+
+    def end() -> None:
+        if error:
+            raise OSError(0, error, str(path))
+        for file in [file for file in folder.rglob("*") if file.is_file()]:
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
         retired = path.with_name(path.name + ".old")
         shutil.rmtree(retired, ignore_errors=True)
         if path.exists():
             path.rename(retired)
         folder.rename(path)
         shutil.rmtree(retired, ignore_errors=True)
-    _barrier()
+
+    on_main(begin)
+    try:
+        yield folder if rank() == 0 else None
+    except CheckpointException as failed:  # of a rank, raised on all
+        error = str(min(failed.failures.items())[1][0])
+    except (OSError, SafetensorError) as failed:
+        error = str(failed)
+    on_main(end)
 
 
-def _temporary(path: Path) -> Path:
+def temporary(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def tensor_files(path: Path) -> dict[str, Path]:

@@ -43,6 +43,11 @@ class Config:
         "never", "auto: continue the unfinished run with the same options | never | PATH of a run folder"
     )
     save_every: int = option(100, "optimizer steps between checkpoints; 0: only at the end", low=0)
+    save_minutes: float = option(
+        0.0,
+        "also a checkpoint after the step at which so many minutes have passed since the last; 0: none",
+        low=0,
+    )
     keep_checkpoints: int = option(2, "checkpoints kept on disk", low=1)
     keep_optimizer: bool = option(
         False, "keep the sharded weights and optimizer states of a finished run, which only a resume reads"

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +32,10 @@ from thinkrl import UserError
 
 CGROUP = Path("/sys/fs/cgroup")  # of the container that this process runs in, if it has one
 M = TypeVar("M", bound=nn.Module)
+
+AFTER_A_FAILED_WRITE = (
+    "free space or make it writable; what was saved before is untouched, --resume auto continues from it"
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ def share(count: int, rank: int, size: int) -> range:
 
 def start(device: str = "auto") -> World:
     """Join the process group that torchrun describes in the environment: NCCL on CUDA, gloo on CPU."""
+    _end_with_launcher()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda" and not torch.cuda.is_available():
@@ -82,6 +89,15 @@ def start(device: str = "auto") -> World:
     return World(rank, size, chosen)
 
 
+def _end_with_launcher() -> None:
+    """A worker of a torchrun that was killed ends with it, so that a resumed run has no worker of the old one beside it.
+    Linux: the kernel sends SIGKILL. (One that torchrun has not seen this far finds its store gone, and fails.)
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of sys/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -99,6 +115,8 @@ def run_and_exit(main: Callable[..., None], *arguments: Any) -> NoReturn:
         main(*arguments)
     except SystemExit as stopped:  # by `options.exit_with_error`
         status = int(stopped.code or 0)
+    except KeyboardInterrupt:  # before anything was begun that has to be finished
+        status = 128 + signal.SIGINT
     atexit._run_exitfuncs()  # as multiprocessing ends its children: what others registered still runs
     sys.stdout.flush()
     sys.stderr.flush()
@@ -204,7 +222,7 @@ def from_main(value: Any) -> Any:
 
 def raise_on_all_ranks(error: str) -> None:
     """Raise on every rank if any rank has an error message: one rank's mistake stops all of them together."""
-    sentences = [s for s in gather(error) if s]
+    sentences = [s for s in (gather(error) if dist.is_initialized() else [error]) if s]
     if sentences:
         raise UserError(sentences[0])
 
@@ -220,3 +238,25 @@ def together(function: Callable, *arguments: Any) -> Any:
         error = str(mistake)
     raise_on_all_ranks(error)
     return result
+
+
+def on_main(function: Callable, *arguments: Any) -> Any:
+    """The function's result on rank 0, on every rank; its UserError too, and what it could not write. Collective, and so a
+    barrier. Without a process group this process is rank 0.
+    """
+
+    def own() -> Any:
+        try:
+            return function(*arguments) if rank() == 0 else None
+        except OSError as failed:
+            where = f" of {failed.filename}" if failed.filename else ""
+            raise UserError(
+                f"writing{where} failed ({failed.strerror or failed}): {AFTER_A_FAILED_WRITE}"
+            ) from None
+
+    result = together(own)
+    return from_main(result) if dist.is_initialized() else result
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

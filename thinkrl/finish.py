@@ -37,8 +37,11 @@ def finish(run: Run, config: Config) -> list[Path]:
     if not config.keep_optimizer:
         for state in checkpoints.glob("step_*/dcp"):
             shutil.rmtree(state)
-        for state in checkpoints.glob("step_*/extra.pt"):
-            state.unlink()
+        for name in ("extra.pt", "files.json"):
+            for state in checkpoints.glob(f"step_*/{name}"):
+                state.unlink()
+        for damaged in checkpoints.glob("step_*.damaged"):
+            shutil.rmtree(damaged)
     return folders
 
 

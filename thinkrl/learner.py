@@ -9,23 +9,15 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from thinkrl import UserError
-from thinkrl.checkpoint import (
-    latest_step,
-    load_model,
-    load_step,
-    point_latest,
-    read_config,
-    save_hf,
-    save_step,
-)
+from thinkrl.checkpoint import load_model, read_config, save_hf
 from thinkrl.config import SAMPLING, Config, fit_to_context
-from thinkrl.distributed import World, free_memory, global_max, shard
+from thinkrl.distributed import World, free_memory, global_max, on_main, shard
 from thinkrl.hub import HUB_NAME, fetch_model
 from thinkrl.memory import Setting, fit_to_memory, parameters
 from thinkrl.model import Transformer
+from thinkrl.resume import load_latest, point_latest, save_step
 from thinkrl.runs import begun_with
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -201,24 +193,24 @@ def save(
     for name, learner in learners.items():
         own = path / {"policy": "hf", "prm": "prm"}.get(name, f"hf_{name}")
         export(learner.policy, learner.tokenizer, own)
-        if dist.get_rank() == 0:
-            for file, text in learner.files.items():
-                (own / file).write_text(text, encoding="utf-8")
+        on_main(_write_files, own, learner.files)
     point_latest(folder, step, keep=config.keep_checkpoints)
 
 
 def restore(folder: Path, learners: Mapping[str, Learner]) -> tuple[int, dict]:
-    """Load the latest checkpoint into the learners, samplers included; (0, {}) if there is none.
+    """Load the latest usable checkpoint into the learners, samplers included; (0, {}) if there is none.
     Collective.
     """
-    step = latest_step(folder)
-    if step is None:
-        return 0, {}
-    state = load_step(folder / "checkpoints" / f"step_{step}", _modules(learners), _optimizers(learners))
+    step, state = load_latest(folder, _modules(learners), _optimizers(learners))
     for learner in learners.values():
-        if isinstance(learner, Actor):
+        if step and isinstance(learner, Actor):
             learner.sampler.load_weights(learner.policy)
     return step, state
+
+
+def _write_files(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _modules(learners: Mapping[str, Learner]) -> dict[str, torch.nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -111,6 +112,17 @@ def correlation(x: Tensor, y: Tensor) -> float:
     ).tolist()
     variance = max(0.0, n * sxx - sx * sx) * max(0.0, n * syy - sy * sy)
     return (n * sxy - sx * sy) / variance**0.5 if variance > 0 else 0.0
+
+
+def set_aside(folder: Path) -> list[str]:
+    """Rename the logs of a run that starts over, to metrics.1.jsonl or the next free number. Returns the new names."""
+    kept = []
+    for name in ("metrics", "samples"):
+        path = folder / f"{name}.jsonl"
+        if path.exists() and path.stat().st_size:
+            number = next(i for i in itertools.count(1) if not (folder / f"{name}.{i}.jsonl").exists())
+            kept.append(path.rename(folder / f"{name}.{number}.jsonl").name)
+    return kept
 
 
 class Log:

@@ -7,7 +7,7 @@
 
 A name is used once. `--resume auto` continues the unfinished run of the same configuration, from its `latest`
 checkpoint, and refuses anything else; `--resume PATH` names the folder. Files are written under a temporary
-name, then renamed.
+name, then renamed. A folder has one writer at a time (lock.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import json
 import os
 import platform
 import shlex
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Set
@@ -28,8 +30,10 @@ import torch
 
 from thinkrl import UserError, __version__
 from thinkrl.config import Config, as_dict
-from thinkrl.distributed import World, from_main, raise_on_all_ranks
+from thinkrl.distributed import World, on_main
 from thinkrl.files import write_json
+from thinkrl.lock import hold
+from thinkrl.signals import ASKING, Stopped
 
 ROOT = Path(__file__).resolve().parent.parent  # where train.py lies
 FREE_TO_CHANGE = {
@@ -41,6 +45,7 @@ FREE_TO_CHANGE = {
     "wandb",
     "wandb_project",
     "tensorboard",
+    "save_minutes",
     "keep_checkpoints",
     "keep_optimizer",
     "save_dtype",
@@ -66,34 +71,27 @@ class Run:
 
 
 def open_run(config: Config, world: World) -> Run:
-    """Make the folder or find the one to continue. Raises UserError on every rank alike."""
-    folder, resumed, error = None, False, ""
-    if world.main:
-        try:
-            folder, resumed = _choose(config)
-            if not resumed:
-                _create(folder, config)
-        except UserError as mistake:
-            error = str(mistake)
-    raise_on_all_ranks(error)
-    folder, resumed = from_main((folder, resumed))
-    return Run(folder, resumed, config)
+    """Make the folder or find the one to continue, and hold it: another start is refused while this one lives.
+    Collective. Raises UserError on every rank alike.
+    """
+    folder = on_main(_place, config)
+    hold(folder, world)
+    return Run(folder, on_main(_begin, folder, config), config)
 
 
 def begun_with(config: Config, world: World) -> dict:
     """The config.json of the run that `open_run` will continue, {} for a new one; what a first start chooses by the
     free memory is not compared, unless it was given. The same on every rank; raises UserError on every rank alike.
     """
-    saved, error = {}, ""
-    if world.main:
-        try:
-            chosen = {key for key in BY_MEMORY if key not in config.given or config[key] == "auto"}
-            folder, resumed = _choose(config, chosen)
-            saved = json.loads((folder / "config.json").read_text()) if resumed else {}
-        except UserError as mistake:
-            error = str(mistake)
-    raise_on_all_ranks(error)
-    return from_main(saved)
+    chosen = {key for key in BY_MEMORY if key not in config.given or config[key] == "auto"}
+
+    def read() -> dict:
+        folder = _place(config, chosen)
+        if folder.is_dir() and _continues(folder, config, chosen):
+            return json.loads((folder / "config.json").read_text())
+        return {}
+
+    return on_main(read)
 
 
 def record_launch(folder: Path, step: int, world: World) -> None:
@@ -131,15 +129,33 @@ def torchrun(ranks: int, *arguments: str) -> list[str]:
     ]
 
 
-def open_out(folder: Path, settings: dict) -> None:
-    """Make the folder that --out names, or find it begun with these settings: its config.json, which the caller writes.
+def launch(command: list[str]) -> int:
+    """Run what `torchrun` returned to its end. Returns its exit status.
 
-    Raises UserError if they are others, or if there can be no such folder.
+    SIGTERM and SIGINT are passed on to it; once it has ended, they raise Stopped here.
     """
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UserError(f"--out {folder} is not a folder that can be written: choose another --out")
+    received = []
+    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)  # a terminal's Ctrl-C reaches it once
+
+    def pass_on(number: int, frame) -> None:
+        received.append(number)
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in ASKING}
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise Stopped("stopped: the same command continues from here")
+    return status
+
+
+def open_out(folder: Path, settings: dict) -> None:
+    """Check that the folder that --out names, which the caller holds, is new or was begun with these settings: they
+    are in its config.json, which the caller writes. Raises UserError if they are others.
+    """
     path = folder / "config.json"
     saved = json.loads(path.read_text()) if path.exists() else settings
     if others := differing(saved, settings):
@@ -155,19 +171,15 @@ def differing(saved: dict, now: dict) -> list[str]:
     ]
 
 
-def _choose(config: Config, ignored: Set[str] = frozenset()) -> tuple[Path, bool]:
+def _place(config: Config, ignored: Set[str] = frozenset()) -> Path:
+    """The folder that these options ask for, which need not exist."""
     root = Path(config.runs_dir)
     if config.resume not in ("auto", "never"):
-        return _unfinished(Path(config.resume), config, ignored), True
+        if not (folder := Path(config.resume)).is_dir():
+            raise UserError(f"--resume: there is no folder {folder}")
+        return _unfinished(folder, config, ignored)
     if config.name:
-        folder = root / config.name
-        if not folder.exists():
-            return folder, False
-        if config.resume == "never":
-            raise UserError(
-                f"the run {folder} exists: continue it with --resume auto, or choose another --name"
-            )
-        return _unfinished(folder, config, ignored), True
+        return root / config.name
     if config.resume == "auto":
         saved = [
             path
@@ -175,10 +187,28 @@ def _choose(config: Config, ignored: Set[str] = frozenset()) -> tuple[Path, bool
             if not _differing(path.parent, config, ignored) and not finished(path.parent)
         ]
         if saved:
-            return max(saved, key=lambda path: path.stat().st_mtime).parent, True
+            return max(saved, key=lambda path: path.stat().st_mtime).parent
     stem = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [stem] + [f"{stem}-{i}" for i in range(2, 1000)]
-    return next(root / name for name in names if not (root / name).exists()), False
+    return next(root / name for name in names if not (root / name).exists())
+
+
+def _begin(folder: Path, config: Config) -> bool:
+    """`_continues` of the folder, which nobody else writes now; a new run gets its config.json."""
+    resumed = _continues(folder, config)
+    if not resumed:
+        write_json(folder / "config.json", as_dict(config))
+    return resumed
+
+
+def _continues(folder: Path, config: Config, ignored: Set[str] = frozenset()) -> bool:
+    """Whether the folder has a run to continue. Raises UserError if that is not wanted, or it has something else."""
+    if all(path.name in (".lock", "config.json.tmp") for path in folder.iterdir()):
+        return False
+    if config.resume == "never":
+        raise UserError(f"the run {folder} exists: continue it with --resume auto, or choose another --name")
+    _unfinished(folder, config, ignored)
+    return True
 
 
 def _unfinished(folder: Path, config: Config, ignored: Set[str]) -> Path:
@@ -205,13 +235,3 @@ def _differing(folder: Path, config: Config, ignored: Set[str]) -> list[str]:
     """Result of `differing` for the options that decide the result."""
     decisive = {key: value for key, value in as_dict(config).items() if key not in FREE_TO_CHANGE | ignored}
     return differing(json.loads((folder / "config.json").read_text()), decisive)
-
-
-def _create(folder: Path, config: Config) -> None:
-    try:
-        folder.mkdir(parents=True)
-        write_json(folder / "config.json", as_dict(config))
-    except OSError as error:
-        raise UserError(
-            f"cannot write the run folder {folder} ({error.strerror}): choose another --runs_dir"
-        ) from None

@@ -1,15 +1,17 @@
 """The parts that reinforcement learning, sft and prm share around their steps: open the run, resume, log, save, sum up.
 
-session = Session(config, world, learners)           the run folder, new or continued; learners restored
-for step in session.steps():                         the steps that are left
-    tally = Tally()
-    ...
-    session.end_step(step, tally, {"loss": loss})    a line of metrics.jsonl, and a checkpoint when one is due
-session.close()
+with Session(config, world, learners) as session:        the run folder, new or continued; learners restored
+    for step in session.steps():                         the steps that are left
+        tally = Tally()
+        ...
+        session.end_step(step, tally, {"loss": loss})    a line of metrics.jsonl, and a checkpoint when one is due
+
+SIGTERM and SIGINT are obeyed after a step or an evaluation: its state is saved, and `Stopped` is raised.
 """
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,11 +23,12 @@ from thinkrl import UserError
 from thinkrl.checkpoint import save_hf
 from thinkrl.config import Config, as_dict
 from thinkrl.data.problems import Stream
-from thinkrl.distributed import World
+from thinkrl.distributed import World, from_main, on_main
 from thinkrl.learner import Learner, restore, save, save_dtype
-from thinkrl.metrics import Log, Tally, append
+from thinkrl.metrics import Log, Tally, append, set_aside
 from thinkrl.runs import open_run, record_launch
-from thinkrl.sinks import flat, open_sinks, table_rows
+from thinkrl.signals import Stopped, StopRequest
+from thinkrl.sinks import Sink, flat, open_sinks, table_rows
 
 
 def require_enough(stream: Stream, config: Config, world: World) -> None:
@@ -41,7 +44,7 @@ def require_enough(stream: Stream, config: Config, world: World) -> None:
 
 
 class Session:
-    """One process's work on a run. Opening it is collective, and so are `end_step` and `steps`. Rank 0 writes.
+    """One process's work on a run. Opening it and all that it does is collective. Rank 0 writes.
 
     first     optimizer steps taken before, by the run that is resumed; 0 for a new one
     state     what `end_step` was given with the checkpoint that is resumed; {} for a new run
@@ -62,15 +65,42 @@ class Session:
         self.report = report
         self.run = open_run(config, world)
         self.first, self.state = restore(self.run.folder, learners)
-        self.sinks = []
-        if world.main:
-            record_launch(self.run.folder, self.first, world)
-            project = config.wandb_project if config.wandb else ""
-            self.sinks = open_sinks(self.run.folder, self.first, project, config.tensorboard, as_dict(config))
+        self.done = self.saved = self.first  # steps taken, and those of the newest checkpoint
+        self.saved_at = time.monotonic()
+        self.log = Log(self.run.folder, False, self.first, config.steps)  # of rank 0 from the first step on
+        self.sinks: list[Sink] = []
+        on_main(self._begin)
+        self.stop = StopRequest("this step", world.main)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *reason) -> None:
+        self.stop.close()
+        self.log.close()
+        for sink in self.sinks:
+            sink.close()
+
+    def _begin(self) -> None:
+        """Say where a resumed run goes on, and open what is written to."""
+        folder, config = self.run.folder, self.config
+        if self.run.resumed and self.first:
+            print(f"continues at step {self.first} from {folder}/checkpoints/step_{self.first}")
+        elif self.run.resumed:
+            kept = set_aside(folder)
+            line = f"; the lines of its earlier start are kept in {', '.join(kept)}" if kept else ""
+            print(f"{folder} has no checkpoint yet: it starts over{line}")
+        record_launch(folder, self.first, self.world)
+        project = config.wandb_project if config.wandb else ""
+        self.sinks = open_sinks(folder, self.first, project, config.tensorboard, as_dict(config))
+
+    def _open_log(self) -> None:
+        self.log = Log(self.run.folder, True, self.first, self.config.steps)
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, from 0."""
-        self.log = Log(self.run.folder, self.world.main, self.first, self.config.steps)
+        on_main(self._open_log)
+        self.stop_if_asked()
         yield from range(self.first, self.config.steps)
         self.log.close()
 
@@ -89,21 +119,48 @@ class Session:
         state      what a resumed run needs beside the learners
         """
         row, done = tally.row(step + 1, **numbers), step + 1
-        self.log.step(row)
-        self.log.samples(done, samples)
-        for sink in self.sinks:
-            sink.numbers(done, row)
-        if done == self.config.steps or _due(done, self.config.save_every):
-            save(self.run.folder, done, self.learners, state or {}, self.config, self.export)
+        on_main(self._log_step, done, row, samples)
+        self.done, self.state = done, state or {}
+        if done == self.config.steps or _due(done, self.config.save_every) or self._minutes_are_over():
+            self.save()
         if _due(done, self.config.report_every):
             for sink in self.sinks if samples else []:
                 sink.completions(done, "training completions", table_rows(done, samples))
             self.write_report()
+        self.stop_if_asked()
+
+    def _log_step(self, done: int, row: dict[str, float], samples: Sequence[dict]) -> None:
+        self.log.step(row)
+        self.log.samples(done, samples)
+        for sink in self.sinks:
+            sink.numbers(done, row)
+
+    def _minutes_are_over(self) -> bool:
+        """Whether rank 0's clock says that --save_minutes have passed since the last checkpoint. Collective."""
+        minutes = self.config.save_minutes
+        return minutes > 0 and from_main(time.monotonic() - self.saved_at > 60 * minutes)
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps taken so far."""
+        save(self.run.folder, self.done, self.learners, self.state, self.config, self.export)
+        self.saved, self.saved_at = self.done, time.monotonic()
+
+    def stop_if_asked(self) -> None:
+        """If a rank was asked to stop: save, unless it is saved, and raise Stopped."""
+        if not self.stop.agreed():
+            return
+        if self.saved < self.done:
+            self.save()
+        at = f"after step {self.done}, which is saved" if self.done else "before the first step was taken"
+        raise Stopped(f"stopped {at}: the same command with --resume auto continues {self.run.folder}")
 
     def end_evaluation(self, when: str, step: int, result: dict, records: Sequence[dict]) -> None:
         """Log a held-out evaluation as `when`, after `step` steps. `records` are lines for evaluations.jsonl."""
-        if not self.world.main:
-            return
+        on_main(self._keep_evaluation, when, step, result, records)
+        if when != "after":  # then nothing is left to continue
+            self.stop_if_asked()
+
+    def _keep_evaluation(self, when: str, step: int, result: dict, records: Sequence[dict]) -> None:
         for record in records:
             append(self.run.folder / "evaluations.jsonl", {"step": step, "when": when, **record})
         for sink in self.sinks:
@@ -127,11 +184,6 @@ class Session:
             loss = self.log.last("loss")
             self.run.update_summary(after={"loss": loss})
             print(f"loss {loss:.4f}")
-
-    def close(self) -> None:
-        """Let the trackers finish."""
-        for sink in self.sinks:
-            sink.close()
 
 
 def _due(step: int, every: int) -> bool:

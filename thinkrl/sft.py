@@ -131,22 +131,21 @@ def train(
     stream = mix(encoded, config.data_weights, config.seed)
     require_enough(stream, config, world)
     learner = new_learner(path, config, world, tokenizer, files)
-    session = Session(config, world, {"policy": learner}, report=report)
-    for step in session.steps():
-        tally, lr = Tally(), learning_rate(step, config.steps, config)
-        batch = stream.take(step, config.problems_per_step, world.rank, world.size)
-        packs = pack_evenly(batch, config, world)
-        denominator = float(global_sum(sum(p.mask.sum() for p in packs)))
+    with Session(config, world, {"policy": learner}, report=report) as session:
+        for step in session.steps():
+            tally, lr = Tally(), learning_rate(step, config.steps, config)
+            batch = stream.take(step, config.problems_per_step, world.rank, world.size)
+            packs = pack_evenly(batch, config, world)
+            denominator = float(global_sum(sum(p.mask.sum() for p in packs)))
 
-        def objective(p: Pack, denominator: float = denominator) -> Tensor:
-            logprob, _ = token_logprobs(learner.policy, p, temperature=1.0)
-            return nll_loss(logprob, p.mask, denominator)
+            def objective(p: Pack, denominator: float = denominator) -> Tensor:
+                logprob, _ = token_logprobs(learner.policy, p, temperature=1.0)
+                return nll_loss(logprob, p.mask, denominator)
 
-        loss, grad_norm = descend(learner, packs, objective, lr, config, world)
-        for sample in batch:
-            tally.add("tokens", len(sample.completion))
-            tally.add_sum("sampled_tokens", len(sample.completion))
-        session.end_step(step, tally, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
-    session.summarise_loss()
-    session.close()
+            loss, grad_norm = descend(learner, packs, objective, lr, config, world)
+            for sample in batch:
+                tally.add("tokens", len(sample.completion))
+                tally.add_sum("sampled_tokens", len(sample.completion))
+            session.end_step(step, tally, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
+        session.summarise_loss()
     return session.run

@@ -54,25 +54,24 @@ def train(config: Config, world: World, report: Callable[[Path], object] | None 
     more = 2 * config.max_tokens  # a prefix of a completion, and its continuation
     require_room(first, prompts, model.config.max_positions, more)
     learner = new_learner(config, world, tokenizer)
-    session = Session(config, world, {"prm": learner}, export=save_prm, report=report)
-    for step in session.steps():
-        tally, lr = Tally(), learning_rate(step, config.steps, config)
-        problems = stream.take(step, config.problems_per_step, world.rank, world.size)
-        trajectories, labelled = labelled_rollout(policy, problems, step, config)
-        policy.release_pool()
-        packs = pack_evenly(labelled, config, world)
-        denominator = float(global_sum(sum(len(label_positions(p)) for p in packs)))
+    with Session(config, world, {"prm": learner}, export=save_prm, report=report) as session:
+        for step in session.steps():
+            tally, lr = Tally(), learning_rate(step, config.steps, config)
+            problems = stream.take(step, config.problems_per_step, world.rank, world.size)
+            trajectories, labelled = labelled_rollout(policy, problems, step, config)
+            policy.release_pool()
+            packs = pack_evenly(labelled, config, world)
+            denominator = float(global_sum(sum(len(label_positions(p)) for p in packs)))
 
-        def objective(p: Pack, denominator: float = denominator, tally: Tally = tally) -> Tensor:
-            loss, stats = pack_loss(learner.policy, p, denominator)
-            tally.add_all(stats)
-            return loss
+            def objective(p: Pack, denominator: float = denominator, tally: Tally = tally) -> Tensor:
+                loss, stats = pack_loss(learner.policy, p, denominator)
+                tally.add_all(stats)
+                return loss
 
-        loss, grad_norm = descend(learner, packs, objective, lr, config, world)
-        tally_outcomes(tally, trajectories, config.group_size)
-        session.end_step(step, tally, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
-    session.summarise_loss()
-    session.close()
+            loss, grad_norm = descend(learner, packs, objective, lr, config, world)
+            tally_outcomes(tally, trajectories, config.group_size)
+            session.end_step(step, tally, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
+        session.summarise_loss()
     return session.run
 
 

@@ -16,16 +16,17 @@ same held-out problems at T = 1 and greedily; tokens are those of both roles and
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from thinkrl import UserError
 from thinkrl.config import schedule
 from thinkrl.evaluate import aes
+from thinkrl.lock import take
 from thinkrl.longshort.protocol import pair_name
 from thinkrl.options import command_line, exit_with_error, option, parse_as
-from thinkrl.runs import ROOT, finished, open_out, torchrun, write_json
+from thinkrl.runs import finished, launch, open_out, torchrun, write_json
+from thinkrl.signals import Stopped, exit_when_stopped
 from thinkrl.tools.report import write_report
 
 
@@ -63,6 +64,7 @@ def open_folder(options: Options) -> Path:
     others.
     """
     folder = Path(options.out)
+    take(folder)
     settings = {key: value for key, value in asdict(options).items() if key not in FREE_TO_CHANGE}
     open_out(folder, settings)
     write_json(folder / "config.json", settings)
@@ -78,7 +80,7 @@ def run_stages(options: Options) -> None:
 
     def run(title: str, *arguments: str) -> None:
         print(f"\n== {title}", flush=True)
-        status = subprocess.run(torchrun(options.ranks, *arguments, *common), cwd=ROOT).returncode
+        status = launch(torchrun(options.ranks, *arguments, *common))
         if status:
             raise UserError(
                 f"the stage '{title}' failed with status {status}; the same command continues from here"
@@ -229,6 +231,8 @@ def main(options: Options) -> None:
         require_exchanges(summary)
     except UserError as mistake:
         exit_with_error("pipeline", mistake, status=1)
+    except Stopped as request:
+        exit_when_stopped("pipeline", request)
 
 
 if __name__ == "__main__":
