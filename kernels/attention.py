@@ -24,6 +24,7 @@ Sums repeat to the last bit: no atomics, and tile sizes from a fixed table.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -35,11 +36,17 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
+# torch 2.11 shares key heads without being asked to, and does not know the word
+GROUPED: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 # in the interpreter, tl.dot multiplies bf16 bit patterns: upcast first
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -466,14 +473,42 @@ def packed_attention_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor)
     return _PackedAttention.apply(q, k, v, cu_seqlens)
 
 
-def packed_attention_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`packed_attention` by the flash-attn package, which wants the longest length on the host: one
-    synchronisation.
-    """
-    longest = int(cu_seqlens.diff().max())
+def packed_attention_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """`packed_attention` by the flash-attn package, in 16 bits."""
+    v = v.contiguous()  # kept for the backward without the rest of its row
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True, deterministic=True
     )
+
+
+def packed_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """`packed_attention` by the FlashAttention 2 that torch brings along, in 16 bits."""
+    v = v.contiguous()  # kept for the backward without the rest of its row
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # newer versions of torch prefer another, cuDNN's
+        o: Any = varlen_attn(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), **GROUPED
+        )  # a window of no token ahead: causal
+    if o.grad_fn is not None and not torch.are_deterministic_algorithms_enabled():
+        # its backward adds with atomics, unless torch is told that sums must repeat
+        o.grad_fn.register_prehook(lambda _: torch.use_deterministic_algorithms(True))
+        o.grad_fn.register_hook(lambda *_: torch.use_deterministic_algorithms(False))
+    return o
+
+
+@functools.cache
+def _torch_has_flash(device: torch.device) -> bool:
+    """FlashAttention 2 needs a build of torch for CUDA, and compute capability 8."""
+    built = torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _flash(q: Tensor) -> Callable | None:
+    """The faster attention for packed rows of 16 bits, if there is one here."""
+    if q.dtype == torch.float32 or q.shape[-1] % 8:
+        return None
+    if flash_attn_varlen_func is not None:
+        return packed_attention_flash
+    return packed_attention_varlen if _torch_has_flash(q.device) else None
 
 
 @triton.jit(do_not_specialize=["S", "T", "table_stride"])
@@ -636,30 +671,33 @@ def paged_attention_triton(
     return o
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _kernels_take(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the Triton kernels compute this. Raises ValueError when the shapes or dtypes do not fit."""
     alike = k.shape == v.shape and q.shape[-1] == k.shape[-1] and q.dtype == k.dtype == v.dtype
     if not alike or q.shape[-2] % k.shape[-2]:
         given = ", ".join(f"{(*x.shape,)} {x.dtype}" for x in (q, k, v))
         raise ValueError(
             f"q, k, v must share head width and dtype, and q have a multiple of their heads, not {given}"
         )
-
-
-def _fits_kernels(q: Tensor) -> bool:
     return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= 128
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int | None = None
+) -> Tensor:
     """Causal attention within each sequence of a packed row. Differentiable.
 
-    q [T, H, Dh]; k, v [T, Hkv, Dh], H a multiple of Hkv; cu_seqlens int32 [S+1], from 0 to T, no sequence
-    empty returns [T, H, Dh] in q's dtype; softmax and sums in fp32 raises ValueError when the shapes or
-    dtypes do not fit
+    q           [T, H, Dh]; k, v [T, Hkv, Dh], H a multiple of Hkv
+    cu_seqlens  int32 [S+1], from 0 to T, no sequence empty
+    longest     tokens of the longest sequence; None: FlashAttention waits for the device to know it
+    returns     [T, H, Dh] in q's dtype; softmax and sums in fp32
+    raises      ValueError when the shapes or dtypes do not fit
     """
-    _check(q, k, v)
-    flash = flash_attn_varlen_func is not None and q.dtype != torch.float32
-    on_gpu = packed_attention_flash if flash else packed_attention_triton
-    return (on_gpu if _fits_kernels(q) else packed_attention_torch)(q, k, v, cu_seqlens)
+    if not _kernels_take(q, k, v):
+        return packed_attention_torch(q, k, v, cu_seqlens)
+    if flash := _flash(q):
+        return flash(q, k, v, cu_seqlens, int(cu_seqlens.diff().max()) if longest is None else longest)
+    return packed_attention_triton(q, k, v, cu_seqlens)
 
 
 def paged_attention(
@@ -681,8 +719,8 @@ def paged_attention(
     returns     [T, H, Dh] in q's dtype; softmax and sums in fp32
     raises      ValueError when the shapes or dtypes do not fit
     """
-    _check(q, k_pages, v_pages)
-    attention = paged_attention_triton if _fits_kernels(q) else paged_attention_torch
+    kernels = _kernels_take(q, k_pages, v_pages)
+    attention = paged_attention_triton if kernels else paged_attention_torch
     return attention(q, k_pages, v_pages, page_table, lengths, cu_seqlens)
 
 
@@ -702,8 +740,8 @@ def _benchmark() -> None:
     ops: dict[str, Callable] = dict(ref=packed_attention_ref, torch=packed_attention_torch)
     if gpu:  # on a CPU, compiling a loop over sequences of every length takes minutes
         ops |= dict(compiled_ref=torch.compile(packed_attention_ref), triton=packed_attention_triton)
-        if flash_attn_varlen_func:
-            ops["flash_attn"] = packed_attention_flash
+        if flash := _flash(inputs[0]):
+            ops["flash"] = functools.partial(flash, longest=int(lengths.max()))
     runs = {name: with_backward(op, *inputs, cu_seqlens) for name, op in ops.items()}
     compare(
         f"packed attention, forward and backward, {tokens} tokens of {sequences} sequences",

@@ -71,7 +71,7 @@ def diagonal_fisher_ref(x: Tensor, g: Tensor) -> Tensor:
     return total / max(len(x), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "episodes_per_program"])
 def _quadratic_kernel(
     x_ptr,  # [T, D1]
     g_ptr,  # [T, D2]

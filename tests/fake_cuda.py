@@ -76,7 +76,7 @@ class Launches(TorchDispatchMode):
         results = tensors_in(out)
         if len({x.device.type for x in [*inputs, *results] if x.ndim}) > 1:
             self.count["copy"] += 1
-        elif any(x.is_cuda for x in results):
+        elif any(x.is_cuda for x in (inputs if func._schema.is_mutable else results)):
             view = not func._schema.is_mutable and shares_memory(results[0], inputs)
             if not (view or name.startswith(("empty", "new_empty", "detach"))):
                 self.count[name] += 1
@@ -142,9 +142,9 @@ class FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
-        return torch.empty_like(x)
+        return torch.zeros_like(x)  # one launch
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
+        return torch.zeros_like(x), torch.empty_like(weight)  # another

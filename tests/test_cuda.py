@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import sys
 from collections import deque
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.nn.attention.varlen import varlen_attn
 
-from fake_cuda import CUDA, Graph, Launches, fake_cuda, record
-from kernels.attention import paged_attention_triton
+from fake_cuda import CUDA, FusedNorm, Graph, Launches, fake_cuda, record, tensors_in
+from kernels.attention import packed_attention, paged_attention_triton
 from kernels.gate import silu_mul_triton
 from kernels.norm import add_rms_norm_triton
 from kernels.rotary import rotate_and_store_triton
@@ -20,10 +23,15 @@ from thinkrl.decode.loop import DecodeLoop, Group, Request, Row
 from thinkrl.decode.paged_model import PagedModel, TokenForwards
 from thinkrl.decode.pages import PagePool
 from thinkrl.decode.step import GraphStep, bucket
-from thinkrl.learner import Learner
+from thinkrl.distributed import World, checkpoint_block
+from thinkrl.learner import Learner, new_optimizer
 from thinkrl.longshort.preset import LongShort
+from thinkrl.metrics import Tally
 from thinkrl.model import ModelConfig, Transformer, inverse_frequencies
 from thinkrl.sampler import Sampler
+from thinkrl.sft import nll_loss
+from thinkrl.types import Sample, pack
+from thinkrl.update import descend, token_logprobs, update
 
 
 def config(layers: int, family: str = "Qwen2") -> ModelConfig:
@@ -111,6 +119,152 @@ def test_buckets():
         1, 2, 3, 4, 6, 6, 8, 12, 12, 16, 24, 32, 256,
     ]  # fmt: skip
     assert len({bucket(n) for n in range(1, 513)}) == 18
+
+
+PACKS = pack(  # by the host, which the pretended device is not: two rows of four sequences
+    [Sample([1] * 5, [2] * n, torch.ones(n), torch.zeros(n), str(n)) for n in range(5, 13)], 50
+)
+
+
+@pytest.fixture
+def waits(monkeypatch, fake):
+    """What a step reads back from the device, on one rank with FlashAttention and fused AdamW as on CUDA."""
+    seen = []
+
+    def read(x):
+        seen.extend(tensors_in(x))
+        return 1.0
+
+    monkeypatch.setattr("thinkrl.update.float", read, raising=False)
+    monkeypatch.setattr("thinkrl.update.global_sum", lambda x: x)
+    monkeypatch.setattr("kernels.attention._torch_has_flash", lambda device: True)
+    monkeypatch.setattr(
+        sys.modules[torch.optim.Optimizer.__module__],
+        "_get_fused_kernels_supported_devices",
+        lambda: [CUDA.type],
+    )
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda norm, x: FusedNorm.apply(x, norm.weight))
+    return seen
+
+
+def training_step(layers: int, packs: int, how: str, *options: str) -> Launches:
+    models = [fake_model(config(layers)) for _ in range(2)]
+    for block in models[0].blocks:
+        checkpoint_block(block, how)
+    c, world = parse(["grpo", *options]), World(0, 1, CUDA)
+    models[1].requires_grad_(False).reshard = lambda: None
+    learner = Learner(models[0], None, new_optimizer(models[0], c), models[1] if c.kl_coef else None)
+    tally = Tally()
+    with Launches() as seen:
+        update(learner, [p.to(CUDA) for p in PACKS[:packs]], 1e-3, c, world, tally)
+    assert {"mismatch", "clip_fraction"} <= {name for name, _, _ in tally.on_device}
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--kl_coef 0.1 --updates_per_rollout 2 --importance_cap 2",
+        "--aggregate sequence --level sequence",
+        "--aggregate constant --updates_per_rollout 2 --surrogate sapo",
+        "--updates_per_rollout 2 --surrogate cispo --importance_cap 2 --importance_low 0.1",
+    ],
+)
+def test_a_training_step_waits_no_more_for_more_packs(options, waits):
+    """For the step's count of tokens, and per update for its loss and gradient norm. Packs go to the device before."""
+    training_step(2, 1, "none", *options.split())
+    once = len(waits)
+    training_step(2, 2, "none", *options.split())
+    updates = 2 if "updates_per_rollout" in options else 1
+    assert len(waits) - once == once == 2 * updates + ("constant" not in options)
+
+
+@pytest.mark.parametrize("how, per_layer", [("none", 48), ("selective", 51), ("full", 62)])
+def test_the_launches_of_training(how, per_layer, waits):
+    """Per layer of one more pack, forward and backward; one kernel each for the attention, and for AdamW's two groups."""
+    two, three = (
+        training_step(layers, 2, how).count - training_step(layers, 1, how).count for layers in (2, 3)
+    )
+    assert three.total() - two.total() <= per_layer, three - two
+    assert (three - two)["_varlen_attn_backward"] == 1
+    step = training_step(2, 2, how)
+    assert step.count["_fused_adamw_"] == 2
+    assert step.count["copy"] == 2 * len([x for x in vars(PACKS[0]).values() if isinstance(x, torch.Tensor)])
+
+
+def test_sft_waits_no_more_for_more_packs(waits):
+    model = fake_model(config(2))
+    learner, c = Learner(model, None, torch.optim.SGD(model.parameters())), parse(["sft", "--data", "x"])
+    for packs in (1, 2):
+        rows = [p.to(CUDA) for p in PACKS[:packs]]
+
+        def objective(p):
+            return nll_loss(token_logprobs(model, p, 1.0)[0], p.mask, 8.0)
+
+        with Launches():
+            descend(learner, rows, objective, 1e-3, c, World(0, 1, CUDA))
+        assert len(waits) == 2 * packs
+
+
+def heads(dtype: torch.dtype = torch.bfloat16, width: int = 8) -> list[torch.Tensor]:
+    """q, k and v as a block gives them to its attention: views of a wider row."""
+    row = torch.zeros(12, 8, width, dtype=dtype, device=CUDA, requires_grad=True)
+    return list(row.split([4, 2, 2], dim=1))
+
+
+def test_attention_by_torch_s_flash_attention(monkeypatch, waits):
+    """The real function takes these arguments; its backward is told to repeat its sums."""
+    cu_seqlens, told, bound = torch.tensor([0, 5, 12], dtype=torch.int32).to(CUDA), [], []
+
+    def spy(*args, **kwargs):
+        bound.append(inspect.signature(varlen_attn).bind(*args, **kwargs).arguments)
+        return varlen_attn(*args, **kwargs)
+
+    monkeypatch.setattr("kernels.attention.varlen_attn", spy)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", told.append)
+    q, k, v = heads()
+    with Launches() as seen:
+        packed_attention(q, k, v, cu_seqlens, longest=7).sum().backward()
+    assert seen.count["_varlen_attn"] == seen.count["_varlen_attn_backward"] == 1 and told == [True, False]
+    (given,) = bound
+    assert given["cu_seq_q"] is given["cu_seq_k"] is cu_seqlens
+    assert given["max_q"] == given["max_k"] == 7 and given["window_size"] == (-1, 0)
+    assert given["value"].is_contiguous() and given.get("enable_gqa", True)
+    with pytest.raises(DataDependentOutputException):
+        packed_attention(q, k, v, cu_seqlens)
+
+
+def test_attention_by_flash_attn(monkeypatch, waits):
+    """Where the package is installed: a stub with the signature of its version 2.8."""
+    given = {}
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+        return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        given.update(locals())
+        return q
+
+    monkeypatch.setattr("kernels.attention.flash_attn_varlen_func", flash_attn_varlen_func)
+    cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32).to(CUDA)
+    packed_attention(*heads(), cu_seqlens, longest=7)
+    assert given["causal"] and given["deterministic"] and given["softmax_scale"] is None
+    assert given["max_seqlen_q"] == given["max_seqlen_k"] == 7
+    assert given["cu_seqlens_q"] is given["cu_seqlens_k"] is cu_seqlens
+
+
+@pytest.mark.parametrize(
+    "dtype, width, flash", [(torch.float32, 8, True), (torch.bfloat16, 12, True), (torch.bfloat16, 8, False)]
+)
+def test_attention_by_our_kernels(dtype, width, flash, monkeypatch, waits):
+    """In fp32, at widths that FlashAttention does not take, and where there is none."""
+    monkeypatch.setattr("kernels.attention._torch_has_flash", lambda device: flash)
+    cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32).to(CUDA)
+    with Launches() as seen:
+        packed_attention(*heads(dtype, width), cu_seqlens, longest=7).sum().backward()
+    assert seen.count["_packed_forward_kernel"] == seen.count["_packed_backward_kv_kernel"] == 1
 
 
 def test_the_frozen_partner_s_moments_wait_on_the_host(fake):

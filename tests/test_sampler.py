@@ -10,7 +10,7 @@ from tokenizers import decoders, models
 
 from thinkrl.checkpoint import load_model
 from thinkrl.decode.paged_model import rectangle
-from thinkrl.distributed import shard, start, stop
+from thinkrl.distributed import shard, start, stop, whole
 from thinkrl.model import ModelConfig, Transformer
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -489,15 +489,19 @@ def test_load_weights_changes_what_is_sampled(model):
     assert pointers == [parameter.data_ptr() for parameter in own.parameters()], "copied in place"
 
 
-def test_load_weights_gathers_a_sharded_policy(model):
-    world = start("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load_weights_gathers_a_sharded_policy(dtype, model, monkeypatch):
+    """In the sampler's dtype: fp32 weights rounded after they were gathered would be twice the traffic."""
+    world, gathered = start("cpu"), []
+    monkeypatch.setattr("thinkrl.sampler.whole", lambda x: gathered.append(x.dtype) or whole(x))
     try:
         policy = random_model()
-        expected = {name: parameter.clone() for name, parameter in policy.named_parameters()}
-        sampler = Sampler(random_model(seed=1), num_pages=50)
-        sampler.load_weights(shard(policy, world, torch.float32))
+        expected = {name: parameter.to(dtype) for name, parameter in policy.named_parameters()}
+        sampler = Sampler(random_model(seed=1).to(dtype), num_pages=50)
+        sampler.load_weights(shard(policy, world, dtype))
         for name, parameter in sampler.model.named_parameters():
             assert torch.equal(parameter, expected[name]), name
+        assert gathered == [dtype] * len(expected)
     finally:
         stop()
 

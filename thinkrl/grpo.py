@@ -221,8 +221,7 @@ def policy_loss(
         bounded = ratio.clamp(1 - clip_low, 1 + clip_high).detach()
         gain, clipped = bounded * advantage * logprob, bounded != ratio
     elif surrogate == "sapo":
-        positive, negative = advantage.new_tensor(SAPO_TAU)
-        tau = torch.where(advantage > 0, positive, negative)
+        tau = torch.full_like(advantage, SAPO_TAU[1]).masked_fill(advantage > 0, SAPO_TAU[0])
         gain = 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
         clipped = torch.zeros_like(unmasked)
     else:
@@ -238,7 +237,7 @@ def policy_loss(
         token_loss = token_loss / _to_tokens(own_tokens, cu_seqlens, len(mask))
     if denominator is None:
         denominator = loss_count(mask, cu_seqlens, aggregate)
-    loss = token_loss.sum() / torch.as_tensor(denominator, device=logprob.device).clamp(min=1)
+    loss = token_loss.sum() / divisor(denominator)
 
     with torch.no_grad():
         count = unmasked.sum().float()
@@ -251,6 +250,11 @@ def policy_loss(
         if kl is not None:
             stats["kl"] = (kl.sum(), count)
     return loss, stats
+
+
+def divisor(denominator: Tensor | float) -> Tensor | float:
+    """A step's count, at least 1. A number stays one: as a tensor it would have to be copied to the device."""
+    return denominator.clamp(min=1) if isinstance(denominator, Tensor) else max(denominator, 1.0)
 
 
 def _sequence_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:

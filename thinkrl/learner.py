@@ -154,7 +154,7 @@ def new_actor(
 
 
 def new_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW; only matrices decay."""
+    """AdamW, on CUDA in one kernel for many parameters; only matrices decay."""
     return torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -162,6 +162,7 @@ def new_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimiz
         ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
+        fused=next(model.parameters()).is_cuda or None,
     )
 
 

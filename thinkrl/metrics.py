@@ -62,13 +62,17 @@ class Tally:
     def __init__(self) -> None:
         self.clock = Stopwatch()
         self.pairs: dict[str, list[float]] = {}
+        self.on_device: list[tuple[str, int, Tensor]] = []  # read back once a step, not once a number
         self.sums: dict[str, float] = {}
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Add to a mean, which is the sum of `total` / the sum of `count`."""
         pair = self.pairs.setdefault(name, [0.0, 0.0])
         for i, value in enumerate((total, count)):
-            pair[i] += float(value.detach() if isinstance(value, Tensor) else value)
+            if isinstance(value, Tensor) and value.is_cuda:
+                self.on_device.append((name, i, value.detach()))
+            else:
+                pair[i] += float(value.detach() if isinstance(value, Tensor) else value)
 
     def add_all(self, pairs: dict[str, tuple]) -> None:
         for name, (total, count) in pairs.items():
@@ -79,6 +83,11 @@ class Tally:
 
     def reduce(self) -> dict[str, float]:
         """Means and sums over all ranks; collective. The mean of what nobody counted is 0."""
+        if self.on_device:
+            values = torch.stack([value.double() for _, _, value in self.on_device]).tolist()
+            for (name, i, _), number in zip(self.on_device, values):
+                self.pairs[name][i] += number
+            self.on_device = []
         means, sums = sorted(self.pairs), sorted(self.sums)
         pairs = [self.pairs[name] for name in means] + [[self.sums[name], 1.0] for name in sums]
         totals = global_sum(torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)).tolist()

@@ -360,6 +360,7 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         positions: Tensor | None = None,
         attend: Attend | None = None,
+        longest: int | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, [T, D], in the parameters' dtype.
 
@@ -369,13 +370,15 @@ class Transformer(nn.Module):
         attend      (layer, q [T, H, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh]) -> o [T, H, Dh], after rotation and q/k norm;
                     q, k and v are views into wider rows. None: causal attention within each sequence of
                     cu_seqlens
+        longest     tokens of the longest sequence, for that attention; None: read back from cu_seqlens, once
         """
         if positions is None:
             positions = sequence_positions(cu_seqlens, len(tokens))
         if attend is None:
+            longest = int(cu_seqlens.diff().max()) if longest is None else longest
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return packed_attention(q, k, v, cu_seqlens)
+                return packed_attention(q, k, v, cu_seqlens, longest)
 
         rotate = make_rotate(positions, self.config.head_dim, self.config.rope)
         x = self.embed(tokens)

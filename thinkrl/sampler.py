@@ -137,7 +137,7 @@ class Sampler:
                 f"the policy is not of the sampler's architecture: {sorted(own.keys() ^ theirs.keys())[:3]} differ"
             )
         for name, parameter in own.items():
-            parameter.copy_(whole(theirs[name]))
+            parameter.copy_(whole(theirs[name].to(parameter.dtype)))  # rounded first: half the bytes in bf16
 
     @torch.inference_mode()
     def generate(

@@ -25,6 +25,7 @@ from thinkrl.data import chats
 from thinkrl.data.problems import mix
 from thinkrl.data.rows import Fields, load, split_spec
 from thinkrl.distributed import World, global_sum
+from thinkrl.grpo import divisor
 from thinkrl.learner import learning_rate, model_path, new_learner
 from thinkrl.metrics import Tally
 from thinkrl.runs import Run
@@ -98,7 +99,7 @@ def nll_loss(logprob: Tensor, mask: Tensor, denominator: Tensor | float) -> Tens
     least 1). Scalar.
     """
     total = -torch.where(mask > 0, logprob, 0.0).sum()
-    return total / torch.as_tensor(denominator, device=logprob.device).clamp(min=1)
+    return total / divisor(denominator)
 
 
 def with_steps(config: Config, rows: int) -> Config:

@@ -146,9 +146,12 @@ class Pack:
     advantage: Tensor  # [T] fp32
     sampler_logprob: Tensor  # [T] fp32, 0 where the mask is 0
     ids: list[str]
+    places: Tensor  # [N] int64, where the mask is 1; where it nowhere is, token 1 stands in
+    longest: int  # tokens of the longest sequence: known to the host, so that no layer waits for the device
     old_logprob: Tensor | None = None  # [T], by the trainer before its first update; None: it has not moved
     ref_logprob: Tensor | None = None  # [T], by the frozen reference
     label: Tensor | None = None  # [T] fp32, what a reward model is to predict behind a token; NaN: nothing
+    labelled: Tensor | None = None  # [M] int64, where the label is a number
 
     def to(self, device: torch.device | str) -> Pack:
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -190,13 +193,17 @@ def _row(samples: list[Sample]) -> Pack:
         return torch.cat([torch.cat([torch.full((len(s.prompt),), prompt), v.float()]) for s, v in parts])
 
     labels = [s.label for s in samples if s.label is not None]
-
+    mask = row([torch.ones(len(s.completion)) for s in samples])
+    label = row(labels, prompt=math.nan) if labels else None
     return Pack(
         tokens=torch.tensor([t for s in samples for t in (*s.prompt, *s.completion)], dtype=torch.int64),
         cu_seqlens=cu_seqlens,
-        mask=row([torch.ones(len(s.completion)) for s in samples]),
+        mask=mask,
         advantage=row([s.advantage for s in samples]),
         sampler_logprob=row([s.sampler_logprob for s in samples]),
         ids=[s.id for s in samples],
-        label=row(labels, prompt=math.nan) if labels else None,
+        places=mask.nonzero().flatten() if mask.any() else torch.tensor([1]),
+        longest=max(map(len, samples)),
+        label=label,
+        labelled=None if label is None else (~label.isnan()).nonzero().flatten(),
     )

@@ -127,9 +127,7 @@ def token_logprobs(policy: Transformer, p: Pack, temperature: float) -> tuple[Te
     Only hidden states that predict a sampled token go through the LM head. A row with none keeps one, so that
     every rank's backward reaches the parameters.
     """
-    hidden = policy(p.tokens, p.cu_seqlens)
-    own = p.mask.nonzero().flatten()
-    own = own if len(own) else torch.tensor([1], device=p.mask.device)
+    hidden, own = policy(p.tokens, p.cu_seqlens, longest=p.longest), p.places
     logprob, entropy = linear_logprob(hidden[own - 1], policy.head_weight, p.tokens[own], temperature)
     zeros = torch.zeros(len(p.tokens), device=logprob.device)
     full, counted = torch.stack([zeros.index_copy(0, own, x) for x in (logprob, entropy)]), p.mask > 0

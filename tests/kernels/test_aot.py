@@ -155,6 +155,18 @@ def test_ghost_norm(dtype, arch):
     assert made.tensor_cores == expected_cores(dtype, arch, config["BLOCK_T"])
 
 
+def test_sizes_that_vary_compile_nothing_anew():
+    """Triton compiles a kernel again for an integer that is 1, and for one that is a multiple of 16."""
+    found = set()
+    for module in (attention, fisher, gate, logprob, norm, rotary, sample):
+        for name, kernel in vars(module).items():
+            for parameter in getattr(kernel, "params", []):
+                if parameter.name in ("S", "T", "K", "rows", "table_stride", "episodes_per_program"):
+                    assert parameter.do_not_specialize, f"{name}: {parameter.name}"
+                    found.add(parameter.name)
+    assert found == {"S", "T", "K", "rows", "table_stride", "episodes_per_program"}
+
+
 def test_check_sees_a_spill():
     """128 by 128 tiles in four warps need more registers than there are: the check must notice."""
     x = "*bf16"

@@ -68,7 +68,9 @@ class PagedModel:
         slots = table[sequence, positions // page_size].long() * page_size + positions % page_size
         if all(pages.filled == 0 for pages, _ in batch):
             # nothing in the cache yet: attend to the new tokens alone
-            attend = storing(self.pool, slots, lambda layer, q, k, v: packed_attention(q, k, v, cu_seqlens))
+            longest = max(len(fed) for _, fed in batch)
+            packed = lambda layer, q, k, v: packed_attention(q, k, v, cu_seqlens, longest)  # noqa: E731
+            attend = storing(self.pool, slots, packed)
         else:
             lengths = (starts + counts).int()
             attend = storing(self.pool, slots, attend_to_pages(self.pool, table, lengths, cu_seqlens))

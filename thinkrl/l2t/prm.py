@@ -72,10 +72,10 @@ class StepRewardModel(nn.Module):
         """The units that `distributed.shard` wraps."""
         return self.body.blocks
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Hidden states [T, D] of packed tokens [T] int64, cu_seqlens int32 [S+1]."""
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, longest: int | None = None) -> Tensor:
+        """Hidden states [T, D] of packed tokens [T] int64, cu_seqlens int32 [S+1]; longest as in `Transformer`."""
         self.forwards += len(tokens)
-        return self.body(tokens, cu_seqlens)
+        return self.body(tokens, cu_seqlens, longest=longest)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, 2] fp32: negative, positive."""

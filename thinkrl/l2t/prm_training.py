@@ -21,6 +21,7 @@ from thinkrl.data.problems import reading, training_stream
 from thinkrl.distributed import World, global_sum, shard
 from thinkrl.evaluate import tally_outcomes
 from thinkrl.grading import grade
+from thinkrl.grpo import divisor
 from thinkrl.l2t.episodes import segment
 from thinkrl.l2t.prm import StepRewardModel, new_prm, save_prm
 from thinkrl.learner import Learner, compute_dtype, learning_rate, model_path, new_optimizer
@@ -192,14 +193,14 @@ def prm_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float) -> Ten
     """
     logprob = logits.float().log_softmax(-1)
     total = -((1 - labels) * logprob[:, 0] + labels * logprob[:, 1]).sum()
-    return total / torch.as_tensor(denominator, device=logits.device).clamp(min=1)
+    return total / divisor(denominator)
 
 
 def label_positions(p: Pack) -> Tensor:
     """Tokens of the row that have a label, [N] int64."""
-    if p.label is None:
+    if p.labelled is None:
         return torch.empty(0, dtype=torch.int64, device=p.tokens.device)
-    return (~p.label.isnan()).nonzero().flatten()
+    return p.labelled
 
 
 def pack_loss(
@@ -210,7 +211,7 @@ def pack_loss(
     A row without labels runs the whole model too and has zero gradients, so ranks stay in step.
     """
     at = label_positions(p)
-    logits = model.logits(model(p.tokens, p.cu_seqlens)[at])
+    logits = model.logits(model(p.tokens, p.cu_seqlens, longest=p.longest)[at])
     labels = logits.new_zeros(0) if p.label is None else p.label[at]
     error = (logits.detach().softmax(-1)[:, 1] - labels).abs()
     return prm_loss(logits, labels, denominator), {"label_error": (error.sum(), len(at))}

@@ -89,7 +89,7 @@ def seconds(c: ModelConfig, gpus: int, o: Options, kv_gb: float) -> dict[str, fl
     )  # causal: half the square, times 7 products
     train = tokens * (passes * products + attention) / (o.tflops * 1e12 * o.training)
     packs = math.ceil(tokens / o.micro_batch_tokens)
-    moved = (packs * (2 + 2 + 4) + 4) * P * (gpus - 1) / gpus  # gathers, gradients, weights for the sampler
+    moved = (packs * (2 + 2 + 4) + 2) * P * (gpus - 1) / gpus  # gathers, gradients, weights for the sampler
     return {"rollout": decode, "training": train, "communication": moved / (o.link * 1e9)}
 
 
