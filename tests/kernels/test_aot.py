@@ -160,7 +160,7 @@ def test_sizes_that_vary_compile_nothing_anew():
     found = set()
     for module in (attention, fisher, gate, logprob, norm, rotary, sample):
         for name, kernel in vars(module).items():
-            for parameter in getattr(kernel, "params", []):
+            for parameter in getattr(kernel, "params", []) if name.endswith("_kernel") else []:
                 if parameter.name in ("S", "T", "K", "rows", "table_stride", "episodes_per_program"):
                     assert parameter.do_not_specialize, f"{name}: {parameter.name}"
                     found.add(parameter.name)
