@@ -125,11 +125,13 @@ def train(config: Config, world: World) -> Run:
             problems, *spare = stream.take_rounds(
                 step, config.problems_per_step, 1 + config.dynamic_sampling, world.rank, world.size
             )
-            trajectories, advantages, numbers = train_step(preset, problems, step, world, tally, spare)
+            with session.bar(f"step {step + 1}", len(problems) * config.group_size):
+                trajectories, advantages, numbers = train_step(preset, problems, step, world, tally, spare)
             tally_outcomes(tally, trajectories, config.group_size)
             shown = config.log_groups * config.group_size
             records = [t.record(advantage) for t, advantage in zip(trajectories[:shown], advantages)]
             session.end_step(step, tally, numbers, records, preset.state_dict())
+            session.warn_if_stuck(problems[0].source)
             evaluate_after(step + 1)
         evaluate(preset, held_out, session, "after", config.steps)
     if world.main:
@@ -146,10 +148,11 @@ def evaluate(preset: Preset, problems: list[Problem], session: Session, when: st
     results, records = [], []
     for decoding, n, temperature in (("sampled", c.eval_samples, c.temperature), ("greedy", 1, 0.0)):
         asked, rows = (mine, n, temperature, (EVALUATION, step)), []
-        if c.eval_budgets:
-            own, rows = token_budgets().attempt(preset, *asked)
-        else:
-            own = preset.attempt(*asked)
+        with session.bar(f"evaluation {when}, {decoding}", len(mine) * n):
+            if c.eval_budgets:
+                own, rows = token_budgets().attempt(preset, *asked)
+            else:
+                own = preset.attempt(*asked)
         attempts: list[Trajectory] = sum(gather(own), [])
         results.append(preset.summarise(attempts))
         if c.eval_budgets:

@@ -67,7 +67,7 @@ INSIDE = {
 # Within a layer, modules do not see each other, but for these.
 SIDEWAYS = {
     ("options", "visible"),
-    ("metrics", "visible"),
+    ("sinks", "visible"),
     ("config", "options"),
     ("config", "aliases"),
     ("metrics", "distributed"),

@@ -71,7 +71,6 @@ def test_l2t_pays_every_episode(default):
         "penalty_seconds",
         "penalty_tokens",
         "penalty_length_correlation",
-        "advantage_max",
     } <= known
     assert tally.sums["penalty_tokens"] == 0, "the states that the sampler kept serve"
 

@@ -14,6 +14,7 @@ from thinkrl.intervals import clustered_interval, maj_at_k, pass_at_k
 from thinkrl.metrics import Tally
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Trajectory
+from thinkrl.visible import visible
 
 RIGHT = "right"  # every right answer's vote, however it is spelled
 
@@ -118,6 +119,7 @@ def tally_outcomes(tally: Tally, trajectories: Sequence[Trajectory], group_size:
         tally.add("reward", t.reward if rewarded else 0.0, rewarded)
         tally.add("unrewarded", not rewarded)
         tally.add("accuracy", t.outcome_reward)
+        tally.add("answered", t.answer is not None)
         tally.add("tokens", t.tokens)
         tally.add("truncated", any(turn.finish_reason == "length" for turn in t.turns))
         tally.add_sum("sampled_tokens", t.tokens)
@@ -171,7 +173,7 @@ def summary_table(summary: dict) -> str:
         results = [summary[when] if decoding == "sampled" else summary[when]["greedy"] for when in columns]
         levels = [level for level in results[0]["by_level"] if level]
         for name, row in [(decoding, results)] + [
-            (f"  {level}", [r["by_level"][level] for r in results]) for level in levels
+            (f"  {visible(level)}", [r["by_level"][level] for r in results]) for level in levels
         ]:
             lines.append(f"{name:<24}" + "".join(f"{r['accuracy']:>11.1%}{r['tokens']:>9.1f}" for r in row))
     return "\n".join(lines)

@@ -20,6 +20,7 @@ DEFINITIONS = {
     "reward": "mean over trajectories of the raw reward (outcome plus what the preset adds per trajectory)",
     "unrewarded": "share of trajectories for which no --reward gave a number; they are not in the mean",
     "accuracy": "share of trajectories whose graded answer is the gold one",
+    "answered": "share of trajectories in which the grading rule found an answer, right or wrong",
     "tokens": "mean sampled tokens per trajectory, stop token included, all turns",
     "truncated": "share of trajectories that ran into --max_tokens",
     "resampled": "grpo with --dynamic_sampling: mean groups per problem that other problems' replaced",
@@ -31,7 +32,7 @@ DEFINITIONS = {
     "kl": "k3 estimate of KL(policy || reference) per token; 0 when no reference is held",
     "clip_fraction": "share of tokens whose ratio was clipped, and whose gradient is 0 for it (cispo: whose weight is bounded)",
     "mismatch": "mean |log-prob by the trainer - log-prob by the sampler| per sampled token",
-    "advantage_max": "l2t: largest |advantage| of the step, over all ranks",
+    "advantage_max": "largest |advantage| of the step, over all ranks; 0: the step taught nothing, and no backward was run",
     "seconds": "wall-clock of the step, rollout to weight sync",
     "tokens_per_second": "sampled tokens of all ranks / seconds",
     "rollout_seconds": "time of it spent sampling and, under l2t, on probes",
@@ -52,6 +53,39 @@ DEFINITIONS = {
     "turns": "longshort: mean turns per conversation",
     "format": "longshort: share of trajectories whose own turns are all well formed",
 }
+
+
+STUCK = 5  # steps without any advantage after which a run says so
+
+
+def why_nothing_is_learned(rows: Sequence[dict], rule: str) -> str:
+    """A sentence about the newest lines of metrics.jsonl, if no advantage differed from 0 in any of them; else "".
+
+    rule: the grading rule, to be named.
+    """
+    if not rows or any(row["advantage_max"] > 0 for row in rows):
+        return ""
+    shares = {
+        key: [row.get(key, 0.0) for row in rows]
+        for key in ("answered", "accuracy", "truncated", "unrewarded")
+    }
+    all_of, none_of = ({key for key, values in shares.items() if set(values) == {x}} for x in (1, 0))
+    if "unrewarded" in all_of:
+        why = "--reward gave no completion a number"
+    elif "truncated" in all_of:
+        why = "every completion was cut off; raise --max_tokens"
+    elif "answered" in none_of:
+        why = (
+            f"the grading rule {rule} found no answer in any completion; tell the model the form by --suffix or --system, or "
+            "name another rule by --source (last_number takes the last number)"
+        )
+    elif "accuracy" in none_of:
+        why = f"under the grading rule {rule} every answer was wrong; are the gold answers of its form, is the data too hard?"
+    elif "accuracy" in all_of:
+        why = "every answer was right; take harder data"
+    else:
+        why = "the rewards of each group were equal; raise --group_size or --temperature"
+    return f"the last {len(rows)} steps taught nothing, all advantages were 0: {why}"
 
 
 class Tally:

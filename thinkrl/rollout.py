@@ -7,8 +7,11 @@ world size.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from tqdm import tqdm
 
 from thinkrl import UserError
 from thinkrl.config import Config, readers
@@ -38,6 +41,33 @@ def read_sampling(folder: Path) -> dict:
     """What `sampling_file` wrote beside a policy's weights; {} for a model that was not trained here."""
     values = read_json(folder / SAMPLING_FILE, missing={})
     return {key: values[key] for key in SAMPLING_KEYS if key in values}
+
+
+@contextmanager
+def completions_bar(
+    samplers: Iterable[Sampler], total: int | None, what: str, shown: bool, delay: float = 3
+) -> Iterator[tqdm]:
+    """A bar that moves with every completion of a prompt. On a terminal only, and after `delay` seconds; it leaves nothing.
+
+    total: None where it is not known.
+    """
+    samplers = list(samplers)
+    with tqdm(
+        total=total,
+        desc=what,
+        unit="completion",
+        leave=False,
+        delay=delay,
+        dynamic_ncols=True,
+        disable=None if shown else True,  # None: only on a terminal
+    ) as bar:
+        for sampler in samplers:
+            sampler.on_completion = bar.update
+        try:
+            yield bar
+        finally:
+            for sampler in samplers:
+                sampler.on_completion = None
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, system: str = "", suffix: str = "") -> list[int]:

@@ -11,9 +11,12 @@ SIGTERM and SIGINT are obeyed after a step or an evaluation: its state is saved,
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +27,9 @@ from thinkrl.checkpoint import save_hf
 from thinkrl.config import Config, as_dict
 from thinkrl.data.problems import Stream
 from thinkrl.distributed import World, from_main, on_main
-from thinkrl.learner import Learner, restore, save, save_dtype
-from thinkrl.metrics import Log, Tally, append, set_aside
+from thinkrl.learner import Actor, Learner, restore, save, save_dtype
+from thinkrl.metrics import STUCK, Log, Tally, append, set_aside, why_nothing_is_learned
+from thinkrl.rollout import completions_bar
 from thinkrl.runs import open_run, record_launch
 from thinkrl.signals import Stopped, StopRequest
 from thinkrl.sinks import Sink, flat, open_sinks, table_rows
@@ -69,6 +73,8 @@ class Session:
         self.saved_at = time.monotonic()
         self.log = Log(self.run.folder, False, self.first, config.steps)  # of rank 0 from the first step on
         self.sinks: list[Sink] = []
+        self.recent: deque[dict] = deque(maxlen=STUCK)  # lines of metrics.jsonl
+        self.stuck = False  # whether it was said that they taught nothing
         on_main(self._begin)
         self.stop = StopRequest("this step", world.main)
 
@@ -119,6 +125,7 @@ class Session:
         state      what a resumed run needs beside the learners
         """
         row, done = tally.row(step + 1, **numbers), step + 1
+        self.recent.append(row)
         on_main(self._log_step, done, row, samples)
         self.done, self.state = done, state or {}
         if done == self.config.steps or _due(done, self.config.save_every) or self._minutes_are_over():
@@ -153,6 +160,18 @@ class Session:
             self.save()
         at = f"after step {self.done}, which is saved" if self.done else "before the first step was taken"
         raise Stopped(f"stopped {at}: the same command with --resume auto continues {self.run.folder}")
+
+    def warn_if_stuck(self, rule: str) -> None:
+        """Say on the terminal, once, that the newest steps taught nothing, and why. rule: the grading rule."""
+        sentence = why_nothing_is_learned(self.recent, rule) if len(self.recent) == STUCK else ""
+        if sentence and not self.stuck and self.world.main:
+            tqdm.write(f"warning: {sentence}", file=sys.stderr)
+        self.stuck = bool(sentence)
+
+    def bar(self, what: str, completions: int) -> AbstractContextManager:
+        """A bar over so many completions of the samplers, on a terminal; of turns where they talk to each other."""
+        samplers = [learner.sampler for learner in self.learners.values() if isinstance(learner, Actor)]
+        return completions_bar(samplers, completions if len(samplers) == 1 else None, what, self.world.main)
 
     def end_evaluation(self, when: str, step: int, result: dict, records: Sequence[dict]) -> None:
         """Log a held-out evaluation as `when`, after `step` steps. `records` are lines for evaluations.jsonl."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from thinkrl import UserError
+from thinkrl.visible import visible
 
 COLUMNS = ["step", "problem", "level", "question", "gold", "answer", "right", "tokens", "text"]
 SHOWN = 64  # completions of one table
@@ -116,13 +117,13 @@ def table_rows(step: int, records: Sequence[dict]) -> list[list]:
         [
             step,
             r["problem"],
-            r.get("level", ""),
-            r["question"],
-            r["gold"],
-            r["answer"],
+            visible(r.get("level", "")),
+            visible(r["question"]),
+            visible(r["gold"]),
+            None if r["answer"] is None else visible(r["answer"]),
             r["outcome_reward"] > 0.5,
             sum(len(turn["completion"]) if "completion" in turn else turn["tokens"] for turn in r["turns"]),
-            (r["text"] if "text" in r else "\n\n".join(turn["text"] for turn in r["turns"]))[:LONGEST],
+            visible(r["text"] if "text" in r else "\n\n".join(turn["text"] for turn in r["turns"]))[:LONGEST],
         ]
         for r in records[:SHOWN]
     ]

@@ -42,7 +42,16 @@ def pack_evenly(samples: list[Sample], config: Config, world: World) -> list[Pac
 def update(
     learner: Learner, packs: list[Pack], lr: float, config: Config, world: World, tally: Tally
 ) -> tuple[float, float]:
-    """Train on one rollout: `updates_per_rollout` optimizer steps. Returns the last one's loss and gradient norm."""
+    """Train on one rollout: `updates_per_rollout` optimizer steps. Returns the last one's loss and gradient norm.
+
+    Where every advantage of the step is 0 and there is no KL, the loss is 0 whatever the policy is: its gradient is set to 0
+    instead of computed.
+    """
+    largest = global_max(max(float(p.advantage.abs().max()) for p in packs))
+    tally.add("advantage_max", largest)
+    flat = (
+        largest == 0 and not config.kl_coef
+    )  # the same on all ranks, because their backwards are collective
     if config.aggregate == "constant":
         denominator = float(config.problems_per_step * config.group_size * config.max_tokens)
     else:
@@ -84,7 +93,7 @@ def update(
         return loss
 
     for _ in range(config.updates_per_rollout):
-        loss, grad_norm = descend(learner, packs, objective, lr, config, world)
+        loss, grad_norm = descend(learner, packs, objective, lr, config, world, flat)
     return loss, grad_norm
 
 
@@ -95,15 +104,24 @@ def descend(
     lr: float,
     config: Config,
     world: World,
+    flat: bool = False,
 ) -> tuple[float, float]:
     """One optimizer step on the sum of `objective` over all packs and ranks. Returns that sum and the gradient
     norm before clipping. Raises Diverged, before the step, if one of them is not finite.
+
+    flat: the gradient is known to be 0 on every rank. The optimizer step is taken all the same: its averages decay.
     """
     losses = []
     for p in packs:
-        loss = objective(p)
-        (loss * world.size).backward()  # FSDP averages over ranks, ours is a sum over them
+        with torch.set_grad_enabled(not flat):
+            loss = objective(p)
+        if not flat:
+            (loss * world.size).backward()  # FSDP averages over ranks, ours is a sum over them
         losses.append(loss.detach())
+    if flat:
+        learner.policy.reshard()  # no backward follows that would do it
+        for parameter in learner.policy.parameters():
+            parameter.grad = torch.zeros_like(parameter)
     grad_norm = float(
         whole(torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), config.max_grad_norm))
     )

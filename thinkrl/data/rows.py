@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from thinkrl import UserError, hub, require_extra
+from thinkrl.visible import visible
 
 Made = TypeVar("Made")
 
@@ -194,7 +195,7 @@ def parse_columns(text: str) -> dict[str, str]:
 def say(sentence: str) -> None:
     """A line on standard error, from the first rank only."""
     if os.environ.get("RANK", "0") == "0":
-        print(sentence, file=sys.stderr, flush=True)
+        print(visible(sentence), file=sys.stderr, flush=True)
 
 
 def _stop(error: UserError) -> None:

@@ -38,6 +38,7 @@ from thinkrl.model import Transformer
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem
+from thinkrl.visible import visible
 
 FORCING = {  # by grading rule: what asks for the answer, and what ends it; "": whatever ends a number
     "arith": ("</think><answer>", "</answer>"),
@@ -408,7 +409,7 @@ def show(model_folder: str, problems: Sequence[Problem], samples: int = 8, prm_f
         prefixes = [segment(tokens, tokenizer).prefixes for tokens in completions]
         rows["prm"] = score_completions(load_prm(prm_folder), prompts, completions, prefixes)
     for i, [completion] in enumerate(groups):
-        print(problems[i].question, tokenizer.decode(completion.tokens))
+        print(visible(f"{problems[i].question} {tokenizer.decode(completion.tokens)}"))
         for kind, J in rows.items():
             print(f"    {kind:9}", " ".join(f"{j:.2f}" for j in J[i].tolist()))
 

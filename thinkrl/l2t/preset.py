@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from thinkrl.config import Config
-from thinkrl.distributed import World, global_max, global_sum
+from thinkrl.distributed import World, global_sum
 from thinkrl.grading import grade
 from thinkrl.grpo import batch_std
 from thinkrl.l2t.compression import Proxy, normalise_compression
@@ -284,7 +284,6 @@ class L2T(OnePolicy[EpisodeTrajectory]):
             out = [a for group in groups for a in self._group_advantages(group, std=c.advantage_std)]
         values = iter(out)
         out = [torch.zeros(t.tokens) if math.isnan(t.reward) else next(values) for t in trajectories]
-        tally.add("advantage_max", global_max(max((float(a.abs().max()) for a in out), default=0.0)))
         return [a.float() for a in out]
 
     def _group_advantages(self, group: Sequence[EpisodeTrajectory], std: str) -> list[Tensor]:

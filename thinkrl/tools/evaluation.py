@@ -23,13 +23,12 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Protocol
 
-from tqdm import tqdm
-
 from thinkrl.distributed import World, from_main, gather, together
 from thinkrl.evaluate import recorded_attempt, summary_of
 from thinkrl.files import read_lines
 from thinkrl.intervals import clustered_interval
 from thinkrl.parts import open_part, read_parts
+from thinkrl.rollout import completions_bar
 from thinkrl.runs import open_out, write_json
 from thinkrl.sampler import Sampler
 from thinkrl.tools.formats import number
@@ -96,16 +95,8 @@ def _attempt(
     at_once, made = max(1, ROWS // n), []
     with (
         open_part(folder, world.rank) if folder else nullcontext() as part,
-        tqdm(
-            total=len(mine) * n,
-            desc="evaluate",
-            unit="completion",
-            dynamic_ncols=True,
-            disable=None if world.main else True,  # None: only on a terminal
-        ) as bar,
+        completions_bar(policy.samplers, len(mine) * n, "evaluate", world.main, delay=0) as bar,
     ):
-        for sampler in policy.samplers:
-            sampler.on_completion = bar.update
         for i in range(0, len(mine), at_once):
             records = [extra | record for record in policy.records(mine[i : i + at_once])]
             if part:
@@ -114,8 +105,6 @@ def _attempt(
             if not policy.samplers:
                 bar.update(len(records))
             made += records
-    for sampler in policy.samplers:
-        sampler.on_completion = None
     return made
 
 

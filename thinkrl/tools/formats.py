@@ -10,7 +10,15 @@ from markupsafe import Markup
 
 from thinkrl.visible import visible as visible
 
-SHARES = {"accuracy", "truncated", "zero_groups", "clip_fraction", "malformed", "format"}  # shown in per cent
+SHARES = {
+    "accuracy",
+    "answered",
+    "truncated",
+    "zero_groups",
+    "clip_fraction",
+    "malformed",
+    "format",
+}  # shown in per cent
 
 
 def script_json(value) -> Markup:

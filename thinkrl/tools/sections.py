@@ -24,8 +24,8 @@ from thinkrl.tools.reading import TrainingRun
 from thinkrl.tools.rows import lengths_by_evaluation
 
 GROUPS = {
-    "results": "reward accuracy tokens truncated zero_groups",
-    "optimisation": "loss grad_norm entropy kl clip_fraction mismatch lr",
+    "results": "reward accuracy tokens truncated answered zero_groups",
+    "optimisation": "loss grad_norm entropy kl clip_fraction mismatch lr advantage_max",
     "l2t": "",
     "longshort": "",
     "prm": "",
