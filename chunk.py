@@ -24,6 +24,7 @@ from thinkrl.options import command_line, group, option, parse_as
 
 @dataclass(frozen=True)
 class Options:
+    given: frozenset[str] = frozenset()  # names of the options that were given
     _what = group("What to chunk")
     data: str = option(
         "arith", "FILE, hub:owner/name[:config][:split], several joined by +; or 'arith', the built-in chains"
@@ -53,7 +54,11 @@ class Options:
     )
     rollouts: int = option(8, "continuations of every prefix (N)", low=1)
     temperature: float = option(0.7, "sampling temperature of the rollouts", low=0)
-    max_tokens: int = option(0, "length limit of a rollout; 0: 200 for the embedded model, else 4096", low=0)
+    max_tokens: int = option(
+        0,
+        "length limit of a rollout; 0: 200 for the embedded model, else 4096, or what the context holds",
+        low=0,
+    )
     decay: float = option(
         0.25, "δ: what a thought loses that does not raise the accuracy (Eq. 1)", above=0, below=1
     )
@@ -63,7 +68,9 @@ class Options:
     )
     _instruct = group("Instruct model")
     instruct_model: str = option("", "model that chunks and completes; empty: --model")
-    instruct_max_tokens: int = option(7120, "length limit of one of its answers", low=1)
+    instruct_max_tokens: int = option(
+        7120, "length limit of one of its answers; unless given, lowered to what its context holds", low=1
+    )
     instruct_temperature: float = option(
         0.1, "sampling temperature of its answers, of which there are up to 5 per request", low=0
     )
@@ -80,7 +87,7 @@ class Options:
 
 # Role prompts are put in when the files are written, anew each time; the wording of requests decides, and is
 # in `settings_of`.
-FREE_TO_CHANGE = {"limit", "plot", "out", "prompts", "items_per_batch", "device", "dtype"}
+FREE_TO_CHANGE = {"given", "limit", "plot", "out", "prompts", "items_per_batch", "device", "dtype"}
 
 
 def parse_options(argv: list[str]) -> Options:
@@ -111,7 +118,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from thinkrl import arith, require_own_kernels
-from thinkrl.checkpoint import load_model
+from thinkrl.checkpoint import load_model, read_config
 from thinkrl.data import layouts, rows
 from thinkrl.data.problems import messages
 from thinkrl.distributed import World, from_main, run_and_exit, start, stop, together
@@ -146,7 +153,30 @@ class Tools:
     prompts: Prompts  # how that is asked
 
 
+def fitted(options: Options) -> tuple[Options, str]:
+    """Lower the length limits that were not given to what the models' contexts hold, and say so in a line, or "".
+
+    A quarter of a context is kept for the question; the rest is shared by a chain and what is written behind it.
+    """
+    limits = {"max_tokens": options.model}
+    if "llm" in (options.chunker, options.completer):
+        limits["instruct_max_tokens"] = options.instruct_model or options.model
+    lowered, said = {}, []
+    for key, model in limits.items():
+        context, default = read_config(model_path(model)).max_positions, getattr(options, key)
+        limit = max(1, 3 * context // 8)
+        if key not in options.given and default > limit:
+            lowered[key] = limit
+            said.append(
+                f"--{key} {limit} (default {default}): lowered to the model's context of {context} tokens"
+            )
+    return replace(options, **lowered), "\n".join(said)
+
+
 def chunk(options: Options, world: World) -> None:
+    options, lowered = fitted(options)
+    if lowered and world.main:
+        print(lowered)
     items = load_items(options)
     prompts = load_prompts(options.prompts, model_path(options.model))
     if options.plot:
@@ -168,7 +198,7 @@ def chunk(options: Options, world: World) -> None:
     with (
         contextlib.closing(stop_request),
         open_part(folder, world.rank) as part,
-        tqdm(total=len(waiting), desc="chunk", unit="item", disable=not world.main) as bar,
+        tqdm(total=len(waiting), desc="chunk", unit="item", disable=None if world.main else True) as bar,
     ):
 
         def work(mine: Sequence[Item]) -> None:

@@ -17,7 +17,17 @@ def two_steps(*argv: str, advantage: float = 0.0) -> tuple[dict, list, Tally, in
     returned and tallied, and its backwards.
     """
     world = start("cpu")
-    argv = ("--group_size", "2", "--problems_per_step", "2", "--max_tokens", "40", "--weight_decay", "0.1", *argv)
+    argv = (
+        "--group_size",
+        "2",
+        "--problems_per_step",
+        "2",
+        "--max_tokens",
+        "40",
+        "--weight_decay",
+        "0.1",
+        *argv,
+    )
     config = parse(["grpo", *argv])
     preset = train.method("grpo")(config, world)
     learner = preset.begin_step(0)

@@ -1,6 +1,6 @@
 """The sampler beside transformers' generate, and what L2T adds to a GRPO step, each in one run on one machine.
 
-    python -m thinkrl.tools.bench sampler [--cases …] [--repeat N]
+    python -m thinkrl.tools.bench sampler [--cases "56M fp32,…"] [--repeat N]
     python -m thinkrl.tools.bench l2t [--repeat N]
 
 sampler: 8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096,
@@ -19,24 +19,27 @@ and without probes.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from kernels.logprob import linear_logprob
+from thinkrl import UserError
 from thinkrl.checkpoint import load_model
 from thinkrl.grpo import policy_loss
 from thinkrl.l2t.compression import Proxy
 from thinkrl.l2t.episodes import Episodes
 from thinkrl.l2t.gain import Gain, Probe
 from thinkrl.model import ModelConfig, Transformer, fast_linear
+from thinkrl.options import command_line, nearest, option, parse_as
 from thinkrl.sampler import Sampler
 from thinkrl.types import Turn
 
+BENCHES = ("sampler", "l2t")
 VOCABULARY, PROMPTS, SAMPLES, TOKENS = 4096, 8, 8, 128
 
 CASES = {  # layers, width, heads, kv heads, mlp width, our dtype
@@ -172,12 +175,31 @@ def l2t_overhead(repeat: int) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["sampler", "l2t"])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--repeat", type=int, default=3)
-    options = parser.parse_args(argv)
+@dataclass(frozen=True)
+class Options:
+    what: str = ""
+    cases: str = option(",".join(CASES), "models of `bench sampler`, comma-separated")
+    repeat: int = option(3, "times that everything is measured; the best counts", low=1)
+
+
+def parse(argv: list[str]) -> Options:
+    usage = f"python -m thinkrl.tools.bench {'|'.join(BENCHES)} [--key value …]"
+    named = bool(argv) and not argv[0].startswith("-")
+    options = parse_as(Options, argv[named:], usage)
+    what = argv[0] if named else ""
+    if what not in BENCHES:
+        raise UserError(
+            f"no benchmark '{what}'{nearest(what, BENCHES)}: it must be one of {', '.join(BENCHES)}"
+        )
+    for case in options.cases.split(","):
+        if case not in CASES:
+            raise UserError(
+                f"--cases has '{case}'{nearest(case, CASES)}: each must be one of {', '.join(CASES)}"
+            )
+    return replace(options, what=what)
+
+
+def main(options: Options) -> None:
     if options.what == "l2t":
         return l2t_overhead(options.repeat)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; tokens per second")
@@ -185,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.linspace(20, 60, PROMPTS).int().tolist()
     prompts = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    for case in options.cases:
+    for case in options.cases.split(","):
         theirs, model = twins(*CASES[case])
         sampler = Sampler(model)
         for workload, stop_ids in (("128", []), ("spread", list(range(1, VOCABULARY, 64)))):
@@ -208,4 +230,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(command_line("bench", parse))

@@ -9,16 +9,19 @@ changes hands.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from thinkrl import UserError
 from thinkrl.arith import MAX_EPISODES, sft_rows
+from thinkrl.options import command_line, exit_with_error, option, parse_as
+from thinkrl.runs import open_out
 
 EOS, UNK = "<|eos|>", "<|unk|>"
 TAGS = [
@@ -124,17 +127,28 @@ def write_folder(path: Path, weights: dict[str, torch.Tensor]) -> None:
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder to write")
-    parser.add_argument("--rows", type=int, default=128_000, help="chains to write: 1000 steps of 128")
-    parser.add_argument("--seed", type=int, default=1, help="of problems, chains and weights")
-    args = parser.parse_args()
-    write_folder(args.out / "start", random_weights(args.seed))
-    with open(args.out / "chains.jsonl", "w") as file:
-        for row in sft_rows(args.seed, args.rows):
+@dataclass(frozen=True)
+class Options:
+    out: str = option("runs/tiny", "folder to write")
+    rows: int = option(128_000, "chains to write: 1000 steps of 128", low=1)
+    seed: int = option(1, "of problems, chains and weights")
+
+
+def parse(argv: list[str]) -> Options:
+    return parse_as(Options, argv, "python -m thinkrl.assets.tiny.make [--key value …]")
+
+
+def main(options: Options) -> None:
+    out = Path(options.out)
+    try:
+        open_out(out, {})
+    except UserError as mistake:
+        exit_with_error("make", mistake)
+    write_folder(out / "start", random_weights(options.seed))
+    with (out / "chains.jsonl").open("w") as file:
+        for row in sft_rows(options.seed, options.rows):
             file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(command_line("make", parse))
