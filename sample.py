@@ -126,12 +126,13 @@ import torch
 
 from thinkrl import require_own_kernels
 from thinkrl.data.problems import held_out_problems, reading
-from thinkrl.distributed import World, start, stop, together
+from thinkrl.distributed import World, start, stop
 from thinkrl.learner import model_path
+from thinkrl.lock import hold, release
 from thinkrl.longshort import protocol as longshort
 from thinkrl.options import exit_with_error, shown
 from thinkrl.rollout import read_sampling
-from thinkrl.runs import open_out, write_json
+from thinkrl.runs import write_json
 from thinkrl.tools import evaluation, paired
 from thinkrl.tools.chat import chat, write
 from thinkrl.tools.policies import OnePolicy, TwoPolicies, limit, model_paths, question
@@ -215,7 +216,7 @@ def named(options: Options) -> str:
 def compare(options: Options, world: World) -> None:
     out = Path(options.out) if options.out else None
     if out:
-        together(open_out, out, {})
+        hold(out, world)
     if world.main:
         show_comparison(paired.compare_runs(*options.compare), out)
 
@@ -249,6 +250,7 @@ def main(options: Options) -> None:
     except UserError as mistake:
         exit_with_error("sample.py", mistake)
     finally:
+        release()
         stop()
 
 

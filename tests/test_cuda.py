@@ -137,6 +137,7 @@ def waits(monkeypatch, fake):
 
     monkeypatch.setattr("thinkrl.update.float", read, raising=False)
     monkeypatch.setattr("thinkrl.update.global_sum", lambda x: x)
+    monkeypatch.setattr("thinkrl.update.global_max", lambda x: x)
     monkeypatch.setattr("kernels.attention._torch_has_flash", lambda device: True)
     monkeypatch.setattr(
         sys.modules[torch.optim.Optimizer.__module__],
@@ -172,12 +173,14 @@ def training_step(layers: int, packs: int, how: str, *options: str) -> Launches:
     ],
 )
 def test_a_training_step_waits_no_more_for_more_packs(options, waits):
-    """For the step's count of tokens, and per update for its loss and gradient norm. Packs go to the device before."""
+    """For the step's largest advantage and its count of tokens, and per update for loss and gradient norm. Packs go to
+    the device before.
+    """
     training_step(2, 1, "none", *options.split())
     once = len(waits)
     training_step(2, 2, "none", *options.split())
     updates = 2 if "updates_per_rollout" in options else 1
-    assert len(waits) - once == once == 2 * updates + ("constant" not in options)
+    assert len(waits) - once == once == 1 + 2 * updates + ("constant" not in options)
 
 
 @pytest.mark.parametrize("how, per_layer", [("none", 48), ("selective", 51), ("full", 62)])

@@ -229,7 +229,7 @@ def test_options(argv, sentence, monkeypatch):
     [
         (
             ["--out", "sample.py/out"],
-            "--out sample.py/out is not a folder that can be written: choose another --out",
+            "the folder sample.py/out cannot be written (Not a directory): choose another --runs_dir (or --out)",
         ),
         (
             ["--base", "nowhere"],

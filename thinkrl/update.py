@@ -47,11 +47,10 @@ def update(
     Where every advantage of the step is 0 and there is no KL, the loss is 0 whatever the policy is: its gradient is set to 0
     instead of computed.
     """
-    largest = global_max(max(float(p.advantage.abs().max()) for p in packs))
+    largest = global_max(float(torch.stack([p.advantage.abs().max() for p in packs]).max()))
     tally.add("advantage_max", largest)
-    flat = (
-        largest == 0 and not config.kl_coef
-    )  # the same on all ranks, because their backwards are collective
+    # the same on all ranks, because their backwards are collective
+    flat = largest == 0 and not config.kl_coef
     if config.aggregate == "constant":
         denominator = float(config.problems_per_step * config.group_size * config.max_tokens)
     else:

@@ -27,6 +27,7 @@ from thinkrl.distributed import World, from_main, gather, together
 from thinkrl.evaluate import recorded_attempt, summary_of
 from thinkrl.files import read_lines
 from thinkrl.intervals import clustered_interval
+from thinkrl.lock import hold
 from thinkrl.parts import open_part, read_parts
 from thinkrl.rollout import completions_bar
 from thinkrl.runs import open_out, write_json
@@ -70,6 +71,8 @@ def evaluate(
     decoding   "sampled" or "greedy", a field of every record
     Raises UserError, on every rank, if the folder was begun with other settings or cannot be written.
     """
+    if folder:
+        hold(folder, world)
     kept = together(_open, folder, settings, n, world) if folder else []
     finished = set(from_main([record["problem"] for record in kept]))
     waiting = [p for p in problems if p.id not in finished]

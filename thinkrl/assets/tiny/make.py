@@ -20,8 +20,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from thinkrl import UserError
 from thinkrl.arith import MAX_EPISODES, sft_rows
+from thinkrl.lock import take
 from thinkrl.options import command_line, exit_with_error, option, parse_as
-from thinkrl.runs import open_out
 
 EOS, UNK = "<|eos|>", "<|unk|>"
 TAGS = [
@@ -141,7 +141,7 @@ def parse(argv: list[str]) -> Options:
 def main(options: Options) -> None:
     out = Path(options.out)
     try:
-        open_out(out, {})
+        take(out)
     except UserError as mistake:
         exit_with_error("make", mistake)
     write_folder(out / "start", random_weights(options.seed))
