@@ -21,7 +21,8 @@ def write_run(folder, name: str, tokens: int) -> None:
     for step, when, length in (0, "before", 60), (10, "after", tokens):
         for decoding in "sampled", "greedy":
             for problem in reversed(range(4)):  # ranks answer in another order
-                row = {"when": when, "decoding": decoding, "problem": problem}
+                row = {"when": when, "decoding": decoding, "problem": problem, "sample": 0}
+                row |= {"question": "?", "gold": "1", "level": ""}
                 row |= {"outcome_reward": float(RIGHT[when][problem]), "turns": [{"tokens": length}]}
                 lines.append(json.dumps(row) + "\n")
         summary[when] = {"step": step, "accuracy": sum(RIGHT[when]) / 4, "tokens": length}

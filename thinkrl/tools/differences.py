@@ -8,6 +8,7 @@ bootstrap over problems and seeds that draws both, the same ones for the two pol
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from thinkrl.intervals import aes_interval, paired_bootstrap
 from thinkrl.runs import finished
+from thinkrl.tools.paired import by_problem, is_correct, read, tokens_of
 
 MEASURES = ("accuracy", "tokens")
 Interval = tuple[float, float, float]  # value, low, high
@@ -39,13 +41,12 @@ def measure(method: str, seeds: list[str], folder: Path) -> Measured | None:
     runs = {seed: run for seed, run in runs.items() if finished(run)}
     if not runs:
         return None
-    evaluations = [_evaluations(run) for run in runs.values()]
+    evaluations = [{when: read(f"{run}:{when}") for when in ("before", "after")} for run in runs.values()]
     summaries = [json.loads((run / "summary.json").read_text()) for run in runs.values()]
 
     def arrays(when: str, decoding: str) -> dict[str, np.ndarray]:
-        return {
-            key: np.array([evaluation[when, decoding][key] for evaluation in evaluations]) for key in MEASURES
-        }
+        rows = [_means(evaluation[when][decoding]) for evaluation in evaluations]
+        return {key: np.array([row[key] for row in rows]) for key in MEASURES}
 
     steps = zip(*(sorted((r["step"], r["accuracy"], r["tokens"]) for r in s.values()) for s in summaries))
     budgets = [[accuracy for _, accuracy in s["after"].get("budgets", [])] for s in summaries]
@@ -60,19 +61,13 @@ def measure(method: str, seeds: list[str], folder: Path) -> Measured | None:
     )
 
 
-def _evaluations(run: Path) -> dict[tuple[str, str], dict[str, list[float]]]:
-    """{(when, decoding): means over a problem's samples, in the order of problems} of evaluations.jsonl."""
-    samples: dict[tuple[str, str], dict[int, list[tuple[float, int]]]] = {}
-    for line in (run / "evaluations.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        tokens = sum(turn["tokens"] for turn in row["turns"])
-        problems = samples.setdefault((row["when"], row["decoding"]), {})
-        problems.setdefault(row["problem"], []).append((row["outcome_reward"], tokens))
-    out = {}
-    for key, problems in samples.items():
-        accuracy, tokens = zip(*(np.mean(problems[id], axis=0).tolist() for id in sorted(problems)))
-        out[key] = {"accuracy": list(accuracy), "tokens": list(tokens)}
-    return out
+def _means(records: Sequence[dict]) -> dict[str, list[float]]:
+    """Accuracy and tokens of every problem: means over its samples."""
+    groups = by_problem(records).values()
+    return {
+        key: [sum(map(value, group)) / len(group) for group in groups]
+        for key, value in (("accuracy", is_correct), ("tokens", tokens_of))
+    }
 
 
 def _tokens_spent(run: Path) -> float:

@@ -78,17 +78,17 @@ def compare(a: Sequence[dict], b: Sequence[dict], names: tuple[str, str]) -> dic
     aes, aes_interval     of A against B; null where B is never right. An end that is null is infinite: B was never right
                           in 2.5 % of the draws
     """
-    ours, base = _by_problem(a), _by_problem(b)
+    ours, base = by_problem(a), by_problem(b)
     pairs = [(ours[key], base[key]) for key in ours if key in base]
     if not pairs:
         raise UserError(
             f"{names[0]} and {names[1]} have no problem in common: same id, question and gold answer"
         )
-    accuracy, tokens = _means(pairs, _correct), _means(pairs, _tokens)
+    accuracy, tokens = _means(pairs, is_correct), _means(pairs, tokens_of)
     found = {"accuracy": accuracy, "tokens": tokens}
     for level in sorted({group[0]["level"] for group, _ in pairs} - {""}):
         own = [pair for pair in pairs if pair[0][0]["level"] == level]
-        found |= {f"accuracy, {level}": _means(own, _correct), f"tokens, {level}": _means(own, _tokens)}
+        found |= {f"accuracy, {level}": _means(own, is_correct), f"tokens, {level}": _means(own, tokens_of)}
     for i, budget in enumerate(_shared_budgets(pairs)):
         found[f"accuracy at {budget} tokens"] = _means(pairs, lambda r: r["at_budgets"][i][1])  # noqa: B023
     aes, *ends = (
@@ -106,18 +106,19 @@ def compare(a: Sequence[dict], b: Sequence[dict], names: tuple[str, str]) -> dic
     }
 
 
-def _by_problem(records: Sequence[dict]) -> dict[tuple, Group]:
+def by_problem(records: Sequence[dict]) -> dict[tuple, Group]:
+    """Records by (id, question, gold answer) of their problem, in the order of ids."""
     groups: dict[tuple, Group] = {}
     for r in sorted(records, key=lambda r: (r["problem"], r["sample"])):
         groups.setdefault((r["problem"], r["question"], r["gold"]), []).append(r)
     return groups
 
 
-def _correct(record: dict) -> float:
+def is_correct(record: dict) -> float:
     return float(record["outcome_reward"] > 0.5)
 
 
-def _tokens(record: dict) -> float:
+def tokens_of(record: dict) -> float:
     return sum(turn["tokens"] for turn in record["turns"])
 
 
