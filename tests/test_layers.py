@@ -15,6 +15,7 @@ LAYERS = {
     0: ["kernels"],
     1: [
         "visible",
+        "tracing",
         "options",
         "aliases",
         "intervals",
@@ -159,6 +160,16 @@ def test_the_check_sees_an_upward_and_a_sideways_import(tmp_path):
     assert not allowed("l2t.episodes", "l2t.gain") and allowed("l2t.gain", "l2t.episodes")
 
 
+# An editable installation would find the removed folder in the repository.
+WITHOUT_INSTALLATION = """
+import importlib.util, runpy, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in finder.__module__]
+sys.path.insert(0, "")
+assert importlib.util.find_spec("thinkrl." + sys.argv.pop(1)) is None
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("folder", ["l2t", "longshort"])
 def test_without_a_paper_s_folder_grpo_still_trains(folder, tmp_path):
     def ignore(path: str, names: list[str]) -> list[str]:
@@ -170,7 +181,7 @@ def test_without_a_paper_s_folder_grpo_still_trains(folder, tmp_path):
     shutil.copy(ROOT / "train.py", tmp_path)
     options = "--steps 1 --problems_per_step 2 --group_size 2 --max_tokens 20 --eval_problems 2 --name run"
     done = subprocess.run(
-        [sys.executable, "train.py", "grpo", *options.split()],
+        [sys.executable, "-c", WITHOUT_INSTALLATION, folder, "grpo", *options.split()],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,

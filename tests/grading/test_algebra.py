@@ -7,12 +7,15 @@ import pytest
 from thinkrl.grading import algebra, equal, rules
 from thinkrl.grading.values import same
 
+needs_algebra = pytest.mark.skipif(not algebra.has_algebra(), reason="needs math-verify: the extra [math]")
+
 
 @pytest.fixture(autouse=True)
 def nothing_remembered():
     rules._equal_by_parts.cache_clear()
 
 
+@needs_algebra
 def test_a_comparison_that_never_ends_is_killed_and_the_next_one_works(monkeypatch):
     assert equal(r"\sqrt{8}", r"2\sqrt{2}", "math")
     process = algebra.worker.process
@@ -23,6 +26,7 @@ def test_a_comparison_that_never_ends_is_killed_and_the_next_one_works(monkeypat
     assert equal(r"\sqrt{18}", r"3\sqrt{2}", "math")
 
 
+@needs_algebra
 def test_a_worker_that_died_costs_one_answer():
     assert equal(r"\sqrt{20}", r"2\sqrt{5}", "math")
     algebra.worker.process.kill()
@@ -31,6 +35,7 @@ def test_a_worker_that_died_costs_one_answer():
     assert equal(r"\sqrt{28}", r"2\sqrt{7}", "math")
 
 
+@needs_algebra
 def test_the_parts_of_an_answer_share_one_limit(monkeypatch):
     asked = []
 
@@ -44,6 +49,7 @@ def test_the_parts_of_an_answer_share_one_limit(monkeypatch):
     assert asked == [3.0, 1.75, 0.5], "and then no more"
 
 
+@needs_algebra
 @pytest.mark.parametrize("word", ["east", "10:30am", "52_{8}", "x'", "1 2", ""])
 def test_what_is_no_algebra_is_not_sent(word, monkeypatch):
     monkeypatch.setattr(algebra.worker, "equal", lambda *_: (True, 0.0))

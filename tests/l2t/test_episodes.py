@@ -6,7 +6,8 @@ import tokenizers
 import torch
 
 from thinkrl.grading import RULES, extract, grade
-from thinkrl.l2t.episodes import CLOSE, TAG, segment, trace, trace_ref
+from thinkrl.l2t.episodes import CLOSE, TAG, segment
+from thinkrl.tracing import trace, trace_ref
 from thinkrl.types import UserError
 
 

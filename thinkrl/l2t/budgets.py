@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from thinkrl.config import Config
-from thinkrl.l2t.episodes import Codec, Episodes, segment
+from thinkrl.l2t.episodes import Episodes, segment
 from thinkrl.l2t.gain import Gain, Probe, forcing, make_probe, room_behind
 from thinkrl.presets import OnePolicy
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
+from thinkrl.tracing import Codec
 from thinkrl.types import Problem, Trajectory
 
 

@@ -38,15 +38,14 @@ from __future__ import annotations
 import functools
 import re
 from bisect import bisect_left
-from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from thinkrl.grading import canonical, extract
+from thinkrl.tracing import Codec, trace
 from thinkrl.types import UserError
 
 TAG = re.compile(r"<(/?)episode_(\d+)>")
@@ -54,16 +53,6 @@ OPEN, CLOSE = "<think>", "</think>"
 ANSWER = re.compile(r"<answer>|\\(?:boxed|fbox)(?:\s*\{|\s+[^\s{}$\\]|-?\d)")
 HASHES = re.compile(r"####.*")
 BLANK_LINE = re.compile(r"\n(?:[ \t]*\n)+")
-
-
-class Codec(Hashable, Protocol):
-    """The tokenizer methods that are used. Ids in its `stop_ids`, if it has any, end the thinking wherever they
-    appear.
-    """
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -195,45 +184,6 @@ def _paragraphs(text: str) -> list[int]:
     begin = text.find(OPEN) + len(OPEN) if OPEN in text else 0
     ends = [m.end() for m in BLANK_LINE.finditer(text, begin)] + [len(text)]
     return [end for before, end in pairwise([begin, *ends]) if text[before:end].strip()]
-
-
-def trace(tokens: list[int], tokenizer: Codec) -> tuple[str, list[int]]:
-    """The text of `tokens`, and how many of its characters are there after each token. Never decreasing.
-
-    Usually the tokens' own texts are the text, which one look-up per token finds out. Where they are not (a
-    character spread over several tokens, a decoder that treats a first space apart), it is decoded step by
-    step.
-    """
-    text = tokenizer.decode(tokens)
-    pieces = [_piece(tokenizer, token) for token in tokens]
-    if "".join(pieces) != text:
-        return trace_ref(tokens, tokenizer)
-    reached, length = [], 0
-    for piece in pieces:
-        length += len(piece)
-        reached.append(length)
-    return text, reached
-
-
-@functools.lru_cache(maxsize=1 << 18)
-def _piece(tokenizer: Codec, token: int) -> str:
-    return tokenizer.decode([token])
-
-
-def trace_ref(tokens: list[int], tokenizer: Codec) -> tuple[str, list[int]]:
-    """`trace` by incremental decoding: a token's text is what it adds to that of the few tokens before it.
-
-    A character counts from the token that has its last byte.
-    """
-    text, reached = "", []
-    context, known = 0, 0  # tokens[known:] have no text yet; tokens[context:known] are what they follow
-    for t in range(1, len(tokens) + 1):
-        before, after = tokenizer.decode(tokens[context:known]), tokenizer.decode(tokens[context:t])
-        if not after.endswith("\ufffd") or t == len(tokens):
-            text += after[len(before) :]
-            context, known = known, t
-        reached.append(len(text))
-    return text, reached
 
 
 def _completes(reached: list[int], characters: int) -> int:

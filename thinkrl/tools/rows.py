@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, groupby, pairwise
 
-from thinkrl.l2t.episodes import trace
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.tools.formats import finite, mean, script_json, visible
 from thinkrl.tools.reading import Chains, TrainingRun
+from thinkrl.tracing import trace
 
 LONGEST = 60_000  # characters of one turn that are shown: the first and the last halves of it
 KNOWN = {"step", "problem", "sample", "question", "gold", "level", "answer", "text", "outcome_reward", "reward",
