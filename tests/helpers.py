@@ -6,15 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tokenizers
 import torch
 from tokenizers import decoders, models
 
+from thinkrl.grading.algebra import has_algebra
 from thinkrl.l2t.prm import StepRewardModel
 from thinkrl.model import ModelConfig
 from thinkrl.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
+needs_algebra = pytest.mark.skipif(not has_algebra(), reason="needs math-verify: the extra [math]")
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -162,7 +162,7 @@ def whole(tensor: Tensor) -> Tensor:
 def checkpoint_block(block: nn.Module, how: str) -> None:
     """Recompute in the backward pass what a block's forward would keep for it.
 
-    none         nothing; so does auto, for which train.py has put another one (`memory.fitted`)
+    none         nothing; so does auto, which train.py has replaced by then (`learner.fitted_to_memory`)
     selective    the MLP: only its input is kept, not gate, up and what is made of them
     full         all: only the block's input is kept
 

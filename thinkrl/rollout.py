@@ -129,12 +129,14 @@ def rollout(
             turn = Turn(
                 "policy", prompt, written.tokens, written.logprobs, written.finish_reason, written.hidden
             )
-            text = tokenizer.decode(written.tokens)
-            outcome = float(grade(text, problem.answer, problem.source))
-            trajectories.append(
-                Trajectory(problem, sample, [turn], text, extract(text, problem.source), outcome, outcome)
-            )
+            trajectories.append(graded(problem, sample, turn, tokenizer.decode(written.tokens)))
     return trajectories
+
+
+def graded(problem: Problem, sample: int, turn: Turn, text: str) -> Trajectory:
+    """One attempt that ends with this turn; text is what is graded."""
+    outcome = float(grade(text, problem.answer, problem.source))
+    return Trajectory(problem, sample, [turn], text, extract(text, problem.source), outcome, outcome)
 
 
 def sample_differences(

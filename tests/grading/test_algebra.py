@@ -4,10 +4,9 @@ import signal
 
 import pytest
 
+from helpers import needs_algebra
 from thinkrl.grading import algebra, equal, rules
 from thinkrl.grading.values import same
-
-needs_algebra = pytest.mark.skipif(not algebra.has_algebra(), reason="needs math-verify: the extra [math]")
 
 
 @pytest.fixture(autouse=True)

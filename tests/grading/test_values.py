@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from helpers import needs_algebra
 from thinkrl.grading import algebra, canonical, equal, rules
 from thinkrl.grading.notation import normalise, rational
 from thinkrl.grading.values import value
@@ -257,7 +258,7 @@ def test_different(a, b):
     assert not equal(a, b, "math") and not equal(b, a, "math")
 
 
-@pytest.mark.skipif(not algebra.has_algebra(), reason="needs math-verify: the extra [math]")
+@needs_algebra
 @pytest.mark.parametrize(
     "a, b",
     [

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinkrl.grading import extract, grade
 from thinkrl.grpo import group_advantages
 from thinkrl.l2t.episodes import segment
 from thinkrl.l2t.gain import forcing
 from thinkrl.metrics import Tally
 from thinkrl.presets import OnePolicy
-from thinkrl.rollout import PROBE, TRAINING
+from thinkrl.rollout import PROBE, TRAINING, graded
+from thinkrl.sampler import Completion
 from thinkrl.types import Problem, Trajectory, Turn
 
 
@@ -104,12 +104,10 @@ class SGrpo(OnePolicy[Exit]):
             group.append(Exit(**vars(chain), cut=chain.tokens))
         return group
 
-    def _exit(self, chain: Trajectory, i: int, cut: int, prompt: list[int], answer) -> Exit:
-        problem, beginning = chain.problem, len(chain.turns[0].prompt)
-        text = self.tokenizer.decode(prompt[beginning:] + answer.tokens)
-        outcome = float(grade(text, problem.answer, problem.source))
+    def _exit(self, chain: Trajectory, i: int, cut: int, prompt: list[int], answer: Completion) -> Exit:
+        written = prompt[len(chain.turns[0].prompt) :] + answer.tokens
         turn = Turn("policy", prompt, answer.tokens, answer.logprobs, answer.finish_reason)
-        return Exit(problem, i, [turn], text, extract(text, problem.source), outcome, outcome, cut=cut)
+        return Exit(**vars(graded(chain.problem, i, turn, self.tokenizer.decode(written))), cut=cut)
 
     def reward(self, trajectories: Sequence[Exit], step: int, tally: Tally) -> None:
         correct = torch.tensor([t.outcome_reward for t in trajectories]).view(-1, self.config.group_size)

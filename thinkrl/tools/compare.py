@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thinkrl import UserError
+from thinkrl.files import write_json
 from thinkrl.options import command_line, nearest, option, parse_as
-from thinkrl.runs import ROOT, finished, torchrun, write_json
+from thinkrl.runs import ROOT, finished, torchrun
 from thinkrl.tools.differences import compare, conclusions, measure, table
 from thinkrl.tools.report import MOST, write_report
 
@@ -45,9 +46,9 @@ METHODS = {
 CONTROLS = {
     "grpo_no_std": "grpo --advantage_std none",
     "dler": "grpo --length truncation --length_limit {tokens} --advantage_std batch --clip_high 0.28",
-    # a plain price per token; divided by a group's std it would weigh the same whatever it is
+    # a plain penalty per token; divided by a group's std it would weigh the same whatever it is
     "priced": "grpo --advantage_std none --length priced --length_price {price}",
-    # a fixed price of 0.02 per episode: no fitting gain, C_k = 1
+    # a fixed penalty of 0.02 per episode: no fitting gain, C_k = 1
     "episode_price": "l2t --gain none --compression flat --alpha 1 --beta 0.02",
     "l2t_beta0": "l2t --beta 0",  # fitting gain alone
     "l2t_beta0_batch": "l2t --beta 0 --advantage_std batch",  # the same without the group's std

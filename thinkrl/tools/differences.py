@@ -7,13 +7,13 @@ bootstrap over problems and seeds that draws both, the same ones for the two pol
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from thinkrl.files import read_json, read_lines
 from thinkrl.intervals import aes_interval, paired_bootstrap
 from thinkrl.runs import finished
 from thinkrl.tools.paired import by_problem, is_correct, read, tokens_of
@@ -42,7 +42,7 @@ def measure(method: str, seeds: list[str], folder: Path) -> Measured | None:
     if not runs:
         return None
     evaluations = [{when: read(f"{run}:{when}") for when in ("before", "after")} for run in runs.values()]
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs.values()]
+    summaries = [read_json(run / "summary.json") for run in runs.values()]
 
     def arrays(when: str, decoding: str) -> dict[str, np.ndarray]:
         rows = [_means(evaluation[when][decoding]) for evaluation in evaluations]
@@ -71,9 +71,9 @@ def _means(records: Sequence[dict]) -> dict[str, list[float]]:
 
 
 def _tokens_spent(run: Path) -> float:
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
     completions = config["problems_per_step"] * config["group_size"]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_lines(run / "metrics.jsonl")
     return sum(row["tokens"] * completions + row.get("probe_tokens", 0.0) for row in rows)
 
 

@@ -9,7 +9,7 @@ In the folder --out:
     summary.md           the same as tables
 
 A continued evaluation has the attempts of one that was never stopped, up to floating-point ties: each has its own
-address of randomness.
+key of random numbers.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from typing import Protocol
 
 from thinkrl.distributed import World, from_main, gather, together
 from thinkrl.evaluate import recorded_attempt, summary_of
-from thinkrl.files import read_lines
+from thinkrl.files import read_lines, write_json
 from thinkrl.intervals import clustered_interval
 from thinkrl.lock import hold
 from thinkrl.parts import open_part, read_parts
 from thinkrl.rollout import completions_bar
-from thinkrl.runs import open_out, write_json
+from thinkrl.runs import open_out
 from thinkrl.sampler import Sampler
 from thinkrl.tools.formats import number
 from thinkrl.types import Problem

@@ -22,10 +22,11 @@ from pathlib import Path
 from thinkrl import UserError
 from thinkrl.config import schedule
 from thinkrl.evaluate import aes
+from thinkrl.files import write_json
 from thinkrl.lock import take
 from thinkrl.longshort.protocol import pair_name
 from thinkrl.options import command_line, exit_with_error, option, parse_as
-from thinkrl.runs import finished, launch, open_out, torchrun, write_json
+from thinkrl.runs import finished, launch, open_out, torchrun
 from thinkrl.signals import Stopped, exit_when_stopped
 from thinkrl.tools.report import write_report
 
