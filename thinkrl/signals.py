@@ -6,8 +6,8 @@
         raise Stopped("…")   main prints it and exits with RESUMABLE
 
 Python runs a signal handler in the main thread, which may be waiting for another rank for minutes. So signals are
-read in a thread of their own. torchrun forwards these two signals to its workers and kills those that are still there
-after 30 seconds (TORCH_ELASTIC_SHUTDOWN_TIMEOUT=SECONDS, where torchrun knows it).
+also read in a thread of their own. torchrun forwards these two signals to its workers and kills those that are still
+there after 30 seconds (TORCH_ELASTIC_SHUTDOWN_TIMEOUT=SECONDS, where torchrun knows it).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class StopRequest:
         os.set_blocking(self._writer, False)
         # the C-level handler writes a signal's number here at once, whatever the main thread does
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in ASKING}
+        self._before = {number: signal.signal(number, self._ask) for number in ASKING}
         threading.Thread(target=self._listen, daemon=True).start()
 
     def agreed(self) -> bool:
@@ -64,13 +64,16 @@ class StopRequest:
             self._before = {}
             os.close(self._writer)  # ends the thread
 
+    def _ask(self, *_: object) -> None:
+        self.asked = True  # before the main thread goes on: the thread below may come to it a step later
+
     def _listen(self) -> None:
-        first = 0.0
+        first = None  # when the first request came, in seconds
         while number := os.read(self._reader, 1):
             if number[0] not in ASKING:
                 continue
             name = signal.Signals(number[0]).name
-            if not self.asked:
+            if first is None:
                 self.asked, first = True, time.monotonic()
                 self._say(f"\n{name}: finishing {self._what}, then saving; a second signal ends at once")
             elif time.monotonic() - first > SAME_REQUEST_SECONDS:
