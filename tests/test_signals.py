@@ -112,7 +112,10 @@ def test_a_signal_before_the_first_step(tmp_path):
 def test_chunk_stops_between_items(tmp_path):
     command = ["chunk.py", "--limit", "6", "--items_per_batch", "2", "--rollouts", "1", "--max_tokens", "5"]
     command += ["--out", str(tmp_path)]
-    done = python("tests/killed.py", "chunk:annotate", "1", *command, KILL_SIGNAL="SIGTERM")
+    done = python(
+        "tests/killed.py", "thinkrl.longshort.thoughts:rollouts", "1", *command, KILL_SIGNAL="SIGTERM"
+    )
     assert done.returncode == RESUMABLE, done.stderr
+    assert len((tmp_path / "parts/rank_0.jsonl").read_text().splitlines()) == 2
     done = python(*command)
     assert done.returncode == 0 and json.loads((tmp_path / "summary.json").read_text())["rows"] == 6
