@@ -122,17 +122,17 @@ from thinkrl.checkpoint import load_model, read_config
 from thinkrl.data import layouts, rows
 from thinkrl.data.problems import messages
 from thinkrl.distributed import World, from_main, run_and_exit, start, stop, together
-from thinkrl.files import write_json
 from thinkrl.learner import compute_dtype, model_path
-from thinkrl.lock import hold, release
 from thinkrl.longshort import thoughts
 from thinkrl.longshort.conversation import Prompts, load_prompts
 from thinkrl.longshort.thoughts import Rejected, Thought
 from thinkrl.options import exit_with_error
-from thinkrl.parts import open_part, read_parts
-from thinkrl.runs import open_out
+from thinkrl.run.files import write_json
+from thinkrl.run.folder import open_out
+from thinkrl.run.lock import hold, release
+from thinkrl.run.parts import open_part, read_parts
+from thinkrl.run.signals import Stopped, StopRequest, exit_when_stopped
 from thinkrl.sampler import Sampler
-from thinkrl.signals import Stopped, StopRequest, exit_when_stopped
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem
 

@@ -127,12 +127,12 @@ import torch
 from thinkrl import require_own_kernels
 from thinkrl.data.problems import held_out_problems, reading
 from thinkrl.distributed import World, start, stop
-from thinkrl.files import write_json
 from thinkrl.learner import model_path
-from thinkrl.lock import hold, release
 from thinkrl.longshort import protocol as longshort
 from thinkrl.options import exit_with_error, shown
 from thinkrl.rollout import read_sampling
+from thinkrl.run.files import write_json
+from thinkrl.run.lock import hold, release
 from thinkrl.tools import evaluation, paired
 from thinkrl.tools.chat import chat, write
 from thinkrl.tools.policies import OnePolicy, TwoPolicies, limit, model_paths, question

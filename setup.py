@@ -28,7 +28,10 @@ setup(
     python_requires=">=3.10",
     packages=[
         "thinkrl",
-        *(f"thinkrl.{folder}" for folder in ("data", "decode", "grading", "l2t", "longshort", "tools")),
+        *(
+            f"thinkrl.{folder}"
+            for folder in ("data", "decode", "grading", "l2t", "longshort", "run", "tools")
+        ),
         "kernels",
     ],
     py_modules=["train", "sample", "chunk"],

@@ -29,15 +29,15 @@ from thinkrl.evaluate import held_out_record, summary_table, tally_outcomes
 from thinkrl.finish import finish, push
 from thinkrl.hub import require_upload
 from thinkrl.learner import fitted, fitted_to_memory, model_path
-from thinkrl.lock import release
-from thinkrl.metrics import Stopwatch, Tally
 from thinkrl.options import exit_with_error
 from thinkrl.presets import Grpo, Preset
 from thinkrl.rollout import EVALUATION, sample_differences
-from thinkrl.runs import Run
+from thinkrl.run.folder import Run
+from thinkrl.run.lock import release
+from thinkrl.run.metrics import Stopwatch, Tally
+from thinkrl.run.signals import Stopped, exit_when_stopped
+from thinkrl.run.sinks import require_sinks
 from thinkrl.session import Session, require_enough
-from thinkrl.signals import Stopped, exit_when_stopped
-from thinkrl.sinks import require_sinks
 from thinkrl.types import Problem, Trajectory
 from thinkrl.update import Diverged, pack_evenly, update
 

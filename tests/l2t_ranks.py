@@ -10,7 +10,7 @@ from thinkrl.arith import heldout
 from thinkrl.config import parse
 from thinkrl.distributed import gather, run_and_exit, start, stop
 from thinkrl.l2t.preset import L2T
-from thinkrl.metrics import Tally
+from thinkrl.run.metrics import Tally
 
 PROBLEMS = heldout()[40:240:100]  # one of two digits, one of three
 SMALL = ["l2t", "--group_size", "4", "--problems_per_step", "2", "--max_tokens", "100"]

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from thinkrl.config import parse
 from thinkrl.distributed import run_and_exit, shard, start, stop
 from thinkrl.learner import Learner
-from thinkrl.metrics import Tally
 from thinkrl.model import ModelConfig, Transformer
+from thinkrl.run.metrics import Tally
 from thinkrl.types import Sample
 from thinkrl.update import pack_evenly, update
 

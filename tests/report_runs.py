@@ -8,7 +8,7 @@ import torch
 
 from thinkrl.config import as_dict, parse
 from thinkrl.evaluate import held_out_record
-from thinkrl.metrics import Log
+from thinkrl.run.metrics import Log
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory, Turn
 

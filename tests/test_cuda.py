@@ -26,8 +26,8 @@ from thinkrl.decode.step import GraphStep, bucket
 from thinkrl.distributed import World, checkpoint_block
 from thinkrl.learner import Learner, new_optimizer
 from thinkrl.longshort.preset import LongShort
-from thinkrl.metrics import Tally
 from thinkrl.model import ModelConfig, Transformer, inverse_frequencies
+from thinkrl.run.metrics import Tally
 from thinkrl.sampler import Sampler
 from thinkrl.sft import nll_loss
 from thinkrl.types import Sample, pack

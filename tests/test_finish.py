@@ -9,7 +9,7 @@ import yaml
 
 from thinkrl import UserError, finish
 from thinkrl.config import Config, parse
-from thinkrl.runs import Run
+from thinkrl.run.folder import Run
 
 RESULT = {"accuracy": 0.5, "tokens": 63.8, "greedy": {"accuracy": 0.75, "tokens": 37.0}}
 BETTER = {"accuracy": 0.875, "tokens": 50.3, "greedy": {"accuracy": 0.9, "tokens": 50.0}}

@@ -13,23 +13,7 @@ from helpers import ROOT
 
 LAYERS = {
     0: ["kernels"],
-    1: [
-        "visible",
-        "tracing",
-        "options",
-        "aliases",
-        "intervals",
-        "parts",
-        "files",
-        "config",
-        "types",
-        "distributed",
-        "lock",
-        "signals",
-        "metrics",
-        "sinks",
-        "runs",
-    ],
+    1: ["visible", "tracing", "options", "aliases", "intervals", "config", "types", "distributed", "run"],
     2: [*("model", "checkpoint", "resume", "tokenizer", "hub", "arith", "gym", "grading", "data")],
     3: ["memory", "decode", "sampler", "rollout", "grpo", "length", "rewards"],
     4: ["learner", "evaluate", "update", "session", "finish", "sft", "presets"],
@@ -39,6 +23,7 @@ LAYERS = {
 }
 # Inside a folder, from the bottom up: a module sees those before it.
 INSIDE = {
+    "run": ["files", "parts", "lock", "signals", "sinks", "metrics", "folder"],
     "grading": ["notation", "values", "algebra", "rules"],
     "data": ["rows", "layouts", "chats", "problems"],
     "decode": ["pages", "paged_model", "step", "loop"],
@@ -68,18 +53,11 @@ INSIDE = {
 # Within a layer, modules do not see each other, but for these.
 SIDEWAYS = {
     ("options", "visible"),
-    ("sinks", "visible"),
+    ("run", "visible"),
+    ("run", "config"),
+    ("run", "distributed"),
     ("config", "options"),
     ("config", "aliases"),
-    ("metrics", "distributed"),
-    ("lock", "distributed"),
-    ("signals", "distributed"),
-    ("runs", "config"),
-    ("runs", "files"),
-    ("parts", "files"),
-    ("runs", "lock"),
-    ("runs", "signals"),
-    ("runs", "distributed"),
     ("checkpoint", "model"),
     ("resume", "checkpoint"),
     ("hub", "tokenizer"),

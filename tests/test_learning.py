@@ -9,8 +9,8 @@ from example_method import Reinforce
 import train
 from thinkrl.config import parse
 from thinkrl.distributed import start
-from thinkrl.metrics import Tally
 from thinkrl.presets import Grpo
+from thinkrl.run.metrics import Tally
 from thinkrl.types import Problem
 
 PROBLEMS = [

@@ -17,7 +17,7 @@ from thinkrl.distributed import checkpoint_block, free_memory
 from thinkrl.learner import fitted_to_memory
 from thinkrl.memory import CHECKPOINTING, Setting, activation_bytes, fit_to_memory, update_bytes
 from thinkrl.model import ModelConfig, Transformer, inverse_frequencies, make_rotate
-from thinkrl.runs import begun_with, open_run
+from thinkrl.run.folder import begun_with, open_run
 
 SMALL = ModelConfig("LlamaForCausalLM", 64, 48, 3, 4, 2, 16, 112, 512)
 SEVEN_B = ModelConfig("Qwen2ForCausalLM", 152064, 3584, 28, 28, 4, 128, 18944, 32768)

@@ -24,9 +24,9 @@ from thinkrl.l2t.prm import new_prm
 from thinkrl.learner import TINY
 from thinkrl.longshort.preset import LongShort
 from thinkrl.longshort.protocol import Conversation
-from thinkrl.metrics import DEFINITIONS, Tally
 from thinkrl.model import ModelConfig, Transformer
 from thinkrl.rollout import EVALUATION, sample_differences
+from thinkrl.run.metrics import DEFINITIONS, Tally
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory

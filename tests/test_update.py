@@ -8,7 +8,7 @@ import train
 from thinkrl.arith import heldout
 from thinkrl.config import parse
 from thinkrl.distributed import start
-from thinkrl.metrics import Tally
+from thinkrl.run.metrics import Tally
 from thinkrl.update import descend, pack_evenly, update
 
 

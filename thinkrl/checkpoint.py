@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from thinkrl import UserError
 from thinkrl.distributed import on_main, rank, whole
-from thinkrl.files import read_json, write_json
 from thinkrl.model import ModelConfig, Transformer
+from thinkrl.run.files import read_json, write_json
 
 Layout = dict[
     str, list[tuple[str, tuple[int, ...]]]

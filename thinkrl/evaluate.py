@@ -11,7 +11,7 @@ import numpy as np
 from thinkrl.grading import canonical
 from thinkrl.intervals import aes as aes
 from thinkrl.intervals import clustered_interval, maj_at_k, pass_at_k
-from thinkrl.metrics import Tally
+from thinkrl.run.metrics import Tally
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Trajectory
 from thinkrl.visible import visible

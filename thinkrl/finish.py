@@ -14,7 +14,7 @@ from thinkrl import __version__
 from thinkrl.config import PRESETS, Config, as_dict, readers
 from thinkrl.hub import HUB_NAME, upload
 from thinkrl.options import shown
-from thinkrl.runs import FREE_TO_CHANGE, Run
+from thinkrl.run.folder import FREE_TO_CHANGE, Run
 
 
 def finish(run: Run, config: Config) -> list[Path]:

@@ -18,7 +18,7 @@ from thinkrl.hub import HUB_NAME, fetch_model
 from thinkrl.memory import Setting, fit_to_memory, parameters
 from thinkrl.model import Transformer
 from thinkrl.resume import load_latest, point_latest, save_step
-from thinkrl.runs import begun_with
+from thinkrl.run.folder import begun_with
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 

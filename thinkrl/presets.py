@@ -27,9 +27,9 @@ from thinkrl.distributed import World, gather, global_sum
 from thinkrl.evaluate import summarise
 from thinkrl.grpo import gdpo_advantages, group_advantages
 from thinkrl.learner import Actor, learning_rate, model_path, new_actor
-from thinkrl.metrics import Tally
 from thinkrl.rewards import each, load_rewards, require_columns, weighted_sum
 from thinkrl.rollout import TRAINING, prompt_ids, require_room, rollout, sampling_file
+from thinkrl.run.metrics import Tally
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample, Trajectory
 

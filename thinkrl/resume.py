@@ -39,7 +39,7 @@ from torch.optim import Optimizer
 from thinkrl import UserError
 from thinkrl.checkpoint import atomic_dir, temporary
 from thinkrl.distributed import gather, on_main
-from thinkrl.files import read_json, write_json
+from thinkrl.run.files import read_json, write_json
 
 
 def save_step(

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from thinkrl import UserError
 from thinkrl.config import Config, readers
 from thinkrl.data.problems import messages
-from thinkrl.files import read_json
 from thinkrl.grading import extract, grade
+from thinkrl.run.files import read_json
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory, Turn

@@ -28,11 +28,11 @@ from thinkrl.config import Config, as_dict
 from thinkrl.data.problems import Stream
 from thinkrl.distributed import World, from_main, on_main
 from thinkrl.learner import Actor, Learner, restore, save, save_dtype
-from thinkrl.metrics import STUCK, Log, Tally, append, set_aside, why_nothing_is_learned
 from thinkrl.rollout import completions_bar
-from thinkrl.runs import open_run, record_launch
-from thinkrl.signals import Stopped, StopRequest
-from thinkrl.sinks import Sink, flat, open_sinks, table_rows
+from thinkrl.run.folder import open_run, record_launch
+from thinkrl.run.metrics import STUCK, Log, Tally, append, set_aside, why_nothing_is_learned
+from thinkrl.run.signals import Stopped, StopRequest
+from thinkrl.run.sinks import Sink, flat, open_sinks, table_rows
 
 
 def require_enough(stream: Stream, config: Config, world: World) -> None:

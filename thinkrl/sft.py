@@ -27,8 +27,8 @@ from thinkrl.data.rows import Fields, load, split_spec
 from thinkrl.distributed import World, global_sum
 from thinkrl.grpo import divisor
 from thinkrl.learner import learning_rate, model_path, new_learner
-from thinkrl.metrics import Tally
-from thinkrl.runs import Run
+from thinkrl.run.folder import Run
+from thinkrl.run.metrics import Tally
 from thinkrl.session import Session, require_enough
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Pack, Sample

@@ -20,8 +20,8 @@ from thinkrl.config import Config
 from thinkrl.distributed import World, gather, global_max, global_sum, whole
 from thinkrl.grpo import importance_weight, loss_count, policy_loss
 from thinkrl.learner import Learner
-from thinkrl.metrics import Tally
 from thinkrl.model import Transformer
+from thinkrl.run.metrics import Tally
 from thinkrl.types import Pack, Sample, empty_pack, pack
 
 

@@ -7,7 +7,7 @@ from l2t_ranks import PROBLEMS
 from thinkrl import UserError
 from thinkrl.config import parse
 from thinkrl.l2t.exits import SGrpo, chain_advantages, draw_exits, exit_rewards
-from thinkrl.metrics import Tally
+from thinkrl.run.metrics import Tally
 from thinkrl.types import Problem
 
 SMALL = "l2t --method s-grpo --group_size 4 --max_tokens 60".split()

@@ -20,7 +20,7 @@ from thinkrl.l2t.credit import (
 from thinkrl.l2t.episodes import Episodes
 from thinkrl.l2t.gain import Gain, Probe, answer_probability
 from thinkrl.l2t.preset import L2T, EpisodeTrajectory
-from thinkrl.metrics import Tally
+from thinkrl.run.metrics import Tally
 from thinkrl.types import Problem, Turn
 
 pytestmark = pytest.mark.usefixtures("world")

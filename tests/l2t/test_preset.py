@@ -30,8 +30,8 @@ from thinkrl.l2t.episodes import segment
 from thinkrl.l2t.preset import L2T, EpisodeTrajectory
 from thinkrl.l2t.prm import SEPARATOR, SYSTEM, StepRewardModel, new_prm, save_prm
 from thinkrl.learner import TINY
-from thinkrl.metrics import Tally
 from thinkrl.rollout import PROBE, TRAINING
+from thinkrl.run.metrics import Tally
 from thinkrl.tokenizer import Tokenizer
 
 ALPHA = 0.8

@@ -33,9 +33,9 @@ from thinkrl.longshort.protocol import (
     summary,
     transcript,
 )
-from thinkrl.metrics import Tally
 from thinkrl.presets import turn_samples
 from thinkrl.rollout import require_room
+from thinkrl.run.metrics import Tally
 from thinkrl.sampler import Completion, Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Turn, pack

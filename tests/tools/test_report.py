@@ -23,7 +23,7 @@ from report_runs import (
     write_summary,
 )
 from thinkrl import UserError
-from thinkrl.metrics import DEFINITIONS
+from thinkrl.run.metrics import DEFINITIONS
 from thinkrl.tools.report import LIMIT, step_set, write_report
 from thinkrl.tools.sections import group_of
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from thinkrl.grpo import group_advantages
 from thinkrl.l2t.episodes import segment
 from thinkrl.l2t.gain import forcing
-from thinkrl.metrics import Tally
 from thinkrl.presets import OnePolicy
 from thinkrl.rollout import PROBE, TRAINING, graded
+from thinkrl.run.metrics import Tally
 from thinkrl.sampler import Completion
 from thinkrl.types import Problem, Trajectory, Turn
 

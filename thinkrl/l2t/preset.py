@@ -45,9 +45,9 @@ from thinkrl.l2t.prm import (
     score_completions,
 )
 from thinkrl.learner import compute_dtype, model_path
-from thinkrl.metrics import Stopwatch, Tally, correlation
 from thinkrl.presets import OnePolicy
 from thinkrl.rollout import PROBE, TRAINING, prompt_ids
+from thinkrl.run.metrics import Stopwatch, Tally, correlation
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory
 

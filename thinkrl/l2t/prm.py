@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from thinkrl import UserError
 from thinkrl.checkpoint import Layout, atomic_dir, fill, hf_layout, hf_tensors, tensor_files
-from thinkrl.files import read_json, write_json
 from thinkrl.model import Block, ModelConfig, Transformer
+from thinkrl.run.files import read_json, write_json
 from thinkrl.tokenizer import Tokenizer, difference
 from thinkrl.types import Problem
 

@@ -25,9 +25,9 @@ from thinkrl.grpo import divisor
 from thinkrl.l2t.episodes import segment
 from thinkrl.l2t.prm import StepRewardModel, new_prm, save_prm
 from thinkrl.learner import Learner, compute_dtype, learning_rate, model_path, new_optimizer
-from thinkrl.metrics import Tally
 from thinkrl.rollout import LABELS, TRAINING, prompt_ids, require_room, rollout
-from thinkrl.runs import Run
+from thinkrl.run.folder import Run
+from thinkrl.run.metrics import Tally
 from thinkrl.sampler import Sampler
 from thinkrl.session import Session, require_enough
 from thinkrl.tokenizer import Tokenizer

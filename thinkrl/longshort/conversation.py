@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Protocol
 
 from thinkrl import UserError
-from thinkrl.files import read_json
+from thinkrl.run.files import read_json
 
 ROLES = ("long", "short")
 THINK, THOUGHT = "<think>", "</think>"

@@ -26,9 +26,9 @@ from thinkrl.longshort.protocol import (
     round_at,
     summary,
 )
-from thinkrl.metrics import Tally
 from thinkrl.presets import Preset, grpo_advantages, turn_samples
 from thinkrl.rollout import TRAINING, require_room, sampling_file
+from thinkrl.run.metrics import Tally
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thinkrl import UserError
-from thinkrl.files import write_json
 from thinkrl.options import command_line, nearest, option, parse_as
-from thinkrl.runs import ROOT, finished, torchrun
+from thinkrl.run.files import write_json
+from thinkrl.run.folder import ROOT, finished, torchrun
 from thinkrl.tools.differences import compare, conclusions, measure, table
 from thinkrl.tools.report import MOST, write_report
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from thinkrl.files import read_json, read_lines
 from thinkrl.intervals import aes_interval, paired_bootstrap
-from thinkrl.runs import finished
+from thinkrl.run.files import read_json, read_lines
+from thinkrl.run.folder import finished
 from thinkrl.tools.paired import by_problem, is_correct, read, tokens_of
 
 MEASURES = ("accuracy", "tokens")

@@ -19,9 +19,9 @@ from thinkrl.config import (
     preset_values,
     readers,
 )
-from thinkrl.metrics import DEFINITIONS
 from thinkrl.options import groups, requirement, shown
-from thinkrl.runs import ROOT
+from thinkrl.run.folder import ROOT
+from thinkrl.run.metrics import DEFINITIONS
 
 
 def options_page() -> str:

@@ -25,12 +25,12 @@ from typing import Protocol
 
 from thinkrl.distributed import World, from_main, gather, together
 from thinkrl.evaluate import recorded_attempt, summary_of
-from thinkrl.files import read_lines, write_json
 from thinkrl.intervals import clustered_interval
-from thinkrl.lock import hold
-from thinkrl.parts import open_part, read_parts
 from thinkrl.rollout import completions_bar
-from thinkrl.runs import open_out
+from thinkrl.run.files import read_lines, write_json
+from thinkrl.run.folder import open_out
+from thinkrl.run.lock import hold
+from thinkrl.run.parts import open_part, read_parts
 from thinkrl.sampler import Sampler
 from thinkrl.tools.formats import number
 from thinkrl.types import Problem

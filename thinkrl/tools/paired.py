@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from thinkrl import UserError
-from thinkrl.files import read_lines
 from thinkrl.intervals import aes_interval, paired_bootstrap
+from thinkrl.run.files import read_lines
 from thinkrl.tools.evaluation import table
 from thinkrl.tools.formats import number
 from thinkrl.visible import visible

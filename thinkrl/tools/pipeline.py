@@ -22,12 +22,12 @@ from pathlib import Path
 from thinkrl import UserError
 from thinkrl.config import schedule
 from thinkrl.evaluate import aes
-from thinkrl.files import write_json
-from thinkrl.lock import take
 from thinkrl.longshort.protocol import pair_name
 from thinkrl.options import command_line, exit_with_error, option, parse_as
-from thinkrl.runs import finished, launch, open_out, torchrun
-from thinkrl.signals import Stopped, exit_when_stopped
+from thinkrl.run.files import write_json
+from thinkrl.run.folder import finished, launch, open_out, torchrun
+from thinkrl.run.lock import take
+from thinkrl.run.signals import Stopped, exit_when_stopped
 from thinkrl.tools.report import write_report
 
 

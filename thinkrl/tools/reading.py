@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thinkrl import UserError
-from thinkrl.files import read_lines
 from thinkrl.learner import model_path
+from thinkrl.run.files import read_lines
 from thinkrl.tokenizer import Tokenizer
 
 

@@ -29,8 +29,8 @@ import jinja2
 from markupsafe import Markup
 
 from thinkrl import UserError
-from thinkrl.metrics import DEFINITIONS
 from thinkrl.options import asks_for_help, command_line, exit_with_error, option, parse_as
+from thinkrl.run.metrics import DEFINITIONS
 from thinkrl.tools.figures import importance_by_place, points_of_a_line, run_class, thin
 from thinkrl.tools.formats import SHARES, change, duration, number, script_json, visible
 from thinkrl.tools.reading import Chains, TrainingRun, open_folders

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from thinkrl.config import ROLE_OF, Config, readers
 from thinkrl.evaluate import aes
-from thinkrl.metrics import DEFINITIONS
+from thinkrl.run.metrics import DEFINITIONS
 from thinkrl.tools.figures import (
     accuracy_against_tokens,
     accuracy_at_budgets,

@@ -20,8 +20,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from thinkrl import UserError
 from thinkrl.arith import MAX_EPISODES, sft_rows
-from thinkrl.lock import take
 from thinkrl.options import command_line, exit_with_error, option, parse_as
+from thinkrl.run.lock import take
 
 EOS, UNK = "<|eos|>", "<|unk|>"
 TAGS = [

@@ -9,11 +9,12 @@ import sys
 import pytest
 
 from helpers import ROOT, python, torchrun
-from thinkrl import UserError, lock
+from thinkrl import UserError
 from thinkrl.distributed import start
+from thinkrl.run import lock
 
 HOLDER = (
-    "import sys; from pathlib import Path; from thinkrl.lock import take\n"
+    "import sys; from pathlib import Path; from thinkrl.run.lock import take\n"
     "take(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
 )
 
@@ -105,7 +106,7 @@ def test_workers_end_with_their_launcher(tmp_path):
         str(tmp_path),
     ]
     command += ["--name", "run", "--resume", "auto"]
-    done = torchrun(2, "tests/killed.py", "thinkrl.metrics:Log.step", "2", *command, KILL_WHO="launcher")
+    done = torchrun(2, "tests/killed.py", "thinkrl.run.metrics:Log.step", "2", *command, KILL_WHO="launcher")
     assert done.returncode == -signal.SIGKILL
     again = torchrun(2, *command)
     assert again.returncode == 0, again.stderr[-3000:]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from thinkrl.metrics import STUCK, why_nothing_is_learned
+from thinkrl.run.metrics import STUCK, why_nothing_is_learned
 
 LEARNS = {"advantage_max": 0.5, "answered": 1.0, "accuracy": 0.5, "truncated": 0.0, "unrewarded": 0.0}
 STANDS = LEARNS | {"advantage_max": 0.0}

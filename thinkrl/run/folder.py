@@ -7,7 +7,7 @@
 
 A name is used once. `--resume auto` continues the unfinished run of the same configuration, from its `latest`
 checkpoint, and refuses anything else; `--resume PATH` names the folder. Files are written under a temporary
-name, then renamed. A folder has one writer at a time (lock.py).
+name, then renamed. A folder has one writer at a time (lock.py beside this).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ import torch
 from thinkrl import UserError, __version__
 from thinkrl.config import Config, as_dict
 from thinkrl.distributed import World, on_main
-from thinkrl.files import write_json
-from thinkrl.lock import hold
-from thinkrl.signals import ASKING, Stopped
+from thinkrl.run.files import write_json
+from thinkrl.run.lock import hold
+from thinkrl.run.signals import ASKING, Stopped
 
-ROOT = Path(__file__).resolve().parent.parent  # where train.py lies
+ROOT = Path(__file__).resolve().parents[2]  # where train.py lies
 FREE_TO_CHANGE = {
     "resume",
     "name",

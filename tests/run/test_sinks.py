@@ -8,7 +8,7 @@ import pytest
 from helpers import torchrun
 from report_runs import evaluation, row
 from thinkrl import UserError
-from thinkrl.sinks import (
+from thinkrl.run.sinks import (
     COLUMNS,
     LONGEST,
     SHOWN,

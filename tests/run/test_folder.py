@@ -10,8 +10,8 @@ import torch
 
 from thinkrl import UserError
 from thinkrl.config import parse
-from thinkrl.metrics import Log, Tally
-from thinkrl.runs import open_run
+from thinkrl.run.folder import open_run
+from thinkrl.run.metrics import Log, Tally
 
 
 def options(tmp_path, *more: str):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from thinkrl.files import read_lines
+from thinkrl.run.files import read_lines
 
 
 def open_part(folder: Path, rank: int) -> TextIO:

@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from helpers import ROOT, python, torchrun
-from thinkrl.signals import RESUMABLE, StopRequest
+from thinkrl.run.signals import RESUMABLE, StopRequest
 
 SMALL = ["--problems_per_step", "2", "--group_size", "2", "--max_tokens", "10", "--eval_problems", "2"]
-LINE = "thinkrl.metrics:Log.step"  # rank 0 has written the line of a step
+LINE = "thinkrl.run.metrics:Log.step"  # rank 0 has written the line of a step
 
 
 def train(tmp_path, *options: str) -> list[str]:
@@ -44,7 +44,7 @@ def test_the_first_signal_asks_and_handlers_are_put_back():
 def test_a_second_signal_ends_at_once():
     """Also while the main thread waits in C and runs no handler: here, for a lock that never comes free."""
     program = (
-        "import os, signal, sys, threading, time; from thinkrl import signals\n"
+        "import os, signal, sys, threading, time; from thinkrl.run import signals\n"
         "signals.SAME_REQUEST_SECONDS = 0\n"
         "stop = signals.StopRequest('this step', main=True)\n"
         "def send():\n"
