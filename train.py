@@ -39,7 +39,7 @@ from thinkrl.run.signals import Stopped, exit_when_stopped
 from thinkrl.run.sinks import require_sinks
 from thinkrl.session import Session, require_enough
 from thinkrl.types import Problem, Trajectory
-from thinkrl.update import Diverged, pack_evenly, update
+from thinkrl.update import Diverged, Mismatched, pack_evenly, update
 
 
 def method(preset: str, name: str = "") -> type[Preset]:
@@ -204,7 +204,7 @@ def main(config: Config) -> None:
                 push(models, config)
     except UserError as mistake:
         exit_with_error("train.py", mistake)
-    except Diverged as reason:
+    except (Diverged, Mismatched) as reason:
         exit_with_error("train.py", reason, status=1)
     except Stopped as request:
         exit_when_stopped("train.py", request)

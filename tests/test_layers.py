@@ -71,6 +71,7 @@ SIDEWAYS = {
     ("length", "grpo"),
     ("update", "learner"),
     ("session", "learner"),
+    ("session", "update"),
     ("sft", "learner"),
     ("sft", "session"),
     ("sft", "update"),

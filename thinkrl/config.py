@@ -63,6 +63,13 @@ class Config:
     report_every: int = option(
         20, "optimizer steps between new versions of report.html; 0: only at evaluations", low=0
     )
+    strict: bool = option(
+        False,
+        "stop with status 1, in place of a warning, when the log-probs of sampler and trainer differ by more in the mean "
+        "than rounding explains: 16 (ε + √width ε₃₂) / min(1, temperature), ε of the compute dtype and ε₃₂ of float32, in "
+        "which sums are taken; 0.125 in bfloat16",
+        presets=RL,
+    )
     wandb: bool = option(False, "also log to Weights & Biases (extra [wandb])")
     wandb_project: str = option("thinkrl", "project that --wandb logs to")
     tensorboard: bool = option(False, "also log to TensorBoard (extra [tensorboard])")

@@ -27,12 +27,13 @@ from thinkrl.checkpoint import save_hf
 from thinkrl.config import Config, as_dict
 from thinkrl.data.problems import Stream
 from thinkrl.distributed import World, from_main, on_main
-from thinkrl.learner import Actor, Learner, restore, save, save_dtype
+from thinkrl.learner import Actor, Learner, compute_dtype, restore, save, save_dtype
 from thinkrl.rollout import completions_bar
 from thinkrl.run.folder import open_run, record_launch
 from thinkrl.run.metrics import STUCK, Log, Tally, append, set_aside, why_nothing_is_learned
 from thinkrl.run.signals import Stopped, StopRequest
 from thinkrl.run.sinks import Sink, flat, open_sinks, table_rows
+from thinkrl.update import Mismatched, mismatch_limit
 
 
 def require_enough(stream: Stream, config: Config, world: World) -> None:
@@ -75,6 +76,7 @@ class Session:
         self.sinks: list[Sink] = []
         self.recent: deque[dict] = deque(maxlen=STUCK)  # lines of metrics.jsonl
         self.stuck = False  # whether it was said that they taught nothing
+        self.mismatched = False  # whether it was said that sampler and trainer differ
         on_main(self._begin)
         self.stop = StopRequest("this step", world.main)
 
@@ -127,6 +129,8 @@ class Session:
         row, done = tally.row(step + 1, **numbers), step + 1
         self.recent.append(row)
         on_main(self._log_step, done, row, samples)
+        if "mismatch" in row:
+            self._check_mismatch(done, row["mismatch"])
         self.done, self.state = done, state or {}
         if done == self.config.steps or _due(done, self.config.save_every) or self._minutes_are_over():
             self.save()
@@ -141,6 +145,23 @@ class Session:
         self.log.samples(done, samples)
         for sink in self.sinks:
             sink.numbers(done, row)
+
+    def _check_mismatch(self, done: int, mismatch: float) -> None:
+        """Say, once, that the sampler does not compute the policy that is trained. Raises Mismatched under --strict."""
+        config, dtype = self.config, compute_dtype(self.config, self.world)
+        width = next(iter(self.learners.values())).policy.config.width
+        limit, name = mismatch_limit(dtype, width, config.temperature), str(dtype).removeprefix("torch.")
+        above = not mismatch <= limit
+        sentence = (
+            f"step {done}: log-probs of sampler and trainer differ by {mismatch:.2g} in the mean, more than the {limit:.2g} "
+            f"that rounding to {name} explains: a weight was not copied to the sampler, or one of the two "
+            "computes something else"
+        )
+        if above and config.strict:
+            raise Mismatched(f"{sentence}; stopped by --strict, nothing was saved over the last checkpoint")
+        if above and not self.mismatched and self.world.main:
+            tqdm.write(f"warning: {sentence}", file=sys.stderr)
+        self.mismatched = above
 
     def _minutes_are_over(self) -> bool:
         """Whether rank 0's clock says that --save_minutes have passed since the last checkpoint. Collective."""

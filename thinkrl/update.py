@@ -29,6 +29,22 @@ class Diverged(RuntimeError):
     """A loss or a gradient is not finite."""
 
 
+class Mismatched(RuntimeError):
+    """The sampler's log-probs are not those of the policy that is trained."""
+
+
+def mismatch_limit(dtype: torch.dtype, width: int, temperature: float) -> float:
+    """The largest mean |log-prob by the trainer - log-prob by the sampler| per token that rounding explains, in nats.
+
+    A state that is rounded in each of 2 L residual additions is off by a vector of sqrt(L/2) eps |h|, in a random direction,
+    so a logit of about |h| |w| cos by sqrt(L/2) eps |z| / (cos sqrt(width)): some 4 eps for L = 28, |z| = 16, cos = 1/4,
+    width = 3584. Sums of `width` fp32 products are off by sqrt(width) eps_32. Four times both, and divided by the temperature
+    as logits are: 0.125 in bfloat16, where 1e-3 to 1e-2 are seen; 2e-5 (width 96) to 1e-4 in float32, where 1e-7 is.
+    """
+    eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    return 16 * (eps + width**0.5 * eps32) / min(1.0, temperature)
+
+
 def pack_evenly(samples: list[Sample], config: Config, world: World) -> list[Pack]:
     """Pack this rank's samples; then as many packs on every rank, at least one. Collective.
 

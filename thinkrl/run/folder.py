@@ -42,6 +42,7 @@ FREE_TO_CHANGE = {
     "runs_dir",
     "device",
     "report_every",
+    "strict",
     "wandb",
     "wandb_project",
     "tensorboard",
