@@ -70,6 +70,20 @@ def test_kill_and_resume_neither_repeats_nor_loses_an_item(tmp_path, world):
     assert lines(cut) == after, "a finished folder is only merged again"
 
 
+def test_default_lengths_are_lowered_to_the_context_and_given_ones_are_not(tmp_path):
+    """The embedded model's files in another folder are a model like any other, with a context of 1024."""
+    model = shutil.copytree(TINY, tmp_path / "model")
+    options, said = chunk.fitted(chunk.parse_options(["--model", str(model), "--out", str(tmp_path)]))
+    assert (options.max_tokens, options.instruct_max_tokens) == (384, 384)  # 3/8 of 1024
+    assert said.splitlines() == [
+        "--max_tokens 384 (default 4096): lowered to the model's context of 1024 tokens",
+        "--instruct_max_tokens 384 (default 7120): lowered to the model's context of 1024 tokens",
+    ]
+    given = ["--model", str(model), "--out", str(tmp_path), "--max_tokens", "999"]
+    options, said = chunk.fitted(chunk.parse_options([*given, "--chunker", "block", "--completer", "block"]))
+    assert options.max_tokens == 999 and said == ""
+
+
 def test_outputs(tmp_path, world):
     run(world, *options(tmp_path, "--plot"))
     summary = json.loads((tmp_path / "summary.json").read_text())

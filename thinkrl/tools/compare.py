@@ -58,9 +58,12 @@ CONTROLS = {
     "l2t_to_go": "l2t --credit to_go",  # episodes' returns-to-go against the baseline of their state
     "l2t_to_go_continue": "l2t --credit to_go --gain continue --gain_samples 1",  # the same, J from continuations
     "l2t_to_go_none": "l2t --credit to_go --gain none",  # the same, compression alone
-    "local_4": "l2t --method vineppo --gain_samples 4",  # local credit by M continuations a cut
-    "local_4_lambda": "l2t --method vineppo --gain_samples 4 --credit_lambda 0.8",
-    "local_1_lambda": "l2t --method vineppo --gain_samples 1 --credit_lambda 0.8",
+    # local credit by M continuations a cut: local_M; with λ = 0.5 or 0.8: local_M_half, local_M_lambda
+    **{f"local_{m}": f"l2t --method vineppo --gain_samples {m}" for m in (1, 2, 4, 9)},
+    **{f"local_{m}_half": f"l2t --method vineppo --gain_samples {m} --credit_lambda 0.5" for m in (1, 4)},
+    **{
+        f"local_{m}_lambda": f"l2t --method vineppo --gain_samples {m} --credit_lambda 0.8" for m in (1, 2, 4)
+    },
 }
 COLOURS = [
     "#2a5aa5",
