@@ -80,7 +80,7 @@ def test_default_lengths_are_lowered_to_the_context_and_given_ones_are_not(tmp_p
         "--instruct_max_tokens 384 (default 7120): lowered to the model's context of 1024 tokens",
     ]
     given = ["--model", str(model), "--out", str(tmp_path), "--max_tokens", "999"]
-    options, said = chunk.fitted(chunk.parse_options([*given, "--chunker", "block", "--completer", "block"]))
+    options, said = chunk.fitted(chunk.parse_options([*given, "--chunker", "tags", "--completer", "block"]))
     assert options.max_tokens == 999 and said == ""
 
 
