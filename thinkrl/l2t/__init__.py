@@ -1,8 +1,8 @@
 """L2T, Learning to Think (arXiv 2505.10425): GRPO with a reward for each episode of a completion's thinking.
 
-    J_k       = p(gold answer | prompt, episodes 1 … k, a text that asks for the answer)            gain.py
-    C_k       = ½ Σ_j (N F_jj + λ) Δ_kj²,   Δ_k = η ∇ log π(episode k)                              compression.py
-    r_prg_k   = (J_k − J_{k−1}) − β C_k                                                  Eq. 3      credit.py
+    J_k       = p(gold answer | prompt, episodes 1 … k, a text that asks for the answer)        gain.py
+    C_k       = ½ Σ_j (N F_jj + λ) Δ_kj²,   Δ_k = η ∇ log π(episode k)                          compression.py
+    r_prg_k   = (J_k − J_{k−1}) − β C_k                                                  Eq. 3  credit.py
     r_t, A_t  episode rewards spread over tokens, compared within the group              Alg. 1     credit.py
 
 Read in this order:
@@ -15,8 +15,8 @@ Read in this order:
     exits           S-GRPO, another paper: the forced answers themselves are trained on
     prm, prm_training    a step reward model as another estimator of J, and how it is trained
 
-docs/l2t.md is the walk through them, with what was measured and where the code departs from the paper. Nothing
-outside this folder imports it, except train.py and tools/.
+docs/l2t.md is the walk through them, with what was measured and where the code departs from the paper.
+Nothing outside this folder imports it, except train.py and tools/.
 """
 
 from thinkrl.l2t.compression import Proxy, normalise_compression

@@ -1,10 +1,11 @@
-"""Accuracy at token budgets: how often the answer would be right if thinking were cut off after L tokens and forced.
+"""Accuracy at token budgets: thinking is cut off after L tokens, and the answer is forced.
 
     accuracy(L) = mean over completions of    the outcome        where the completion ended within L tokens
                                               J at its prefix    of at most L tokens, elsewhere
 
-J is the probability of the gold answer behind the prefix (gain.py), so it is the accuracy of a forced answer that is sampled
-at temperature 1. The probes fork the pages of the evaluation's own completions: nothing is sampled for them.
+J is the probability of the gold answer after the prefix (gain.py). It equals the expected accuracy of a
+forced answer sampled at temperature 1. The probes fork the pages of the evaluation's own completions: nothing
+is sampled for them.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from thinkrl.types import Problem, Trajectory
 
 
 def budgets_of(config: Config) -> list[int]:
-    """The budgets in tokens: --eval_budgets equal parts of --max_tokens, rounded down, the last one the whole."""
+    """Budgets in tokens: multiples of --max_tokens / --eval_budgets, rounded down, up to --max_tokens."""
     parts = config.eval_budgets
     return sorted({config.max_tokens * (i + 1) // parts for i in range(parts)} - {0})
 
 
 def cut_at(tokens: list[int], budgets: Sequence[int], tokenizer: Codec) -> Episodes:
-    """The completion as episodes that end at the budgets, as far as its thinking reaches, and with its thinking."""
+    """Cut a completion's thinking into episodes that end at the budgets; the last ends with the thinking."""
     whole = segment(tokens, tokenizer, f"fixed:{max(1, len(tokens))}")
     if not tokens:
         return whole
@@ -47,10 +48,10 @@ def cut_at(tokens: list[int], budgets: Sequence[int], tokenizer: Codec) -> Episo
 def at_budgets(
     J: Tensor, prefixes: Sequence[int], tokens: int, outcome: float, budgets: Sequence[int]
 ) -> list[float]:
-    """Chance that one completion's answer is right within each budget.
+    """Probability that one completion's answer is right, for each budget.
 
-    J [K+1] after prefixes of so many tokens, ascending; tokens of the whole completion. A budget before the first prefix
-    is worth J_0: what precedes it is no thinking.
+    J [K+1] is measured after `prefixes` tokens, ascending; `tokens` is the length of the whole completion. A
+    budget below the first prefix gets J_0, because no thinking precedes that prefix.
     """
     values = J.tolist()
     return [
@@ -60,19 +61,23 @@ def at_budgets(
 
 
 def require_room(preset: OnePolicy, problems: Sequence[Problem]) -> None:
-    """Raise UserError if behind a completion there is no room for a forced answer, or a problem has none to force."""
+    """Raise UserError if a forced answer does not fit after a completion, or a problem has no answer to
+    force.
+    """
     preset.require_room(list(problems), training=False, more=room_for(_probes_of(preset, problems)))
 
 
 def room_for(probes: Sequence[Probe]) -> int:
-    """Tokens that a forced answer may take behind a completion."""
+    """Largest number of tokens that a forced answer adds to a completion."""
     return room_behind("forced", probes, 0)
 
 
 def make_probes(
     problems: Sequence[Problem], tokenizer: Tokenizer, prefix: str = "", suffix: str = ""
 ) -> list[Probe]:
-    """What forces each problem's answer. Raises UserError where the grading rule would not find it, see `gain.forcing`."""
+    """Make one probe per problem. Raises UserError if the grading rule does not find a forced answer
+    (`gain.forcing`).
+    """
     texts = (forcing(p, prefix, suffix) for p in problems)
     return [make_probe(tokenizer, p.answer, *text) for p, text in zip(problems, texts)]
 
@@ -84,7 +89,7 @@ def _probes_of(preset: OnePolicy, problems: Sequence[Problem]) -> list[Probe]:
 def attempt(
     preset: OnePolicy, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...]
 ) -> tuple[list[Trajectory], list[list[float]]]:
-    """`preset.attempt`, and of every trajectory the chance of a right answer within each budget."""
+    """Run `preset.attempt`; also return each trajectory's probability of a right answer at each budget."""
     run = partial(preset.attempt, problems, n, temperature, address)
     sampler = preset.learners["policy"].sampler
     return measured(run, sampler, _probes_of(preset, problems), budgets_of(preset.config))
@@ -93,7 +98,7 @@ def attempt(
 def measured(
     run: Callable[..., list[Trajectory]], sampler: Sampler, probes: Sequence[Probe], budgets: Sequence[int]
 ) -> tuple[list[Trajectory], list[list[float]]]:
-    """What `run(on_finish=…)` samples, and of every trajectory the chance of a right answer within each budget.
+    """Run `run(on_finish=…)`; also return each trajectory's probability of a right answer at each budget.
 
     probes: one per prompt of that call.
     """
@@ -107,17 +112,21 @@ def measured(
 
 
 def curve(rows: Sequence[Sequence[float]], config: Config) -> dict:
-    """For summary.json: budgets, [tokens, accuracy] of each, and budget_area, the mean accuracy over them."""
+    """Entries of summary.json: budgets, a list of [tokens, accuracy], and budget_area, the mean accuracy over
+    them.
+    """
     accuracy = [sum(column) / len(rows) for column in zip(*rows)]
     points = [[budget, a] for budget, a in zip(budgets_of(config), accuracy, strict=True)]
     return {"budgets": points, "budget_area": sum(accuracy) / len(accuracy)}
 
 
 def gaps_to_frontier(curves: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Mean over budgets of the best accuracy that any policy reaches there, less one's own: 0 on the frontier.
+    """Mean over budgets of the best policy's accuracy minus this policy's; 0 for a policy that is best
+    everywhere.
 
-    curves: accuracy at the same budgets, by policy. After REO-RL's reasoning efficiency gap (2506.07104; its abstract only
-    was read), whose frontier is estimated from policies trained for one budget each.
+    curves: policy -> accuracy at each budget, the same budgets for all. Adapted from REO-RL's reasoning
+    efficiency gap (2506.07104, only the abstract was read), which estimates the best accuracy from policies
+    trained for one budget each.
     """
     frontier = [max(column) for column in zip(*curves.values(), strict=True)]
     return {

@@ -1,20 +1,23 @@
-"""Compression: a PAC-Bayes penalty on how far a gradient step on an episode moves the parameters.          L2T §4.2, App. B
+"""Compression: a PAC-Bayes penalty on how far a gradient step on an episode moves the parameters.
 
-    C_k = KL(N(theta + D_k, P^-1) || N(theta, P^-1)) = ½ Σ_j (N F_jj + λ) D_kj²,     D_k = eta grad log p(z_k | s_k)        diag
+                                                                                           L2T §4.2, App. B
+
+    C_k = KL(N(θ + D_k, P⁻¹) || N(θ, P⁻¹)) = ½ Σ_j (N F_jj + λ) D_kj²,   D_k = η ∇ log p(z_k | s_k)      diag
 
 The gradient of a matrix over an episode is a sum over its tokens of g_t x_tᵀ, output gradient times input;
 every C_k here is a statistic of such sums, and kernels/fisher.py computes it for all episodes in one pass
-without forming a gradient. A proxy says whose matrix: the SVD core of the LM head by default, which
-needs only the states the sampler kept and one LM-head pass.
+without forming a gradient. The proxy chooses the matrices: by default the SVD core of the LM head, which
+needs only the hidden states that the sampler kept and one pass of the LM head.
 
-Departures: Eq. 4 is (g_k · D_k)² with D_k the parameters' move, which no rollout makes. `diag` is the
-PAC-Bayes form with D_k a virtual gradient step; the printed form is `rank1`; more readings of D_k are
-`invariant`, `natural` and `drift`. `diag` pairs a Euclidean step with the Fisher's metric, so a few sensitive
-coordinates carry most of it; `invariant` takes both from the Fisher, and each coordinate carries alike.
+Departures: Eq. 4 is (g_k · D_k)² with D_k the change of the parameters, but a rollout does not change them.
+`diag` is the PAC-Bayes form with D_k a virtual gradient step; the printed form is `rank1`; other readings of
+D_k are `invariant`, `natural` and `drift`. `diag` measures a Euclidean step in the Fisher's metric, so a few
+coordinates with large Fisher values dominate it. `invariant` takes the step from the Fisher too, and all
+coordinates contribute alike.
 
-The gradient is the *sum* over an episode's tokens: scores of sampled tokens are martingale differences, so
-the expected total of a completion does not depend on how it is cut. With means instead, C would
-fall with an episode's length, and dropping tags would raise the reward.
+The gradient is the *sum* over an episode's tokens. The scores of sampled tokens are martingale differences,
+so a completion's expected total does not depend on how it is cut into episodes. With means instead, C would
+fall as an episode gets longer, and a policy would be rewarded for leaving out tags.
 
 Letters: T tokens and K episodes of a row of completions, S completions, D width, V vocabulary, r rank.
 """
@@ -39,13 +42,13 @@ from thinkrl.types import Turn
 
 @dataclass(frozen=True)
 class Row:
-    """Completions behind their prompts, packed, with their episodes."""
+    """Prompts and completions in one packed row, with the completions' episodes."""
 
     tokens: Tensor  # [L] int64, prompts included
     cu_seqlens: Tensor  # [S+1] int32
-    own: Tensor  # [T] int64, places of the completions' tokens in the row
+    own: Tensor  # [T] int64, positions of the completions' tokens in the row
     cu_episodes: Tensor  # [K+1] int64, over the T own tokens
-    hidden: Tensor | None  # [T, D], the states that predicted the own tokens, if the sampler kept them
+    hidden: Tensor | None  # [T, D], the states that predicted those tokens, if the sampler kept them
 
     @staticmethod
     def of(turns: Sequence[Turn], episodes: Sequence[Episodes], device: torch.device | str = "cpu") -> Row:
@@ -75,9 +78,10 @@ Factors = list[
 
 
 def svd_basis(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """V [D, r] and S [r] of W = U S Vᵀ [V, D], largest first, r = `rank` or what W has. U is W V / S, and never needed.
+    """Compute V [D, r] and S [r] of W = U S Vᵀ [V, D], largest first; r is `rank` or the rank of W.
 
-    From the eigenvectors of WᵀW in fp64, so singular values below 1e-6 of the largest do not count as rank.
+    They come from the eigenvectors of WᵀW in fp64, so singular values below 1e-6 of the largest are dropped.
+    U = W V / S is not needed.
     """
     gram = sum(rows.double().T @ rows.double() for rows in weight.detach().split(8192))
     squares, vectors = torch.linalg.eigh(gram)
@@ -88,18 +92,18 @@ def svd_basis(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def svd_factors(hidden: Tensor, weight: Tensor, targets: Tensor, V: Tensor, S: Tensor) -> Factors:
-    """The LM head's gradient in the core of its SVD, U_rᵀ G V_r [r, r], without anything of vocabulary size.
+    """Gradient of the LM head projected on its SVD, U_rᵀ G V_r [r, r], as factors of width r instead of V.
 
-    The logits' gradient δ_t enters only as Wᵀδ_t, which is the score: U_rᵀ δ_t = S_r⁻¹ V_rᵀ Wᵀ δ_t. Exact for
-    the W that was decomposed, 0.5 % off once W has moved by 1e-3 of its norm.
+    The logits' gradient δ_t enters only as Wᵀδ_t, the score: U_rᵀ δ_t = S_r⁻¹ V_rᵀ Wᵀ δ_t. Exact for the W
+    that was decomposed; 0.5 % off after W has changed by 1e-3 of its norm.
     """
     _, score = linear_score(hidden, weight, targets)
     return [((hidden.to(V.dtype) @ V).to(hidden.dtype), (score @ V / S).to(hidden.dtype))]
 
 
 def head_factors(hidden: Tensor, weight: Tensor, targets: Tensor) -> Factors:
-    """The whole LM head: x_t = h_t, g_t = onehot - softmax, [T, V]. A tied head counts as a head, not as
-    an embedding.
+    """Gradient of the whole LM head: x_t = h_t, g_t = onehot - softmax, [T, V]. A tied head counts as head
+    only.
     """
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     g = logits.softmax(-1).neg_()
@@ -108,11 +112,11 @@ def head_factors(hidden: Tensor, weight: Tensor, targets: Tensor) -> Factors:
 
 
 def block_factors(model: Transformer, row: Row, layer: int = -1) -> Factors:
-    """Inputs of q, o, gate and up (one matrix), and down of a block, and the gradient at their outputs, from one backward.
+    """Gradients of a block's q, o, gate and up (one matrix) and down, as factors from one backward.
 
-    An episode's gradient is a sum over its own tokens only where a token's output reaches no other token's
-    log-prob: in the last block, and there not for k and v. At any earlier layer these factors give wrong
-    gradients (55-150 % off).
+    An episode's gradient is the sum over its own tokens only where a token's output does not affect other
+    tokens' log-probs: in the last block, except for k and v. In earlier blocks these factors are 55-150 %
+    off.
     """
     layer %= len(model.blocks)
     block = model.blocks[layer]
@@ -151,9 +155,7 @@ def block_factors(model: Transformer, row: Row, layer: int = -1) -> Factors:
 
 
 def parameter_factors(model: Transformer, row: Row, parameters: Sequence[Tensor]) -> Factors:
-    """Slow: one backward per episode, exact for any parameters. Each gradient is laid out as a single
-    token of width 1 × P.
-    """
+    """Exact gradients of any parameters, by one backward per episode (slow), as factors [K, 1] and [K, P]."""
     with torch.enable_grad():
         hidden = model(row.tokens, row.cu_seqlens)[row.own - 1]
         logprob, _ = linear_logprob(hidden, model.head_weight, row.tokens[row.own])
@@ -175,17 +177,17 @@ def compression(
     count: float,
     move: Sequence[Tensor] = (),
 ) -> Tensor:
-    """C_k of every episode, [K] fp64, for gradients g_k given as factors: the complexity of the virtual step D_k = g_k.
+    """Compression C_k of every episode, [K] fp64, for gradients g_k given as factors.
 
-    fisher   per matrix [D2, D1], the sum over `count` tokens of squared token gradients: count · F
-    diag     ½ Σ_j (N F_jj + λ) D_kj²        KL between Gaussians of precision N F + λ, N = count              L2T §4.2, Eq. 8
-    invariant  ½ Σ_j g_kj² / (N F_jj + λ)    the same KL for the natural step D_k = (N F + λ)⁻¹ g_k: a rescaled
-             parameter leaves it as it is, up to λ
-    rank1    (g_k · D_k)² = ‖g_k‖⁴           as printed                                                        L2T Eq. 4
+    fisher   per matrix [D2, D1], the sum over N = `count` tokens of squared token gradients: N F
+    diag     ½ Σ_j (N F_jj + λ) D_kj²      KL between Gaussians of precision N F + λ      L2T §4.2, Eq. 8
+    invariant  ½ Σ_j g_kj² / (N F_jj + λ)  the same KL for the natural step D_k = (N F + λ)⁻¹ g_k: up to λ it
+             does not change when a parameter is rescaled
+    rank1    (g_k · D_k)² = ‖g_k‖⁴         as printed                                      L2T Eq. 4
     natural  (g_k · D_k)², D_k = (F + λ)⁻¹ g_k
     drift    (g_k · D_k)², D_k = `move`, the parameters' change since the start of training
 
-    The size of the virtual step is left out: it is a common factor, which `normalise_compression` removes.
+    The step size η is left out: it is a common factor, which `normalise_compression` removes.
     """
     zeros = torch.zeros(len(cu_episodes) - 1, dtype=torch.float64, device=factors[0][0].device)
 
@@ -208,17 +210,17 @@ def compression(
 
 
 def _alone(value: Tensor) -> Tensor:
-    """The sum over ranks, for a caller that is the only one."""
+    """Sum over ranks where there is one rank: the value itself."""
     return value
 
 
 def normalise_compression(
     C: Sequence[Tensor], kappa: float, reduce: Callable[[Tensor], Tensor] = _alone
 ) -> list[Tensor]:
-    """kappa C / (mean over all ranks' completions of a completion's total C): a completion's penalties then sum to kappa on
-    average.
+    """Scale C so that a completion's penalties sum to kappa, on average over the completions of all ranks.
 
-    C: list of [K_i]. reduce sums a tensor over ranks. Zeros where that mean is 0.
+    C: list of [K_i]. reduce sums a tensor over ranks. Returns kappa C / (mean over completions of the sum of
+    C), or zeros where that mean is 0.
     """
     total, count = reduce(
         torch.tensor([sum(float(c.sum()) for c in C), len(C)], dtype=torch.float64)
@@ -229,19 +231,21 @@ def normalise_compression(
 class Proxy:
     """The parameters whose gradient enters the penalty, and their running diagonal Fisher.
 
-    svd         core of the LM head's SVD, rank = `rank_share` of the width; decomposed anew every `refresh_every` steps
+    svd         core of the LM head's SVD, rank = `rank_share` of the width, renewed every `refresh_every`
+                steps
     lm_head     the LM head
     last_block  q, o, gate, up and down of the last block
-    layers      30 % of the blocks, drawn once: slow, a backward per episode, and memory for every episode's gradient
+    layers      30 % of the blocks, drawn once: slow, a backward per episode, and memory for every episode's
+                gradient
 
-    F is the mean over completion tokens of squared temperature-1 score gradients, unweighted by any
-    advantage, of steps before this one, each step decaying by `decay`; N is the decayed number of those tokens.
-    The first step, and the first after a refresh, which starts F anew in the new basis, use their own tokens
-    instead. `layers` has gradients of episodes only: there N F is the sum of *their* squares, equal in
-    expectation, since the scores of an episode's tokens are uncorrelated.
+    F is the mean over the completion tokens of earlier steps of the squared score gradients at temperature 1,
+    not weighted by advantages; every step multiplies older sums by `decay`, and N is the token count with the
+    same decay. A refresh restarts F in the new basis. The first step, and the first after a refresh, use the
+    F of their own tokens. `layers` only has gradients of whole episodes: there N F is the sum of their
+    squares, which is equal in expectation because the scores of an episode's tokens are uncorrelated.
 
     model       whole on this rank, in the weights that sampled (the sampler's own copy)
-    drift       keep the starting weights, for compression="drift"; in a bf16 copy, drift below its rounding is lost
+    drift       keep the start weights, for compression="drift"; in bf16, changes below its rounding are lost
     """
 
     def __init__(
@@ -280,11 +284,11 @@ class Proxy:
 
     @property
     def reads_hidden(self) -> bool:
-        """Whether the states that the sampler keeps (`Turn.hidden`) spare it a forward."""
+        """Whether the hidden states that the sampler keeps (`Turn.hidden`) replace a forward."""
         return self.kind in ("svd", "lm_head")
 
     def begin(self, step: int) -> None:
-        """Before a step's `penalties`: decompose the LM head if it is time."""
+        """Prepare a step's `penalties`: decompose the LM head again every `refresh_every` steps."""
         self.forwards = 0
         if self.kind == "svd" and (not len(self.S) or step % self.refresh_every == 0):
             weight = self.model.head_weight.detach()
@@ -301,10 +305,10 @@ class Proxy:
         budget: int = 8192,
         reduce: Callable[[Tensor], Tensor] = _alone,
     ) -> list[Tensor]:
-        """Raw C_k of each completion, list of [K_i] fp64 on the CPU; then update the running Fisher with these tokens.
+        """Compute raw C_k, list of [K_i] fp64 on the CPU; then update the running Fisher with these tokens.
 
-        kind as in `compression`; a forward takes completions of at most `budget` tokens, prompts included;
-        reduce sums a tensor over ranks and is called equally often on each.
+        kind as in `compression`; one forward takes at most `budget` tokens, prompts included; reduce sums a
+        tensor over ranks, and every rank calls it equally often.
         """
         assert self.kind != "svd" or len(self.S), "begin(step) comes first"
         first = not self.fisher
@@ -364,7 +368,7 @@ class Proxy:
             yield Row.of(turns[start:], episodes[start:], self.model.embed.weight.device)
 
     def _matrices(self) -> list[Tensor]:
-        """The proxy's parameters as they stand in the model, a matrix [D2, D1] for each factor pair."""
+        """Current parameters of the proxy, a matrix [D2, D1] for each factor pair."""
         if self.kind == "last_block":
             block = self.model.blocks[-1]
             q = block.qkv.weight[: block.heads * block.head_dim]
@@ -374,7 +378,7 @@ class Proxy:
         return [self.model.head_weight.detach()]
 
     def _move(self) -> list[Tensor]:
-        """How far the proxy's parameters are from the start of training."""
+        """Change of the proxy's parameters since the start of training."""
         assert self.start, 'compression "drift" needs Proxy(drift=True)'
         way = [
             (now - start).to(torch.promote_types(now.dtype, torch.float32))
@@ -402,6 +406,6 @@ class Proxy:
 
 
 def _add_squares(squares: list[Tensor], factors: Factors) -> None:
-    """Sums over tokens, into `squares`."""
+    """Add the factors' squared token gradients, summed over tokens, to `squares` in place."""
     for total, (x, g) in zip(squares, factors):
         total += diagonal_fisher(x, g) * len(x)

@@ -1,18 +1,19 @@
-"""L2T: a dense reward per episode, fitting gain minus compression penalty, and the token advantages made of it.
+"""L2T's rewards per episode, fitting gain minus compression penalty, and the token advantages made from them.
 
-    r_prg_k = (J_k - J_{k-1}) - beta C_k                                                                        Eq. 3
-    R_k     = r_out / K + alpha r_prg_k                                                                         Alg. 1 l. 9
-    r_t     = R_k w_t / sum_{t' in k} w_t',    w_t = -log p_old(z_t | s_t)                                      Alg. 1 l. 10-11
-    A_t     = A r_t / r~,                      A the group-normalised statistic of the completion               Alg. 1 l. 13-15
+    r_prg_k = (J_k - J_{k-1}) - beta C_k                                                 Eq. 3
+    R_k     = r_out / K + alpha r_prg_k                                                  Alg. 1 l. 9
+    r_t     = R_k w_t / sum_{t' in k} w_t',    w_t = -log p_old(z_t | s_t)               Alg. 1 l. 10-11
+    A_t     = A r_t / r~,                      A: the completion's normalised statistic     Alg. 1 l. 13-15
 
 J_k, predicted correctness, is computed in gain.py; C_k, compression, in compression.py.
 
 Departures (docs/l2t.md measures them):
-1. The group statistic is by default the return r_out + alpha sum r_prg, which the paper's objective (Eq. 2, 5)
+1. The default group statistic is the return r_out + alpha sum r_prg, which the paper's objective (Eq. 2, 5)
    maximises. Line 13's truncated mean is a reward per token, an implicit length penalty:
    `statistic="token_trunc_mean"`.
-2. Line 15 reverses its meaning where A and r~ differ in sign, and explodes where r~ is near 0: `mode="guarded"`
-   then gives every token A, and clips the ratio elsewhere. `mode="paper"` is the line as printed.
+2. Line 15 reverses its meaning where A and r~ differ in sign, and diverges where r~ is near 0. There
+   `mode="guarded"` gives every token A, and elsewhere it clips the ratio.
+   `mode="paper"` is the line as printed.
 3. A group without differences, or with differences of rounding size, gets zero advantage.
 
 Letters: T tokens and K episodes of one completion, G completions of one problem.
@@ -34,35 +35,33 @@ ROUNDING = 1e-6  # relative; what is smaller is not a reward
 
 
 def process_reward(J: Tensor, C: Tensor, beta: float) -> Tensor:
-    """Reward of each episode, [K]: fitting gain J_k - J_{k-1} of predicted correctness J [K+1] minus beta
-    C [K].
-    """
+    """Process reward of each episode, [K]: fitting gain from J [K+1] minus beta times compression C [K]."""
     return J.diff() - beta * C  # L2T Eq. 3
 
 
 def released_reward(J: Tensor, prefixes: Sequence[int], malformed: bool) -> Tensor:
-    """Sum of the released code per episode [K]: the gain J_k - J_{k-1} once for each token from closing tag to closing tag.
+    """Process reward of the released code, [K]: the gain J_k - J_{k-1} once per token between closing tags.
 
-    prefixes are `Episodes.prefixes`, so what follows the last tag weighs nothing. Nothing for the first
-    episode, nothing at all where the tags are malformed. A longer episode earns more: this is not Eq. 3, it
-    is `--profile code`.
+    prefixes are `Episodes.prefixes`, so text after the last tag has no weight. The first episode gets 0, and
+    every episode of a malformed completion gets 0. A longer episode gets more, unlike in Eq. 3. Used by
+    `--profile code`.
     """
     gain = J.diff() * torch.tensor(prefixes).diff()
     return torch.zeros_like(gain) if malformed else torch.where(torch.arange(len(gain)) > 0, gain, 0.0)
 
 
 def episode_rewards(r_out: float, r_prg: Tensor, alpha: float) -> Tensor:
-    """R [K]: an equal share of the outcome reward, and alpha times the process reward r_prg [K]."""
+    """Reward R [K] of each episode: an equal share of the outcome reward plus alpha times r_prg [K]."""
     return r_out / max(len(r_prg), 1) + alpha * r_prg  # L2T Alg. 1 l. 9
 
 
 def surprise(old_logprob: Tensor) -> Tensor:
-    """How unexpected each token was under the policy that sampled it, [T] fp64, positive."""
+    """Surprise -log p of each token under the policy that sampled it, [T] fp64, positive."""
     return (-old_logprob.double()).clamp(min=0) + SURPRISE_FLOOR  # L2T Alg. 1 l. 10
 
 
 def token_rewards(R: Tensor, episode_ids: Tensor, old_logprob: Tensor) -> Tensor:
-    """Each episode's reward R [K] spread over its tokens in proportion to their surprise: [T] fp64.
+    """Spread each episode's reward R [K] over its tokens in proportion to their surprise: [T] fp64.
 
     episode_ids [T] says which episode a token belongs to. The tokens of an episode sum to its R.
     """
@@ -72,9 +71,7 @@ def token_rewards(R: Tensor, episode_ids: Tensor, old_logprob: Tensor) -> Tensor
 
 
 def truncated_mean(values: Tensor, keep: float = 0.95) -> Tensor:
-    """Mean of the central share `keep` of values [T]: floor((1 - keep) / 2 · T) are dropped at each end.
-    Scalar.
-    """
+    """Mean of values [T] without the floor((1 - keep) / 2 · T) smallest and as many largest. Scalar."""
     drop = math.floor((1 - keep) / 2 * len(values) + 1e-9)  # the sum rounds: 0.05 · 20 may come out below 1
     return values.sort().values[drop : len(values) - drop].mean()  # L2T Alg. 1 l. 13
 
@@ -100,10 +97,10 @@ def token_advantages(
 ) -> list[Tensor]:
     """Advantage of every token of one group: G completions with token rewards [T_i] -> list of [T_i] fp64.
 
-    mode        how a completion's advantage is spread over its tokens: "uniform" (every token gets it), "paper"
-                (`paper_credit`), "guarded" (`guarded_credit`), or "to_go" (`to_go_advantages(*states)`, which uses no
-                other argument)
-    statistic   what is compared in the group, see `group_statistic`, which takes keep, returns, eps and std
+    mode        how a completion's advantage is spread over its tokens: "uniform" (every token gets it),
+                "paper" (`paper_credit`), "guarded" (`guarded_credit`), or "to_go"
+                (`to_go_advantages(*states)`, which uses no other argument)
+    statistic   what the group compares; `group_statistic` explains it, keep, returns, eps and std
 
     Groups without differences get zeros. Raises ValueError for an unknown mode or statistic.
     """
@@ -131,11 +128,14 @@ def group_statistic(
     eps: float = 1e-8,
     std: str = "sample",
 ) -> tuple[Tensor, Tensor]:
-    """Advantage A [G] of each completion in its group, and the statistic per token [G] that credit divides by.
+    """Advantage A [G] of each completion in its group, and the statistic per token [G] that divides the
+    ratio.
 
-    statistic   "return_sum": the return, divided by std + 1e-6 exactly as GRPO does; per token, the mean reward.
-                "token_trunc_mean": the mean of the central `keep` of the token rewards, divided by std + eps
-    returns     [G] exact returns in fp64 for return_sum; None: the sums of the token rewards, which carry their rounding
+    statistic   "return_sum": the return, divided by std + 1e-6 exactly as GRPO does; per token, the mean
+                reward. "token_trunc_mean": the mean of the central `keep` of the token rewards, divided by
+                std + eps
+    returns     [G] exact returns in fp64 for return_sum; None: the sums of the token rewards, which carry
+                their rounding
     std         "sample", "population" or "none", as in `group_advantages`
     """
     if statistic == "return_sum":
@@ -148,15 +148,15 @@ def group_statistic(
 
 
 def paper_credit(A: Tensor, r: Tensor, center: Tensor) -> Tensor:
-    """A r_t / center, [T], for token rewards r [T]; A for every token where center is 0 up to rounding."""
+    """Compute A r_t / center, [T], from token rewards r [T]; A for every token if center rounds to 0."""
     if center.abs() <= ROUNDING * r.abs().max():
         return A.expand(len(r))
     return A * (r / center)  # L2T Alg. 1 l. 15
 
 
 def guarded_credit(A: Tensor, r: Tensor, center: Tensor, floor: Tensor, max_ratio: float) -> Tensor:
-    """`paper_credit` with the ratio clipped to ±max_ratio, [T]. A for every token where the ratio would mean
-    something else: where A and center differ in sign, or |center| is at most `floor`, or 0 up to rounding.
+    """`paper_credit` with the ratio clipped to ±max_ratio, [T]. Every token gets A where the ratio is not
+    meaningful: if A and center differ in sign, or |center| is at most `floor`, or 0 up to rounding.
     """
     if A * center <= 0 or center.abs() <= max(floor, ROUNDING * r.abs().max()):
         return A.expand(len(r))
@@ -164,7 +164,7 @@ def guarded_credit(A: Tensor, r: Tensor, center: Tensor, floor: Tensor, max_rati
 
 
 def discounted(rewards: Tensor, lam: float) -> Tensor:
-    """sum_{j >= k} lam^(j-k) rewards_j, [K] -> [K]: lam 0 leaves them as they are, 1 gives what is still to come."""
+    """Discounted sums sum_{j >= k} lam^(j-k) rewards_j, [K] -> [K]; lam 1 gives plain returns-to-go."""
     out = rewards.clone()
     for k in range(len(rewards) - 2, -1, -1):
         out[k] += lam * out[k + 1]
@@ -179,13 +179,13 @@ def step_advantages(
     std: str = "sample",
     eps: float = 1e-6,
 ) -> list[Tensor]:
-    """Advantage of every episode of one group by its own normalised reward and what follows: list of [K_i] fp64.
+    """Advantage of each episode of a group: its own and later normalised rewards. List of [K_i] fp64.
 
         A_k = sum_{j >= k} lam^(j-k) z_j,      z = (R - mean) / (std + eps)
 
-    R holds alpha r_prg_k [K_i] of all episodes and the outcomes [G], normalised together; the answer is part of the last
-    episode, so the outcome's z joins that one. lam 1 is IGPO (2510.14967) as its paper prints it, gamma = 1. std: "sample",
-    "population" or "none". Zeros where all R are equal.
+    R holds alpha r_prg_k [K_i] of all episodes and the outcomes [G], normalised together. The answer is part
+    of the last episode, so the outcome's z is added there. lam 1 is IGPO (2510.14967) as printed, with gamma
+    = 1. std: "sample", "population" or "none". Zeros if all R are equal.
     """
     K = [len(r) for r in r_prg]
     R = torch.cat([*(alpha * r.double() for r in r_prg), outcomes.double()])
@@ -196,17 +196,22 @@ def step_advantages(
 
 
 def local_advantages(r_out: float, J: Tensor, cost: Tensor, lam: float) -> Tensor:
-    """Advantage of every episode over the value of the state in which it is written, [K] fp64.   VinePPO (2410.01679), per episode
+    """Advantage of each episode over the value of the state where it begins, [K] fp64.
 
-        A_k = sum_{j >= k} lam^(j-k) d_j,      d_k = J_k - J_{k-1} - cost_k  for k < K,      d_K = r_out - J_{K-1} - cost_K
+    VinePPO (2410.01679), per episode:
 
-    J [K+1]: correctness by continuations, an estimate of the state's value; cost [K]: an episode's penalty, alpha beta C.
+        A_k = sum_{j >= k} lam^(j-k) d_j
+        d_k = J_k - J_{k-1} - cost_k  for k < K,      d_K = r_out - J_{K-1} - cost_K
 
-    Unbiased for any lam and any number of continuations, one included: given the state and the episode, J_k and J_{k-1} are
-    in expectation the values after and before it, so d_k is the episode's advantage; later d_j have expectation 0 under the
-    policy (but for their cost, which is real). lam adds their noise and, where J is not such an estimate, takes away its
-    bias: lam 1 is r_out - J_{k-1} less costs, with J a mere baseline. There is no group baseline: a group that is all wrong
-    still says which episode lost the most. J from forced answers is no value, and biased.
+    J [K+1]: accuracy of continuations, an estimate of the state's value; cost [K]: an episode's penalty,
+    alpha beta C.
+
+    Unbiased for any lam and any number of continuations, even one: given the state and the episode, J_k and
+    J_{k-1} are in expectation the values after and before it, so d_k is the episode's advantage, and later
+    d_j have expectation 0 under the policy except for their cost. A larger lam adds their noise and, if J is
+    a biased estimate, removes its bias: lam 1 is r_out - J_{k-1} minus costs, with J only a baseline. There
+    is no group baseline, so a group whose answers are all wrong still has different advantages. J from forced
+    answers is a biased value.
     """
     d = torch.cat([J.double()[1:-1], J.new_tensor([r_out]).double()]) - J.double()[:-1] - cost
     return discounted(d, lam)
@@ -215,7 +220,7 @@ def local_advantages(r_out: float, J: Tensor, cost: Tensor, lam: float) -> Tenso
 def batch_scaled(
     advantages: Sequence[Tensor], reduce: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> list[Tensor]:
-    """Token advantages [T_i] divided by their rms over all tokens that `reduce` sums over. Zeros where that is 0."""
+    """Divide token advantages [T_i] by their rms over the tokens of all ranks; zeros if the rms is 0."""
     squares = sum((a.double().square().sum() for a in advantages), torch.zeros((), dtype=torch.float64))
     count = torch.tensor(float(sum(len(a) for a in advantages)), dtype=torch.float64)
     squares, count = reduce(torch.stack([squares, count]))
@@ -224,34 +229,31 @@ def batch_scaled(
 
 
 def returns_to_go(r_out: float, r_prg: Tensor, alpha: float) -> Tensor:
-    """Reward of episode k and all after it, [K] fp64: r_out + alpha sum_{j >= k} r_prg_j. The first is the
-    return.
-    """
+    """Returns-to-go r_out + alpha sum_{j >= k} r_prg_j, [K] fp64. The first is the return."""
     return r_out + alpha * r_prg.double().flip(0).cumsum(0).flip(0)
 
 
 def to_go_advantages(
     to_go: Sequence[Tensor], J: Sequence[Tensor], episode_ids: Sequence[Tensor], scaled: bool = True
 ) -> list[Tensor]:
-    """Credit by what came after: an episode's return-to-go minus the baseline of its state. List of [T_i] fp64.
+    """Advantages by return-to-go minus a baseline of the episode's state. List of [T_i] fp64.
 
-        D_ik = G_ik - b_i(J_{i,k-1}, n_{i,k-1})          A_t = D_ik / rms(D over the group's tokens),   k the episode of t
+        D_ik = G_ik - b_i(J_{i,k-1}, n_{i,k-1})       A_t = D_ik / rms(D over the group's tokens), t in k
 
-    to_go [K_i] are returns-to-go G_ik; J [K_i + 1] predicted correctness, of which J_{k-1} is that of the
-    state in which episode k is written; n_{k-1} the tokens written before it; episode_ids [T_i]. b_i is the
-    least-squares plane of G over J and n through the tokens of the *other* completions of the group, held
-    between the smallest and largest G among them.
+    to_go [K_i] are returns-to-go G_ik; J [K_i + 1] predicted correctness, with J_{k-1} that of the state
+    where episode k begins; n_{k-1} the number of tokens before it; episode_ids [T_i]. b_i is the
+    least-squares plane of G over J and n through the tokens of the *other* completions of the group, clamped
+    between their smallest and largest G.
 
-    Unbiased: the baseline of an episode knows nothing of what it and its successors do, since J_{k-1} and
-    n_{k-1} are known before it is written and b_i comes from other completions. Subtracting from a return
-    what does not depend on the action leaves the expected policy gradient as it is; so does leaving out what
-    was earned before the action; dividing a group by one positive number rescales it. A fit, and not J
-    itself, because J enters G too (-alpha J_{k-1}, by telescoping) and may be uncalibrated: where it tells
-    nothing its coefficient is 0. So the fitting gain can only help, by telling good states from bad; the
-    token count does the same for the penalty still to come.
+    Unbiased up to a positive scale: J_{k-1} and n_{k-1} are known before the episode is written, and b_i
+    comes from other completions, so the baseline does not depend on the episode or on what follows.
+    Subtracting such a baseline, or leaving out earlier rewards, does not change the expected policy gradient.
+    The baseline is a fit and not J itself because G contains -alpha J_{k-1} (the gains telescope) and J may
+    be uncalibrated; if J predicts nothing, its coefficient is 0. The token count predicts the penalties that
+    are still to come.
 
-    scaled: False leaves out the division by the group's rms, for a scale that is taken over the step (`batch_scaled`).
-    Zeros for a group of one, for a group of equal returns, and where only rounding is left.
+    scaled: False leaves out the division by the group's rms, for a scale over the whole step
+    (`batch_scaled`). Zeros for a group of one, for equal returns, and where differences are of rounding size.
     """
     G = [values.double() for values in to_go]
     targets = [values[ids] for values, ids in zip(G, episode_ids)]
@@ -270,17 +272,19 @@ def to_go_advantages(
 
 
 def _states(J: Sequence[Tensor], episode_ids: Sequence[Tensor]) -> list[Tensor]:
-    """Features of the state in which each token's episode is written: 1, J_{k-1}, n_{k-1} / longest. List of [T_i, 3] fp64."""
+    """Features of the state where each token's episode begins: 1, J_{k-1}, n_{k-1} / longest. List of [T_i,
+    3] fp64.
+    """
     longest = max(len(ids) for ids in episode_ids)
     states = []
     for values, ids in zip(J, episode_ids):
-        n = torch.searchsorted(ids, ids) / longest  # ids are sorted: as many tokens are of earlier episodes
+        n = torch.searchsorted(ids, ids) / longest  # ids are sorted: counts tokens of earlier episodes
         states.append(torch.stack([torch.ones_like(n), values[:-1][ids], n], 1).double())
     return states
 
 
 def _planes_of_the_others(states: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Per completion, the least-squares plane through the tokens of all others: coefficients [G, 3]."""
+    """Coefficients [G, 3] of the least-squares plane through the tokens of all other completions."""
     squares = torch.stack([x.T @ x for x in states])
     products = torch.stack([x.T @ y for x, y in zip(states, targets)])
     inverse = torch.linalg.pinv(squares.sum(0) - squares, rtol=1e-9, hermitian=True)  # J or n may be constant

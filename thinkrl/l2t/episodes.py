@@ -1,10 +1,10 @@
-"""Cut a completion into episodes, on token ids.                                                                 L2T §4.1
+"""Cut a completion into episodes, on token ids.                                                     L2T §4.1
 
-Two lists, never one:
+Two lists are kept apart:
 
     spans   for credit: every completion token belongs to exactly one episode
-    cuts    for probes: where each episode's prefix ends, never past `</think>`, the final answer or the stop token;
-            a probe behind the final answer would copy it, and count the outcome a second time
+    cuts    for probes: end of each episode's prefix, before `</think>`, the final answer and the stop token;
+            a probe after the final answer would copy it and count the outcome twice
 
     tokens   <think> <episode_1> 2+3 =5 </episode_1> <episode_2> ok </episode_2> </think> 5 <eos>
     ids         0         0       0   0      0            1       1       1          1    1   1
@@ -18,19 +18,19 @@ Three ways to find the episodes of the thinking part, which ends where `</think>
     paragraphs  blank lines
     fixed:N     every N tokens
 
-A tag is no fixed sequence of tokens: a real vocabulary may write "</episode_1></think>" with a token "></".
-So tags are looked for in the decoded text, each character is traced back to the token that completes it, and
-a token that straddles a boundary belongs to the earlier episode.
+A tag is not a fixed sequence of tokens: a real vocabulary may write "</episode_1></think>" with a token
+"></". So tags are searched in the decoded text, each character is mapped to the token that completes it, and
+a token that crosses a boundary belongs to the earlier episode.
 
-Without `</think>` thinking ends where the answer is announced in any form that a grader reads: `<answer>`, a
-box, a number behind `####`. Of the lines with `####` those announce it that give the number that is graded;
-the others are headlines. An answer without any such mark is taken for thinking.
+Without `</think>`, thinking ends where an answer begins in a form that a grader reads: `<answer>`, a box, or
+`####` with the number that is graded (other lines with `####` are headings). An answer without such a mark is
+taken for thinking.
 
 Readings: an episode is closed by the tag of its own number with no other tag between. Text before an episode
-belongs to it; what follows the last closed episode joins it, unless a tag was opened there and never closed:
-then that is an episode of its own. Without a closed or open episode the completion is one episode. Where the
-tags are not exactly 1, 2, …, K, each closed, the completion is `malformed`, and what can be parsed still
-counts: only the credit, not the outcome, depends on it.
+belongs to it. Text after the last closed episode belongs to that one, unless a tag was opened there and never
+closed: then it is an episode of its own. Without a closed or open episode the completion is one episode. If
+the tags are not exactly 1, 2, …, K, each closed, the completion is `malformed`, and the episodes that can be
+parsed still count: this changes the credit, not the outcome.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Episodes:
 
     ids: Tensor  # [T] int64, the episode of each token: 0, …, K-1, never decreasing
     ends: Tensor  # [K] int64, position of each episode's last token; the last one is T-1
-    cuts: Tensor  # [K] int64, position of the last token of each probed prefix, ends or earlier; -1: the prompt alone
+    cuts: Tensor  # [K] int64, last token of each probed prefix, at ends or before; -1: the prompt alone
     start: int = (
         -1
     )  # position of the last token of an opening `<think>`, where the first prefix ends; -1: the prompt alone
@@ -77,14 +77,12 @@ class Episodes:
 
     @property
     def prefixes(self) -> list[int]:
-        """Completion tokens before each of the K+1 probes: J_0 sees at most `<think>`, J_k the episodes up
-        to k.
-        """
+        """Number of completion tokens before each of the K+1 probes; J_0 sees at most `<think>`."""
         return [self.start + 1, *(cut + 1 for cut in self.cuts.tolist())]
 
 
 def segment(tokens: list[int], tokenizer: Codec, how: str = "tags") -> Episodes:
-    """The episodes of a completion, `how` = "tags", "paragraphs" or "fixed:N".
+    """Cut a completion into episodes, by `how` = "tags", "paragraphs" or "fixed:N".
 
     tokens are the completion's ids, stop token included. No tokens, no episodes. Raises UserError for another
     `how`, and under "tags" for a tokenizer that cannot encode a tag at all.
@@ -129,9 +127,7 @@ def _chunk_size(how: str) -> int:
 
 @functools.lru_cache
 def require_tags(tokenizer: Codec) -> None:
-    """UserError if the vocabulary has no way to write an episode tag. That a tag takes several tokens is
-    no obstacle.
-    """
+    """Raise UserError if the vocabulary cannot write an episode tag. A tag may take several tokens."""
     if "<episode_1>" not in tokenizer.decode(tokenizer.encode("<episode_1>")):
         raise UserError(
             "--episodes tags: this tokenizer cannot encode <episode_1>; use --episodes paragraphs or fixed:N"
@@ -141,7 +137,7 @@ def require_tags(tokenizer: Codec) -> None:
 def _thinking(tokens: list[int], tokenizer: Codec, text: str, reached: list[int]) -> tuple[int, int]:
     """Find where thinking ends: its number of characters, and the last token that a probe may see (-1: none).
 
-    A token that only begins `</think>` may be seen, one that completes it may not.
+    A probe may see a token that begins `</think>`, but not one that completes it.
     """
     limit = text.find(CLOSE)
     hidden_from = limit + len(CLOSE)
@@ -155,7 +151,7 @@ def _thinking(tokens: list[int], tokenizer: Codec, text: str, reached: list[int]
 
 
 def _announcement(text: str) -> int:
-    """Find where the text begins to say its answer, in characters; its length if it does not."""
+    """Find the character where the answer begins in a text; the text's length if there is no answer."""
     found = [(line.start(), extract(line[0], "gsm8k")) for line in HASHES.finditer(text)]
     numbers = [(start, canonical(number, "gsm8k")) for start, number in found if number is not None]
     graded = canonical(extract(text, "gsm8k") or "", "gsm8k")
@@ -164,9 +160,7 @@ def _announcement(text: str) -> int:
 
 
 def _tags(text: str) -> tuple[list[int], bool]:
-    """Ends of the episodes in a thinking text, in characters, and whether the tags are other than 1, …, K,
-    each closed.
-    """
+    """Ends of the episodes in a thinking text, in characters, and whether its tags are malformed."""
     tags = [(int(m[2]), bool(m[1]), m.end()) for m in TAG.finditer(text)]
     pairs = [(number, end) for (opened, shut, _), (number, closes, end) in pairwise(tags)
              if closes and not shut and opened == number]  # fmt: skip
@@ -180,7 +174,7 @@ def _tags(text: str) -> tuple[list[int], bool]:
 
 
 def _paragraphs(text: str) -> list[int]:
-    """Ends of the paragraphs in a thinking text, in characters: each takes the blank lines behind it."""
+    """Ends of the paragraphs in a thinking text, in characters: each includes the blank lines after it."""
     begin = text.find(OPEN) + len(OPEN) if OPEN in text else 0
     ends = [m.end() for m in BLANK_LINE.finditer(text, begin)] + [len(text)]
     return [end for before, end in pairwise([begin, *ends]) if text[before:end].strip()]

@@ -1,14 +1,18 @@
-"""S-GRPO (arXiv 2505.07686): the answers behind a chain's probes are trained on.        train.py l2t --method s-grpo
+"""S-GRPO (arXiv 2505.07686): train on answers forced at early exits of a chain of thought.
 
-A group is one chain of thought with its G - 1 exits: places n_1 <= … <= n_{G-1}, drawn evenly from its thinking,
-where it is cut off and the answer is forced and sampled.
+`train.py l2t --method s-grpo` runs it.
 
-    r_i = 2^(1 - N_i) if answer i is right, else 0        N_i: right answers up to i; the chain's own is the last, i = G
+A group is one chain of thought and its G - 1 exits: token counts n_1 <= … <= n_{G-1}, drawn uniformly from
+its thinking, at which it is cut off and an answer is forced and sampled.
+
+    r_i = 2^(1 - N_i) if answer i is right, else 0        N_i: right answers up to i; i = G is the chain
+
     A_i = r_i - mean r                                    no division by the group's std
 
-Every completion of the group, prefix and answer, has the advantage A_i. The prefixes are shared, so a token of the
-chain is trained on once, with the sum of the A_i of all completions that hold it; forced tokens are not trained on.
-That is the gradient of the group's summed log-probs; means over tokens count a shared token once.
+Every completion of the group, prefix and answer, has the advantage A_i. The prefixes are shared, so a token
+of the chain is trained on once, with the sum of the A_i of all completions that contain it; forced tokens are
+not trained on. This equals the gradient of the group's summed log-probs; means over tokens count a shared
+token once.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from thinkrl.types import Problem, Trajectory, Turn
 
 @dataclass(kw_only=True)
 class Exit(Trajectory):
-    """An answer that was forced after `cut` tokens of the chain, or the chain, all of whose tokens are its own."""
+    """Answer forced after `cut` tokens of the chain; or the chain itself, with `cut` its whole length."""
 
     cut: int
 
@@ -42,15 +46,19 @@ class Exit(Trajectory):
 
 
 def exit_rewards(correct: Tensor) -> Tensor:
-    """2^(1 - N_i) where right, else 0.  correct [P, G] in {0, 1}, exits in order and the chain last -> [P, G] fp64."""
+    """Rewards 2^(1 - N_i) for right answers, else 0, [P, G] fp64.
+
+    correct [P, G] in {0, 1}: the exits in order, then the chain.
+    """
     c = correct.double()
     return c * 2 ** (1 - c.cumsum(1))  # S-GRPO §3.2
 
 
 def chain_advantages(advantage: Tensor, cuts: Sequence[int], tokens: int) -> Tensor:
-    """Of each of the chain's tokens, [tokens]: the sum of the advantages [G] of all completions that hold it.
+    """Advantage of each of the chain's tokens, [tokens]: the sum over the completions that contain it.
 
-    cuts: the tokens of the chain that the G - 1 exits hold; the last completion is the chain.
+    advantage [G]; cuts: the number of the chain's tokens in each of the G - 1 exits; the last completion is
+    the chain.
     """
     out = advantage[-1].repeat(tokens)
     for own, cut in zip(advantage, cuts):
@@ -59,19 +67,19 @@ def chain_advantages(advantage: Tensor, cuts: Sequence[int], tokens: int) -> Ten
 
 
 def draw_exits(first: int, last: int, count: int, key: str) -> list[int]:
-    """`count` places from `first` to `last`, ascending, drawn evenly and with repetition."""
+    """Draw `count` integers from `first` to `last`, uniformly with repetition, in ascending order."""
     draw = random.Random(f"exits/{key}")
     return sorted(draw.randint(first, last) for _ in range(count))
 
 
 class SGrpo(OnePolicy[Exit]):
-    """One chain a problem, its group its own early exits."""
+    """GRPO with one chain of thought per problem, whose early exits are its group."""
 
     def _forced(self, problem: Problem) -> list[int]:
         return self.tokenizer.encode(forcing(problem, self.config.probe_prefix, self.config.probe_suffix)[0])
 
     def require_room(self, problems: list[Problem], training: bool, more: int = 0) -> None:
-        """In training, behind the longest chain there must be room for a forced answer that is as long."""
+        """Raise UserError also if, in training, a forced answer does not fit after the longest chain."""
         if training:
             forced = max(len(self._forced(problem)) for problem in problems)
             more = forced + self.config.max_tokens

@@ -1,15 +1,19 @@
-"""Fitting gain: J_0, …, J_K, how probable the gold answer is when the thinking is cut off after episode k.       L2T §4.2, App. D.1
+"""Fitting gain from J_0, …, J_K, the gold answer's probability if thinking is cut off after episode k.
 
-    J_k = p(answer, terminator | prompt, z_1 … z_k, answer-forcing text)      Delta I_k = J_k - J_{k-1}, sums to J_K - J_0
+                                                                                         L2T §4.2, App. D.1
 
-The terminator is whatever ends the answer. A real vocabulary merges it with what follows or precedes it: a model that
-writes `}.` in one token gives the token `}` almost nothing. So p is summed over the ids whose text begins with what is
-left of answer and terminator, at every token of the answer. z_1 includes a sampled `<think>`, and J_0 is read behind it.
+    J_k  = p(answer, terminator | prompt, z_1 … z_k, answer-forcing text)
+    ΔI_k = J_k - J_{k-1}, which sums to J_K - J_0
 
-When the sampler finishes a completion its pages are still there. A probe is a page table forked at the end of
-an episode and a short suffix, so all of J costs the suffixes, not K+1 forwards of the completion.
-`predicted_correctness_ref` is those forwards. `python -m thinkrl.l2t.gain [REWARD_MODEL]` prints J along a few
-completions of the embedded model, by each estimator.
+The terminator is the text that ends the answer. A real vocabulary may merge it with the text beside it: a
+model that writes `}.` as one token gives the token `}` almost no probability. So at every token of the
+answer, p sums over the ids whose text begins with the rest of answer and terminator. z_1 includes a sampled
+`<think>`, and J_0 is measured after it.
+
+When the sampler finishes a completion, its KV pages still exist. A probe is a page table forked at the end of
+an episode plus a short suffix, so J costs K+1 suffixes, not K+1 forwards of the completion.
+`predicted_correctness_ref` runs those forwards. `python -m thinkrl.l2t.gain [REWARD_MODEL]` prints J along a
+few completions of the embedded model, by each estimator.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem
 from thinkrl.visible import visible
 
-FORCING = {  # by grading rule: what asks for the answer, and what ends it; "": whatever ends a number
+FORCING = {  # by grading rule: text before the answer and after it; "": any end of a number
     "arith": ("</think><answer>", "</answer>"),
     "gsm8k": ("\n</think>\n\n#### ", ""),
     "last_number": ("\n</think>\n\nThe answer is ", ""),
@@ -55,9 +59,9 @@ SCALES = ("p", "geometric", "log")
 
 @dataclass(frozen=True)
 class Probe:
-    """What is put behind a prefix to ask for the answer: `forced` closes the thinking, `gold` is what is scored.
+    """Tokens appended to a prefix: `forced` ends the thinking and asks for the answer, `gold` is scored.
 
-    gold      the answer and its terminator: without the terminator 1 would score on the way to 12
+    gold      the answer and its terminator: without the terminator, 1 would count the probability of 12
     endings   (i, ids): other tokens than gold[i] that, in its place, complete answer and terminator at once
     """
 
@@ -67,7 +71,7 @@ class Probe:
 
     @property
     def suffix(self) -> list[int]:
-        """All that is put behind the prefix."""
+        """All tokens after the prefix."""
         return self.forced + self.gold
 
     @property
@@ -77,28 +81,31 @@ class Probe:
 
 
 def forcing(problem: Problem, prefix: str = "", suffix: str = "") -> tuple[str, str]:
-    """The text before and behind the problem's gold answer; what is not given is its grading rule's.
+    """Text before and after the problem's gold answer; "" stands for the default of its grading rule.
 
-    Raises UserError if the gold answer in that text is not graded right: then no sampled one ever would be.
+    Raises UserError if the gold answer in that text is not graded right, since no sampled answer would be
+    either.
     """
     rule = rule_set(problem.source)
     prefix, suffix = prefix or FORCING[rule][0], suffix or FORCING[rule][1]
     forced = prefix + problem.answer + suffix
     if not grade(forced, problem.answer, problem.source):
         raise UserError(
-            f"problem {problem.id} (counted from 0): {rule} grading does not find the gold answer in the forced "
-            f"{forced!r}; choose --probe_prefix and --probe_suffix that it reads, such as {FORCING[rule]}"
+            f"problem {problem.id} (counted from 0): {rule} grading does not find the gold answer in the "
+            f"forced {forced!r}; choose --probe_prefix and --probe_suffix that it reads, such as "
+            f"{FORCING[rule]}"
         )
     return prefix, suffix
 
 
 def make_probe(tokenizer: Tokenizer, answer: str, prefix: str, suffix: str) -> Probe:
-    """Probe for one problem: `prefix` forces the answer, `suffix` or else the end of a number ends it.
+    """Make the probe of one problem: `prefix` forces the answer, `suffix` or else the end of a number ends
+    it.
 
-    Prefix and answer are encoded together, as a model would write them: where they share a token, such as ` 42`
-    behind `####`, that token is scored.
+    Prefix and answer are encoded together, as a model would write them: where they share a token, such as `
+    42` behind `####`, that token is scored.
 
-    Raises UserError for an answer without tokens: its probability would be that of the terminator.
+    Raises UserError for an answer without tokens.
     """
     if not tokenizer.encode(answer):
         raise UserError(
@@ -132,7 +139,7 @@ def _endings(tokenizer: Tokenizer, gold: list[int], text: str, ends_number: bool
 
 
 def endings_ref(tokenizer: Tokenizer, gold: list[int], text: str) -> tuple:
-    """The specification of `_endings` for an answer with a terminator: try every id in every place."""
+    """Specification of `_endings` for an answer with a terminator: try every id at every position."""
     found = []
     for i in range(len(gold)):
         texts = (tokenizer.continuation([*gold[:i], v]) for v in range(len(tokenizer.pieces)))
@@ -158,14 +165,17 @@ def _ids_beginning_with(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=8)
 def _ids_ending_a_number(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """All ids behind which a number on the answer's line is complete: stop ids, and what cannot belong to it."""
+    """All ids that end a number: stop ids, and tokens that cannot continue it. Ascending."""
     ends = {i for i, piece in enumerate(tokenizer.pieces) if NUMBER_ENDS.match(piece)}
     return tuple(sorted(ends | set(tokenizer.stop_ids)))
 
 
 def ids_ending_a_number_ref(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The specification of `_ids_ending_a_number`: ids behind which the grader reads the same number whatever follows.
-    The regular expression misses some without a letter: separators, and digits behind a space, as in 42 000.
+    """Specification of `_ids_ending_a_number`: ids after which the grader reads the same number whatever
+    follows.
+
+    The regular expression misses some ids without a letter: separators, and digits after a space, as in 42
+    000.
     """
     more = ("", "0", "3", ".5", ",000", ",3", "/2", "e3", "-3", "+3", " 000", " 1/2", "\n", " x")
     return tuple(
@@ -176,7 +186,7 @@ def ids_ending_a_number_ref(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def room_behind(kind: str, probes: Sequence[Probe], max_tokens: int) -> int:
-    """How many tokens an estimator may put behind a prefix, forcing text included."""
+    """Largest number of tokens that an estimator appends to a prefix, forcing text included."""
     if kind == "continue":
         return max_tokens
     answer = _answer_limit(probes) if kind == "mc" else max((len(probe.gold) for probe in probes), default=0)
@@ -184,16 +194,16 @@ def room_behind(kind: str, probes: Sequence[Probe], max_tokens: int) -> int:
 
 
 def _answer_limit(probes: Sequence[Probe]) -> int:
-    """Of a sampled forced answer: a wrong one may be longer than the gold one."""
+    """Length limit of a sampled forced answer: a wrong one may be longer than the gold answer."""
     return 2 * max((len(probe.gold) for probe in probes), default=0) + 8
 
 
 def answer_probability(logprob: Tensor, probe: Probe, scale: str = "p") -> Tensor:
-    """J: probability p of the gold answer and what ends it. Scalar fp64.
+    """Compute J from the probability p of the gold answer and its terminator. Scalar fp64.
 
-    logprob is what `Sampler.score` gives for the probe: of the tokens of its suffix, then of its choices.
-    scale: "p" in [0, 1]; "log", log p (PACR); "geometric", p^(1/n), n the tokens of answer and end, which is the geometric
-    mean of their probabilities (IGPO).
+    logprob is what `Sampler.score` returns for the probe: first for the tokens of its suffix, then for its
+    choices. scale: "p", in [0, 1]; "log", log p (PACR); "geometric", p^(1/n) with n the number of tokens of
+    answer and terminator (IGPO).
     """
     tokens, choices = logprob.double().split([len(probe.suffix), len(probe.endings)])
     tokens = tokens[len(probe.forced) :]
@@ -208,9 +218,7 @@ def answer_probability(logprob: Tensor, probe: Probe, scale: str = "p") -> Tenso
 def predicted_correctness_ref(
     model: Transformer, prompt: list[int], completion: list[int], episodes: Episodes, probe: Probe
 ) -> Tensor:
-    """J_0, …, J_K, [K+1] fp64: a full forward of each of the K+1 prefixes with its probe, and the whole
-    vocabulary's probabilities. The specification of `Gain`.
-    """
+    """Specification of `Gain`: J_0, …, J_K, [K+1] fp64, by a full forward of every prefix with its probe."""
     J = []
     for n in episodes.prefixes:
         tokens = torch.tensor(prompt + completion[:n] + probe.suffix, device=model.embed.weight.device)
@@ -227,7 +235,7 @@ def predicted_correctness_ref(
 
 @dataclass(frozen=True)
 class _Prefix:
-    """The first tokens of a completion, up to cut k, waiting for its J."""
+    """First tokens of a completion, up to cut k, that wait for their J."""
 
     prompt: int
     sample: int
@@ -241,15 +249,21 @@ def _ungraded(prompt: int, text: str) -> bool:
 
 
 class Gain:
-    """J_0, …, J_K of every completion of a `Sampler.generate` call, from forks of its pages. Its `on_finish` is the hook.
+    """Measure J_0, …, J_K of every completion of a `Sampler.generate` call, from forks of its pages.
 
-    forced     probability of the gold answer behind each prefix, teacher-forced: K+1 short suffixes; prompt and completion are
-               not computed again, and a prefix that samples share (always J_0's) is scored once
-    mc         share of correct ones among `samples` answers sampled behind the forcing text, to a stop id or their limit
-    continue   share of correct ones among `samples` continuations to the end, each as long as a completion may be
+    Pass the object's `on_finish` to that call, then read `results`.
 
-    The forks wait until a forward of forced answers is full, free pages get few or `results` is called; their pages are taken
-    where a running completion finds no free one. The order does not change what is sampled: random numbers are drawn by key.
+    forced     probability of the gold answer after each prefix, teacher-forced: K+1 short suffixes; prompt
+               and completion are not computed again, and a prefix that samples share (always J_0's) is scored
+               once
+    mc         share of right answers among `samples` that are sampled after the forcing text, up to a stop id
+               or the length limit
+    continue   share of right answers among `samples` continuations, each with a completion's length limit
+
+    The forks wait until a forward of forced answers is full, free pages run low or `results` is called. They
+    lose their pages when a running completion finds no free page. The order does not change what is sampled:
+    random numbers are drawn by key.
+
     probes     one per prompt of the call; none for continue
     segment    completion tokens -> Episodes
     scale      of a forced answer's probability, see `answer_probability`
@@ -337,7 +351,7 @@ class Gain:
         self.forwards += self.sampler.forwards.total - forwards
 
     def _flush(self) -> None:
-        """J of all that waits."""
+        """Compute J of all waiting prefixes."""
         self._score() if self.kind == "forced" else self._sample()
 
     def _score(self) -> None:
@@ -384,9 +398,7 @@ class Gain:
 
 
 def show(model_folder: str, problems: Sequence[Problem], samples: int = 8, prm_folder: str = "") -> None:
-    """Print J_0 … J_K along one completion of each problem, by every estimator; by a reward model if one
-    is given.
-    """
+    """Print J_0 … J_K along one completion of each problem, by every estimator or by a given reward model."""
     tokenizer = Tokenizer(model_folder)
     sampler = Sampler(load_model(model_folder), tokenizer)
     probes = [make_probe(tokenizer, p.answer, *forcing(p)) for p in problems]

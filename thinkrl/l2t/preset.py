@@ -1,8 +1,8 @@
-"""The preset L2T: Grpo's completions, rewarded per episode.                                                  L2T Alg. 1
+"""The preset L2T: GRPO's completions with a reward per episode.                                 L2T Alg. 1
 
-rollout       completions with their episodes, and J_0, …, J_K by short probes while the KV pages are still there
-reward        compression C_k, then the process reward of every episode                 Eq. 3
-advantages    episode rewards -> token rewards -> one advantage per token               Alg. 1 l. 9-15
+rollout       completions with their episodes, and J_0, …, J_K by short probes on their KV pages
+reward        compression C_k, then the process reward of every episode         Eq. 3
+advantages    episode rewards -> token rewards -> one advantage per token       Alg. 1 l. 9-15
 """
 
 from __future__ import annotations
@@ -61,23 +61,24 @@ def _nothing() -> Tensor:
 
 @dataclass(kw_only=True)
 class EpisodeTrajectory(Trajectory):
-    """One completion with its K episodes and their measures. Tensors are fp64, on the CPU.
+    """One completion with its K episodes and their rewards. Tensors are fp64, on the CPU.
 
     `L2T.rollout` sets episodes and J, `L2T.reward` the rest.
     """
 
     episodes: Episodes
     J: Tensor  # [K+1], predicted correctness before the first episode and after each
-    compression: Tensor = field(default_factory=_nothing)  # [K], C as it is
-    penalty: Tensor = field(default_factory=_nothing)  # [K], C normalised: what beta multiplies
+    compression: Tensor = field(default_factory=_nothing)  # [K], raw C
+    penalty: Tensor = field(default_factory=_nothing)  # [K], normalised C, which beta multiplies
     process_reward: Tensor = field(default_factory=_nothing)  # [K]
 
     def record(self, advantage: Tensor) -> dict:
-        """One line of samples.jsonl: that of a trajectory and
+        """Make one line of samples.jsonl: a trajectory's, and
+
 
         ends                      token count of the completion up to the end of each episode, K numbers
         episode_ids               the episode of each completion token, T numbers
-        malformed                 whether the tags are other than 1, …, K, each closed
+        malformed                 whether the tags are not exactly 1, …, K, each closed
         J                         K+1 numbers
         fitting_gain, compression, penalty, process_reward    K numbers each
         """
@@ -94,9 +95,7 @@ class EpisodeTrajectory(Trajectory):
 
 
 class L2T(OnePolicy[EpisodeTrajectory]):
-    """Grpo's completions, rewarded per episode: its fitting gain less a penalty on how far a gradient step on it
-    moves the parameters.
-    """
+    """GRPO's completions with a reward per episode: fitting gain minus compression penalty."""
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
@@ -126,7 +125,7 @@ class L2T(OnePolicy[EpisodeTrajectory]):
         return prm
 
     def probes(self, problems: list[Problem]) -> list[Probe]:
-        """Probes for each problem's answer, if the gain is one that forces it."""
+        """Probes for each problem's answer if --gain is forced or mc, else none."""
         c = self.config
         return [
             make_probe(self.tokenizer, p.answer, *forcing(p, c.probe_prefix, c.probe_suffix))
@@ -135,7 +134,7 @@ class L2T(OnePolicy[EpisodeTrajectory]):
         ]
 
     def require_room(self, problems: list[Problem], training: bool, more: int = 0) -> None:
-        """Raise UserError also where the gain's probes, or the reward model's context, need more room."""
+        """Raise UserError also if the gain's probes, or the reward model's context, need more room."""
         c = self.config
         if training:
             more = room_behind(c.gain, self.probes(problems), c.max_tokens)
@@ -145,7 +144,7 @@ class L2T(OnePolicy[EpisodeTrajectory]):
             require_context(self.prm, self.prm_tokenizer, problems, prompts, c.max_tokens)
 
     def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[EpisodeTrajectory]:
-        """Completions with their episodes and J. States are kept where the penalty reads them."""
+        """Sample completions with their episodes and J. Hidden states are kept if the penalty reads them."""
         c, gain = self.config, self._gain(problems, step)
         sampled = self.attempt(
             problems,
@@ -171,7 +170,7 @@ class L2T(OnePolicy[EpisodeTrajectory]):
         ]
 
     def _gain(self, problems: list[Problem], step: int) -> Gain:
-        """The probes of this step's completions."""
+        """Make the object that measures J of this step's completions."""
         c = self.config
         return Gain(
             self.learners["policy"].sampler,
@@ -188,10 +187,10 @@ class L2T(OnePolicy[EpisodeTrajectory]):
         )
 
     def _score(self, trajectories: list[Trajectory], episodes: list[Episodes]) -> tuple[list[Tensor], int]:
-        """J by the step reward model, and the tokens it read; zeros for --gain none.
+        """J by the step reward model, and the number of tokens it read; zeros for --gain none.
 
-        Episodes are re-tokenized for a model with a vocabulary of its own. Where its context ends, J stays as
-        it was.
+        Episodes are re-tokenized for a model with a vocabulary of its own. Beyond its context J keeps its
+        last value.
         """
         if self.prm is None:
             return [torch.zeros(len(e) + 1, dtype=torch.float64) for e in episodes], 0
@@ -211,11 +210,11 @@ class L2T(OnePolicy[EpisodeTrajectory]):
         return J, self.prm.forwards - before
 
     def reward(self, trajectories: Sequence[EpisodeTrajectory], step: int, tally: Tally) -> None:
-        """Set each episode's process reward; a trajectory's own reward is its outcome."""
+        """Set each episode's process reward; the trajectory's own reward is its outcome reward."""
         c = self.config
         compression = self._compression(trajectories, step, tally)
         if c.compression == "flat":
-            penalty = compression  # C_k = 1: there is no scale to normalise
+            penalty = compression  # C_k = 1 is not normalised
         else:
             penalty = normalise_compression(compression, c.kappa, global_sum)
         rewards = self.base_rewards(trajectories)
@@ -231,7 +230,7 @@ class L2T(OnePolicy[EpisodeTrajectory]):
     def _compression(
         self, trajectories: Sequence[EpisodeTrajectory], step: int, tally: Tally
     ) -> list[Tensor]:
-        """Raw C of each trajectory's episodes, list of [K] fp64."""
+        """Raw C of each trajectory's episodes, list of [K_i] fp64."""
         clock, episodes = Stopwatch(), [t.episodes for t in trajectories]
         if self.proxy:
             turns = [t.turns[0] for t in trajectories]
@@ -239,7 +238,7 @@ class L2T(OnePolicy[EpisodeTrajectory]):
             C = self.proxy.penalties(self.config.compression, turns, episodes, reduce=global_sum)
             tally.add_sum("penalty_tokens", self.proxy.forwards)
             for turn in turns:
-                turn.hidden = None  # read; it is the largest thing a trajectory holds
+                turn.hidden = None  # no longer needed, and the largest part of a trajectory
         else:
             constant = float(self.config.compression == "flat")
             C = [torch.full((len(e),), constant, dtype=torch.float64) for e in episodes]
@@ -323,7 +322,9 @@ class L2T(OnePolicy[EpisodeTrajectory]):
     def _over_batch_std(
         self, advantages: list[Tensor], groups: Sequence[Sequence[EpisodeTrajectory]]
     ) -> list[Tensor]:
-        """Advantages without a std, divided by the std of the groups' statistic over the step, as GRPO's are."""
+        """Divide advantages that have no std by the std of the groups' statistic over the whole step, as GRPO
+        does.
+        """
         c = self.config
         statistics = [
             group_statistic(self._token_rewards(g), c.statistic, c.keep, self._returns(g), std="none")[0]

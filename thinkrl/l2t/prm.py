@@ -1,22 +1,23 @@
-"""Step reward model: how likely is it that a completion, thought this far, ends in the right answer?
+"""Step reward model: predicts whether a completion that begins with a prefix ends in the right answer.
 
-    P(positive)_t = softmax(score(h_t))_1                         h_t: hidden state behind the last token of a prefix
+    P(positive)_t = softmax(score(h_t))_1                 h_t: hidden state of the last token of a prefix
 
-A prefix is the prompt and the first episodes of a completion, so the K+1 probabilities along a completion are
-one way to fill J_0, …, J_K of the fitting gain (`--gain prm`). prm_training.py makes such a model.
 
-Two kinds of checkpoint differ in four points:
+A prefix is the prompt and the first episodes of a completion, so the K+1 probabilities along a completion can
+serve as J_0, …, J_K of the fitting gain (`--gain prm`). prm_training.py trains such a model.
 
-                  made here                          Qwen2.5-Math-PRM and its like
+Two kinds of checkpoint are read, which differ in four points:
+
+                      made here                          Qwen2.5-Math-PRM and alike
     head          one linear layer, D -> 2           two, D -> D -> 2, with ReLU between
     read at       the prefix's own last token        a separator token `<extra_0>` put behind every step
     J_0           at the end of the prompt           at a separator behind the prompt, in a row of its own
     vocabulary    the policy's, whose ids it reads   its own: attempts are re-tokenized for it (`retokenize`)
 
-Readings: separator models were trained without a J_0. It is asked for in a row of its own because an empty
-step in front would stand in the context of all later ones. The length of an attempt in their vocabulary is known
-only after re-tokenization, so a step that does not fit their context is not scored, nor any after it: J keeps
-its last value, and those episodes have no gain.
+Readings: separator models were trained without a J_0. It is computed in a row of its own, because an empty
+first step would stay in the context of all later ones. The length of a completion in their vocabulary is
+known only after re-tokenization. A step that does not fit their context is not scored, nor are later ones: J
+keeps its last value, and those episodes have no gain.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from thinkrl.tokenizer import Tokenizer, difference
 from thinkrl.types import Problem
 
 SEPARATOR = "<extra_0>"
-SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # what separator models were trained under
+# system message of separator models' training
+SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 TAG = re.compile(r"</?(?:think|episode_\d+)>")
 
 Row = tuple[list[int], list[int]]  # tokens of a sequence, and the positions in it whose scores are asked for
@@ -69,11 +71,13 @@ class StepRewardModel(nn.Module):
 
     @property
     def blocks(self) -> Sequence[Block]:
-        """The units that `distributed.shard` wraps."""
+        """Units that `distributed.shard` wraps."""
         return self.body.blocks
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, longest: int | None = None) -> Tensor:
-        """Hidden states [T, D] of packed tokens [T] int64, cu_seqlens int32 [S+1]; longest as in `Transformer`."""
+        """Hidden states [T, D] of packed tokens [T] int64, cu_seqlens int32 [S+1]; longest as in
+        `Transformer`.
+        """
         self.forwards += len(tokens)
         return self.body(tokens, cu_seqlens, longest=longest)
 
@@ -94,9 +98,11 @@ def score_completions(
     prefixes: Sequence[list[int]],
     budget: int = 16384,
 ) -> list[Tensor]:
-    """J_0, …, J_K of every completion: a list of [K+1] fp32 on the CPU. Ids are those of the model's own vocabulary.
+    """Compute J_0, …, J_K of every completion: a list of [K+1] fp32 on the CPU. Ids are of the model's
+    vocabulary.
 
-    prefixes  K+1 numbers of completion tokens per completion, never decreasing: `Episodes.prefixes`, or 0 and the ends
+    prefixes  K+1 numbers of completion tokens per completion, never decreasing: `Episodes.prefixes`, or 0 and
+              the ends
     budget    tokens of one packed forward; a longer row gets a forward of its own
     """
     rows = [list(_rows(model, *attempt)) for attempt in zip(prompts, completions, prefixes, strict=True)]
@@ -107,7 +113,7 @@ def score_completions(
 def _rows(
     model: StepRewardModel, prompt: list[int], completion: list[int], prefixes: list[int]
 ) -> Iterator[Row]:
-    """The sequences whose scores, one after the other, are J_0, …, J_K."""
+    """Sequences whose scores, concatenated, are J_0, …, J_K."""
     assert prompt and prefixes == sorted(prefixes) and prefixes[-1] <= len(completion), (
         len(prompt),
         prefixes,
@@ -146,11 +152,11 @@ def _score_rows(model: StepRewardModel, rows: list[Row], budget: int) -> Iterato
 def retokenize(
     question: str, steps: list[str], tokenizer: Tokenizer, context: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """(prompt, completion, prefixes) of an attempt in the ids of a separator model, for `score_completions`.
+    """Prompt, completion and prefixes in the ids of a separator model, for `score_completions`.
 
-    steps are the episodes' texts, of which the tags are left out; each is encoded apart, as the separators
-    between them would have it. `tokenizer` and `context` are the reward model's own; steps that do not fit,
-    separators included, are left out, with their prefixes.
+    steps are the episodes' texts; their tags are removed, and each is encoded separately because a separator
+    follows it. `tokenizer` and `context` are the reward model's. Steps that do not fit, separators included,
+    are left out, with their prefixes.
     """
     completion: list[int] = []
     prompt, prefixes = _separator_prompt(question, tokenizer), [0]
@@ -170,7 +176,7 @@ def _separator_prompt(question: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def require_same_ids(policy: Tokenizer, prm: Tokenizer) -> None:
-    """Raise UserError unless a model without separators decodes the policy's ids as the policy's tokenizer does."""
+    """Raise UserError unless the reward model's tokenizer decodes the policy's ids as the policy's does."""
     if where := difference(policy, prm, SYSTEM):
         raise UserError(
             f"the reward model {prm.path} decodes ids differently from the policy {policy.path}: {where}; "
@@ -185,7 +191,7 @@ def require_context(
     prompts: Sequence[list[int]],
     max_tokens: int,
 ) -> None:
-    """Raise UserError before the first step if the reward model's context is too short for a prompt and what must follow.
+    """Raise UserError if the reward model's context is too short for a prompt and what must follow it.
 
     That is a whole completion, or for a separator model the separator at which J_0 is read.
     """
@@ -194,17 +200,16 @@ def require_context(
             prompt, max_tokens = _separator_prompt(problem.question, tokenizer), 1
         if len(prompt) + max_tokens > model.config.max_positions:
             raise UserError(
-                f"problem {problem.id} (counted from 0): a prompt of {len(prompt)} tokens and {max_tokens} more exceed "
-                f"the reward model's context of {model.config.max_positions}; lower --max_tokens, or use another --prm"
+                f"problem {problem.id} (counted from 0): a prompt of {len(prompt)} tokens and {max_tokens} "
+                f"more exceed the reward model's context of {model.config.max_positions}; lower --max_tokens, "
+                "or use another --prm"
             )
 
 
 def new_prm(
     path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> StepRewardModel:
-    """The decoder of a policy's Hugging Face folder under a head of zeros: every P(positive) starts at
-    1/2.
-    """
+    """Make a reward model from a policy's folder: its decoder and a head of zeros, so P(positive) is 1/2."""
     path = Path(path)
     model = _empty(_body_config(path), False, None, dtype, device)
     fill(
@@ -223,15 +228,15 @@ def load_prm(
 ) -> StepRewardModel:
     """Read a folder written by `save_prm`, or one of the Qwen2.5-Math-PRM kind.
 
-    Raises UserError, naming file and tensor, for a checkpoint without a score head and for whatever else is
+    Raises UserError, naming file and tensor, for a checkpoint without a score head or with other tensors
     missing.
     """
     path = Path(path)
     config, files = _body_config(path), tensor_files(path)
     if not {"score.weight", "score.0.weight"} & files.keys():
         raise UserError(
-            f"{path}: tensor score.weight (one layer) or score.0.weight (two) is missing, so this is not a step "
-            "reward model; train.py prm makes one"
+            f"{path}: tensor score.weight (one layer) or score.0.weight (two) is missing, so this is not a "
+            "step reward model; train.py prm makes one"
         )
     separator = None if config.source.get("thinkrl_prm") else _separator(path)
     model = _empty(config, "score.0.weight" in files, separator, dtype, device)
@@ -242,8 +247,8 @@ def load_prm(
 def save_prm(
     model: StepRewardModel, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None = None
 ) -> None:
-    """Write config.json, model.safetensors and the tokenizer's files, all or nothing. Under FSDP every rank must call it.
-    dtype as in `save_hf`.
+    """Write config.json, model.safetensors and the tokenizer's files, all or nothing. Under FSDP every rank
+    must call it. dtype as in `save_hf`.
 
     Rank 0 gathers one parameter at a time and holds the whole model once, in host memory.
     """
@@ -280,9 +285,7 @@ def _body_config(path: Path) -> ModelConfig:
 def _separator(path: Path) -> int:
     tokenizer = Tokenizer(path)
     ids = tokenizer.encode(SEPARATOR)
-    if (
-        len(ids) != 1 or tokenizer.decode(ids) != SEPARATOR
-    ):  # a tokenizer may also drop characters that it does not know
+    if len(ids) != 1 or tokenizer.decode(ids) != SEPARATOR:  # a tokenizer may drop unknown characters
         raise UserError(
             f"{path}: its tokenizer has no token {SEPARATOR}, behind which such a model scores its steps"
         )
@@ -298,7 +301,7 @@ def _empty(
 
 
 def _layout(model: StepRewardModel) -> Layout:
-    """`checkpoint.hf_layout`, with the head: its tensors are named alike here and there."""
+    """Layout as `checkpoint.hf_layout`, with the score head, whose tensors have the same names in both."""
     body = {f"body.{ours}": parts for ours, parts in hf_layout(model.config).items()}
     return body | {
         name: [(name, tuple(p.shape))] for name, p in model.named_parameters() if name.startswith("score.")

@@ -1,9 +1,10 @@
-"""Training of the step reward model (prm.py) to predict how often the policy's prefixes lead to the right answer.
+"""Training of the step reward model (prm.py) on Monte-Carlo labels of the policy's own prefixes.
 
-    loss = -sum_n [y_n log P_n + (1 - y_n) log(1 - P_n)] / N      y_n: share of M continuations of prefix n that are right
+    loss = -sum_n [y_n log P_n + (1 - y_n) log(1 - P_n)] / N
+    y_n  = share of the M continuations of prefix n that are right
 
-The labels y_n are Monte-Carlo estimates of J, on completions that the policy itself sampled. With M > 1 they are
-soft: the cross-entropy is least where P is the policy's chance, not where it is 0 or 1.
+The labels y_n are Monte-Carlo estimates of J, on completions that the policy itself sampled. They are soft:
+the cross-entropy is smallest where P_n is the policy's probability of a right answer.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from thinkrl.update import descend, pack_evenly
 def train(config: Config, world: World, report: Callable[[Path], object] | None = None) -> Run:
     """Train a reward model that starts as the policy's decoder under a new head. Collective.
 
-    Every step samples completions as l2t does, labels their prefixes and takes one optimizer step on them. The
-    policy stays as it is. `report` as in `Session`.
+    Every step samples completions as l2t does, labels their prefixes and takes one optimizer step on them.
+    The policy stays as it is. `report` as in `Session`.
     """
     path = model_path(config.model)
     tokenizer = Tokenizer(path)
@@ -91,7 +92,7 @@ def new_learner(config: Config, world: World, tokenizer: Tokenizer) -> Learner[S
 def labelled_rollout(
     policy: Sampler, problems: list[Problem], step: int, config: Config
 ) -> tuple[list[Trajectory], list[Sample]]:
-    """Completions of the policy, and the samples to learn from: their prefixes with labels."""
+    """Sample completions, and make the training samples: their prefixes with labels."""
     c, tokenizer = config, policy.tokenizer
     drawn: dict[str, Any] = dict(max_tokens=c.max_tokens, temperature=c.temperature, seed=c.seed)
     trajectories = rollout(
@@ -129,17 +130,17 @@ def prefix_labels(
     seed: int,
     address: tuple[int, ...],
 ) -> list[Tensor]:
-    """For every prefix of every trajectory's completion, the share of M continuations whose answer is right: a list of [K+1].
+    """Share of M continuations whose answer is right, for every prefix of every completion: a list of [K+1].
 
     prefixes    as in `score_completions`; prompt, prefix and `max_tokens` more must fit the model's context
-    address     first words of the key of random numbers; problem, sample and prefix follow, so labels do not depend on
-                the world size
+    address     first words of the key of random numbers; problem, sample and prefix follow, so labels do not
+                depend on the world size
 
     Equal prefixes are continued once: the K+1 of a group's trajectories share their J_0.
     """
     places: dict[
         tuple[int, ...], list[tuple[int, int]]
-    ] = {}  # ids up to here -> (trajectory, k) that ask for them
+    ] = {}  # ids up to the prefix's end -> its (trajectory, k)
     for i, (trajectory, counts) in enumerate(zip(trajectories, prefixes, strict=True)):
         turn = trajectory.turns[0]
         for k, count in enumerate(counts):
@@ -171,7 +172,7 @@ def prefix_labels(
 def samples(
     trajectories: Sequence[Trajectory], prefixes: Sequence[list[int]], labels: Sequence[Tensor]
 ) -> list[Sample]:
-    """Sequences to pack and train on, up to the last prefix: each label at the last token of its prefix.
+    """Make samples to pack: tokens up to the last prefix, with each label at its prefix's last token.
 
     The prompt counts as completion here, because J_0 is read at its last token.
     """
@@ -189,7 +190,7 @@ def samples(
 def prm_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float) -> Tensor:
     """Cross-entropy of logits [N, 2] against the chance of being positive, labels [N] in [0, 1]. Scalar.
 
-    Summed, then divided by the step's own number of labels over all ranks (taken as at least 1).
+    A sum, divided by `denominator`, the step's number of labels over all ranks (at least 1).
     """
     logprob = logits.float().log_softmax(-1)
     total = -((1 - labels) * logprob[:, 0] + labels * logprob[:, 1]).sum()
@@ -197,7 +198,7 @@ def prm_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float) -> Ten
 
 
 def label_positions(p: Pack) -> Tensor:
-    """Tokens of the row that have a label, [N] int64."""
+    """Positions of the row's tokens that have a label, [N] int64."""
     if p.labelled is None:
         return torch.empty(0, dtype=torch.int64, device=p.tokens.device)
     return p.labelled
@@ -208,7 +209,8 @@ def pack_loss(
 ) -> tuple[Tensor, dict[str, tuple]]:
     """`prm_loss` of a row made of `samples`, and the (sum, count) of |P(positive) - label|.
 
-    A row without labels runs the whole model too and has zero gradients, so ranks stay in step.
+    A row without labels also runs the whole model, with zero gradients, because every rank must run every
+    forward.
     """
     at = label_positions(p)
     logits = model.logits(model(p.tokens, p.cu_seqlens, longest=p.longest)[at])
