@@ -11,16 +11,16 @@ from thinkrl.tokenizer import Tokenizer
 
 
 def row_prompt(row: Row, tokenizer: Tokenizer) -> list[int]:
-    """Prompt ids of a row: of a turn as in reinforcement learning if it carries its conversation, else of a chat."""
+    """Prompt ids of a row: of a turn, as in RL, if the row has its conversation, else of a chat."""
     if row.conversation is None:
         return chat_prompt(row, tokenizer)
     return example_prompt(row.conversation, row.where, tokenizer)
 
 
 def role_files(rows: Sequence[Row], prompts: str, model: Path) -> dict[str, str]:
-    """The files saved beside a role's weights: the role prompts of the file `prompts`, else of the model's folder.
+    """Files saved with a role's weights: the role prompts, from the file `prompts` or the model's folder.
 
-    Raises UserError for a row that was written with others.
+    Raises UserError for a row that was written with other prompts.
     """
     loaded = load_prompts(prompts, model)
     for row in rows:

@@ -1,22 +1,21 @@
-r"""Two roles, one conversation: their prompts, their tags, and the one builder of ids for SFT, RL and evaluation.
+r"""The two roles' prompts and tags, and the builder of prompt ids for SFT, RL and evaluation.
 
     long    writes  <think>…</think>            a thought
-    short   writes  <answer>…</rethink>         some steps, and the wish for another thought
-            or      <answer>…</answer>          the remaining steps and the final answer; the conversation ends
+    short   writes  <answer>…</rethink>         some steps, and a request for another thought
+            or      <answer>…</answer>          the remaining steps and the final answer, at the end
 
 A turn's prompt is one user message through the checkpoint's chat template:
 
-    Γ_role \n question · segment · segment · …            "·" is the joiner, an empty line unless prompts.json says otherwise
+    Γ_role
+ question · segment · segment · …        "·" is the joiner, by default an empty line
 
-Token ids in, token ids out. The template is rendered once with a marker where the history goes; what stands
-before it, each segment, each joiner and what stands after it are encoded apart and concatenated. So a segment
-has the same ids everywhere: encoded once from text in SFT, the sampled ids themselves in RL and
-evaluation.
+The template is rendered once with a marker where the history goes. The text before the marker, each segment,
+each joiner and the text after it are encoded separately, and their ids concatenated. So a segment has the
+same ids everywhere: in SFT those of its text, in RL and evaluation the sampled ids.
 
-Departures from the released code: Γ stands in the user message everywhere (there: in the system message for
-RL, in the user's for SFT and for the partner); a turn may contain "<", only the five tags are forbidden
-inside it (the official pattern, which rejects "x < 3", is `strict`). There is no `<rethink>`: the tag only
-closes.
+Departures from the released code: Γ is always in the user message (there, in the system message for RL, and
+in the user message for SFT and for the partner). A turn may contain "<", only the five tags are forbidden in
+it; the official pattern, which rejects "x < 3", is `strict`. There is no opening tag `<rethink>`.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ ROLES = ("long", "short")
 THINK, THOUGHT = "<think>", "</think>"
 ANSWER, ANSWERED, RETHINK = "<answer>", "</answer>", "</rethink>"
 TAGS = (THINK, THOUGHT, ANSWER, ANSWERED, RETHINK)
-STOPS = {"long": (THOUGHT,), "short": (ANSWERED, RETHINK)}  # what ends a turn, stop ids aside
+STOPS = {"long": (THOUGHT,), "short": (ANSWERED, RETHINK)}  # stop strings of a turn
 JOINER = "\n\n"
 
-_OFFICIAL = {  # of the released rewards; `$` lets a final line break pass
+_OFFICIAL = {  # patterns of the released rewards; `$` allows a final line break
     "long": re.compile(r"(?s)^<think>([^<]*)</think>$"),
     "short": re.compile(r"(?s)^<answer>([^<]*)(?:</rethink>|</answer>)$"),
 }
-_HISTORY = "\ue000history\ue001"  # private-use characters: no template and no question contains them
+_HISTORY = "\ue000history\ue001"  # private-use characters, which no template or question contains
 
 
 class Codec(Protocol):
@@ -54,9 +53,9 @@ class Codec(Protocol):
 
 
 _CHUNK_REQUEST = """\
-Below are a mathematics problem and a student's way to its solution, cut into numbered steps. Describe how the student thought, \
-as a sequence of blocks: a block is a run of neighbouring steps that pursue one purpose, such as understanding the problem, \
-setting up equations, a calculation, or checking a result.
+Below are a mathematics problem and a student's way to its solution, cut into numbered steps. Describe how \
+the student thought, as a sequence of blocks: a block is a run of neighbouring steps that pursue one \
+purpose, such as understanding the problem, setting up equations, a calculation, or checking a result.
 
 Problem:
 {problem}
@@ -64,14 +63,15 @@ Problem:
 Steps:
 {steps}
 
-Name each block's purpose in a few general words. The first block starts at step 1, each further block starts at the step after \
-the end of the one before, and the last block ends at step {count}. Answer with this JSON and nothing else:
+Name each block's purpose in a few general words. The first block starts at step 1, each further block \
+starts at the step after the end of the one before, and the last block ends at step {count}. Answer with \
+this JSON and nothing else:
 {"block 1": {"start": 1, "end": 2, "block type": "understanding the problem"}, "block 2": {...}, ...}"""
 
 _COMPLETE_REQUEST = """\
-Below are a mathematics problem and a solution with gaps. The solution is a JSON object of numbered parts: some are written out, \
-of the others only the purpose is named. Write the missing parts, briefly, so that the whole reads as one solution; \
-the last part ends with the final answer, in the form that the problem asks for.
+Below are a mathematics problem and a solution with gaps. The solution is a JSON object of numbered parts: \
+some are written out, of the others only the purpose is named. Write the missing parts, briefly, so that the \
+whole reads as one solution; the last part ends with the final answer, in the form that the problem asks for.
 
 Problem:
 {problem}
@@ -79,21 +79,19 @@ Problem:
 Solution with gaps:
 {solution}
 
-Write these parts, in this order, and no others: {missing}. Each of them is one entry, however many steps it takes. \
-Answer with this JSON and nothing else:
+Write these parts, in this order, and no others: {missing}. Each of them is one entry, however many steps it \
+takes. Answer with this JSON and nothing else:
 {"completed": [{"part": "{first}", "content": "..."}, ...]}"""
 
 PLACEHOLDERS = {
     "chunk": ("{problem}", "{steps}"),
     "complete": ("{problem}", "{solution}", "{missing}"),
-}  # none can be spared
+}  # all of them are required
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Γ of both roles, what stands between the parts of a conversation, and what chunk.py asks its
-    instruct model.
-    """
+    """Role prompts Γ, the joiner of a conversation's parts, and chunk.py's requests to its instruct model."""
 
     long: str
     short: str
@@ -108,31 +106,33 @@ class Prompts:
 
 
 _SCENE = (
-    "Two assistants work on the question below and take turns. The thinker works out the hard steps; the finisher builds on "
-    "them and does what is left.\n"
+    "Two assistants work on the question below and take turns. The thinker works out the hard steps; the "
+    "finisher builds on them and does what is left.\n"
     "The thinker writes one piece of reasoning between <think> and </think>.\n"
-    "The finisher writes the steps that follow from it, beginning with <answer>. When they reach the final answer, the finisher "
-    "states it in the form that the question asks for, in \\boxed{} if it asks for none, and closes with </answer>. When the "
-    "reasoning so far is not enough or contains a mistake, the finisher says so and closes with </rethink>, and the thinker "
-    "takes another turn.\n"
-    "A conversation may therefore look like this: <think> reasoning </think> <answer> some steps, and what is missing </rethink> "
-    "<think> more reasoning </think> <answer> remaining steps and the final answer </answer>\n"
+    "The finisher writes the steps that follow from it, beginning with <answer>. When they reach the final "
+    "answer, the finisher states it in the form that the question asks for, in \\boxed{} if it asks for "
+    "none, and closes with </answer>. When the reasoning so far is not enough or contains a mistake, the "
+    "finisher says so and closes with </rethink>, and the thinker takes another turn.\n"
+    "A conversation may therefore look like this: <think> reasoning </think> <answer> some steps, and what "
+    "is missing </rethink> <think> more reasoning </think> <answer> remaining steps and the final answer "
+    "</answer>\n"
 )
 BUILT_IN = Prompts(
     long=_SCENE
-    + "You are the thinker. Write the next piece of reasoning and nothing else: begin with <think>, and end with "
-    "</think>.\n",
+    + "You are the thinker. Write the next piece of reasoning and nothing else: begin with <think>, and end "
+    "with </think>.\n",
     short=_SCENE
-    + "You are the finisher. Write your part and nothing else: begin with <answer>, and end with </answer> if you "
-    "gave the final answer, or with </rethink> if another thought is needed.\n",
+    + "You are the finisher. Write your part and nothing else: begin with <answer>, and end with </answer> "
+    "if you gave the final answer, or with </rethink> if another thought is needed.\n",
 )
 
 
 def load_prompts(path: str | Path = "", folder: str | Path = "") -> Prompts:
-    """The prompts of the file `path`; if that is empty, of prompts.json in the model's `folder`; without one, the built-in ones.
+    """Load prompts from the file `path`, else from prompts.json in the model's `folder`, else the built-in
+    ones.
 
     The file is a JSON object: {"long": Γ_long, "short": Γ_short} and, optionally, "joiner", "chunk" and
-    "complete", the latter two with their `PLACEHOLDERS`. Raises UserError for any other.
+    "complete", the last two with their `PLACEHOLDERS`. Raises UserError for any other content.
     """
     file = Path(path) if path else Path(folder) / "prompts.json"
     if not file.is_file():
@@ -143,8 +143,8 @@ def load_prompts(path: str | Path = "", folder: str | Path = "") -> Prompts:
     known = [f.name for f in fields(Prompts)]
     if not set(ROLES) <= content.keys() <= set(known):
         raise UserError(
-            f"{file}: an object with the texts 'long', 'short' and, if wanted, 'joiner', 'chunk' and 'complete' "
-            "is expected"
+            f"{file}: an object with the texts 'long', 'short' and, if wanted, 'joiner', 'chunk' and "
+            "'complete' is expected"
         )
     for name, text in content.items():
         if not isinstance(text, str) or (name in ROLES and not text.strip()):
@@ -159,46 +159,45 @@ def load_prompts(path: str | Path = "", folder: str | Path = "") -> Prompts:
 
 
 def shared_prompts(path: str | Path, long: str | Path, short: str | Path) -> Prompts:
-    """The prompts of two policies that are to talk: those of `path`, else of the long one's folder, where
-    the short one's agree.
-    """
+    """Load the prompts that two policies share, from `path`, else from their folders, which must agree."""
     prompts = load_prompts(path, long)
     if not path and _roles(load_prompts("", short)) != _roles(prompts):
         raise UserError(
-            f"{long} and {short} have been trained with different prompts.json: give the right ones by --prompts FILE"
+            f"{long} and {short} have been trained with different prompts.json: give the right ones by "
+            "--prompts FILE"
         )
     return prompts
 
 
 def prompts_file(prompts: Prompts) -> dict[str, str]:
-    """prompts.json as {file name: text}, to be saved beside a policy's weights, where `load_prompts` finds it."""
+    """Make prompts.json, as {file name: text}, to be saved with a policy's weights for `load_prompts`."""
     return {"prompts.json": json.dumps(_roles(prompts), indent=2, ensure_ascii=False) + "\n"}
 
 
 def _roles(prompts: Prompts) -> dict[str, str]:
-    """The prompts that a policy is trained with; the requests to an instruct model are not."""
+    """Prompts that a policy is trained with, without the requests to an instruct model."""
     return {"long": prompts.long, "short": prompts.short, "joiner": prompts.joiner}
 
 
 def tagged(role: str, text: str, last: bool = True) -> str:
-    """A segment: the text in its role's tags. Among the short ones only the last closes with `</answer>`."""
+    """Put a segment's text in its role's tags. Of the short ones only the last ends with `</answer>`."""
     if role == "long":
         return f"{THINK}{text}{THOUGHT}"
     return f"{ANSWER}{text}{ANSWERED if last else RETHINK}"
 
 
 def without_tags(text: str) -> str:
-    """The text without any of the five tags, stripped."""
+    """Remove all five tags from a text and strip it."""
     return re.sub("|".join(map(re.escape, TAGS)), "", text).strip()
 
 
 def assemble(segments: Sequence[str], joiner: str = JOINER) -> str:
-    """The history as text."""
+    """Join segments into the history's text."""
     return joiner.join(segments)
 
 
 def user_text(role: str, question: str, history: Sequence[str], prompts: Prompts = BUILT_IN) -> str:
-    """The user message of a turn, as text: what `build` encodes piece by piece."""
+    """User message of a turn as text, which `build` encodes in pieces."""
     return f"{prompts[role]}\n{assemble([question, *history], prompts.joiner)}"
 
 
@@ -209,16 +208,17 @@ def build(
     tokenizer: Codec,
     prompts: Prompts = BUILT_IN,
 ) -> list[int]:
-    """Ids of a turn's prompt.
+    """Build the token ids of a turn's prompt.
 
-    history: the segments so far, each as its ids (which are taken as they are) or as text (which is encoded
-    once). Raises UserError if the chat template does not hand the user message through as one piece.
+    history: the segments so far, each as token ids or as text. Raises UserError if the chat template does not
+    contain the user message exactly once, unchanged.
     """
     message = user_text(role, question, [], prompts) + _HISTORY
     rendered = tokenizer.render_chat([{"role": "user", "content": message}]).split(_HISTORY)
     if len(rendered) != 2:
         raise UserError(
-            f"the chat template writes the user message {len(rendered) - 1} times; a conversation needs it once"
+            f"the chat template writes the user message {len(rendered) - 1} times; a conversation needs it "
+            "once"
         )
     before, after = (tokenizer.encode(text) for text in rendered)
     joiner = tokenizer.encode(prompts.joiner)
@@ -231,10 +231,10 @@ def build(
 def example(
     role: str, question: str, history: Sequence[str], segment: str, prompts: Prompts = BUILT_IN
 ) -> dict:
-    """One row of a cold-start file: alpaca's three fields, and the parts from which `build` makes the ids.
+    """Make one row of a cold-start file: alpaca's three fields, and the arguments of `build`.
 
-    A program that knows alpaca only joins instruction and input by a line break, and so gets `user_text` to
-    the letter.
+    A program that only knows alpaca joins instruction and input by a line break, which is exactly
+    `user_text`.
     """
     return {
         "instruction": prompts[role],
@@ -250,8 +250,8 @@ def example(
 
 
 def example_prompt(row: dict, where: str, tokenizer: Codec) -> list[int]:
-    """Prompt ids of a cold-start row that has the field "conversation". Raises UserError, naming `where`,
-    if it is not one.
+    """Prompt ids of a row with the field "conversation". Raises UserError, naming `where`, if it is
+    malformed.
     """
     parts = row["conversation"]
     try:
@@ -261,28 +261,27 @@ def example_prompt(row: dict, where: str, tokenizer: Codec) -> list[int]:
         complete = False
     if not complete:
         raise UserError(
-            f"{where}: field 'conversation' needs role, question, history and joiner, and the row an instruction"
+            f"{where}: field 'conversation' needs role, question, history and joiner, and the row an "
+            "instruction"
         )
     prompts = Prompts(row["instruction"], row["instruction"], parts["joiner"])
     return build(parts["role"], parts["question"], parts["history"], tokenizer, prompts)
 
 
 def require_prompts(row: dict, where: str, prompts: Prompts) -> None:
-    """Raise UserError if a cold-start row, which `example_prompt` can read, was written with other role
-    prompts than these.
-    """
+    """Raise UserError if a row that `example_prompt` can read was written with other role prompts."""
     parts = row["conversation"]
     if (row["instruction"], parts["joiner"]) != (prompts[parts["role"]], prompts.joiner):
         raise UserError(
-            f"{where}: written with other role prompts than those that would be saved with the policy: give the file "
-            "that chunk.py had by --prompts"
+            f"{where}: written with other role prompts than those that would be saved with the policy: give "
+            "the file that chunk.py had by --prompts"
         )
 
 
 def well_formed(text: str, role: str, strict: bool = False) -> bool:
     """Whether a turn is exactly one non-empty segment of its role.
 
-    strict: by the official pattern, which allows no "<" inside and a line break behind the closing tag.
+    strict: by the official pattern, which forbids "<" inside and allows a line break after the closing tag.
     """
     if strict:
         match = _OFFICIAL[role].search(text)
@@ -296,8 +295,9 @@ def well_formed(text: str, role: str, strict: bool = False) -> bool:
 
 
 def gradable(segment: str, source: str) -> str:
-    """Part of a short segment that is graded. Under the rule `arith`, whose answers carry no mark of their own, its last line:
-    `<answer>20*3=60\\n64</answer>` answers 64, and the lines before it are steps.
+    """Part of a short segment that is graded: all of it, or under the rule `arith` its last line.
+
+    Answers of `arith` have no marker: `<answer>20*3=60\\n64</answer>` answers 64 after one step.
     """
     if source != "arith" or not segment.rstrip().endswith(ANSWERED):
         return segment

@@ -34,9 +34,7 @@ from thinkrl.types import Problem, Sample
 
 
 class LongShort(Preset[Conversation]):
-    """Two policies write one conversation in turns; each round trains one of them against the other,
-    frozen.
-    """
+    """Two policies that write one conversation in turns; each round trains one while the other is frozen."""
 
     def __init__(self, config: Config, world: World):
         self.config, self.device = config, world.device
@@ -54,12 +52,14 @@ class LongShort(Preset[Conversation]):
         }
 
     def at(self, step: int) -> Round:
-        """The round that a step belongs to."""
+        """Round that a step belongs to."""
         return round_at(step, self.config.rounds, self.config.steps_per_round, self.config.length_coef)
 
     def require_room(self, problems: list[Problem], training: bool) -> None:
-        """For the opening turn; a conversation that outgrows the context later on ends. Where the short role is
-        trained, the opening turn is the partner's.
+        """Raise UserError if an opening turn does not fit the context; a later turn that does not fit ends a
+        conversation.
+
+        If the short role is trained, the opening turn is the partner's.
         """
         c, sampler = self.config, self.learners["long"].sampler
         context = sampler.model.config.max_positions
@@ -68,12 +68,13 @@ class LongShort(Preset[Conversation]):
             require_room(problems, prompts, context, c[option], f"--{option}")
 
     def begin_step(self, step: int) -> Actor:
-        """The learner of the round's role; its reference is the policy as the round began. LS Eq. 7, 8
+        """Return the learner of the round's role. The reference is the policy at the start of the round. LS
+        Eq. 7, 8
 
-        The frozen partner's moments wait on the host.
+        The frozen partner's optimizer moments are moved to the host.
         """
         trained = self.at(step).role
-        for role, each in self.learners.items():  # the partner's first: there may be no room for both
+        for role, each in self.learners.items():  # the partner's first: memory may not hold both
             if role != trained:
                 each.move_moments(torch.device("cpu"))
         learner = self.learners[trained]
@@ -83,7 +84,7 @@ class LongShort(Preset[Conversation]):
         return learner
 
     def learning_rate(self, step: int) -> float:
-        """Every round has a schedule of its own."""
+        """Learning rate of a step; every round has its own schedule."""
         return learning_rate(self.at(step).step, self.config.steps_per_round, self.config)
 
     def converse(
@@ -93,7 +94,7 @@ class LongShort(Preset[Conversation]):
         sampling: dict[str, tuple[float, int]],
         address: tuple[int, ...],
     ) -> list[Conversation]:
-        """sampling: each role's temperature and token limit of a turn."""
+        """Sample conversations. sampling: role -> temperature and token limit of a turn."""
         c = self.config
         roles = {
             role: RoleSampler(self.learners[role].sampler, *limits, self.prompts, c.suffix)
@@ -110,7 +111,7 @@ class LongShort(Preset[Conversation]):
         )
 
     def rollout(self, problems: list[Problem], step: int, tally: Tally) -> list[Conversation]:
-        """Conversations in which the partner of the trained role is sampled with options of its own."""
+        """Sample conversations; the partner of the trained role has its own sampling options."""
         c, trained = self.config, self.at(step).role
         sampling = {role: (c.partner_temperature, c.partner_max_tokens) for role in self.learners}
         sampling[trained] = (c.temperature, c.max_tokens)
@@ -120,7 +121,7 @@ class LongShort(Preset[Conversation]):
         return talks
 
     def reward(self, trajectories: Sequence[Conversation], step: int, tally: Tally) -> None:
-        """Outcome, format and length reward of the trained role. LS Eq. 9"""
+        """Set outcome, format and length reward of the trained role. LS Eq. 9"""
         c, now = self.config, self.at(step)
         rewards = role_rewards(
             trajectories,
@@ -138,7 +139,7 @@ class LongShort(Preset[Conversation]):
             tally.add("round", now.index + 1)
 
     def advantages(self, trajectories: Sequence[Conversation], step: int, tally: Tally) -> list[Tensor]:
-        """One number for all tokens of the trained role's turns."""
+        """One advantage per conversation, for all tokens of the trained role's turns."""
         role, scalars = self.at(step).role, grpo_advantages(trajectories, self.config)
         return [v.expand(own_tokens(talk, role)) for v, talk in zip(scalars, trajectories)]
 
@@ -157,6 +158,6 @@ class LongShort(Preset[Conversation]):
         return summarise(trajectories) | summary(trajectories)
 
     def name(self, step: int) -> str:
-        """The pair at the end of a round, as the paper's tables name it; inside a round, the step."""
+        """Name of an evaluation: at the end of a round the pair, as in the paper's tables, else the step."""
         rounds, inside = divmod(step, self.config.steps_per_round)
         return f"step_{step}" if inside else pair_name(self.config.rounds, rounds)

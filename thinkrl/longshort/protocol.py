@@ -1,25 +1,27 @@
-r"""Long⊗Short reinforcement learning: the turn protocol, the role rewards and the rounds.                           LS §4.2
+r"""Long⊗Short reinforcement learning: the turn protocol, the role rewards and the rounds.             LS §4.2
 
 The protocol, for many conversations at once; h is the history, Γ the role's prompt:
 
     h = []
-    up to max_turns times:   l = π_long (Γ_long  ∥ q ∥ h);  h += l         "<think>…</think>"
-                             s = π_short(Γ_short ∥ q ∥ h);  h += s         "<answer>…</rethink>" or "<answer>…</answer>"
+    up to max_turns times:   l = π_long (Γ_long  ∥ q ∥ h);  h += l    "<think>…</think>"
+                             s = π_short(Γ_short ∥ q ∥ h);  h += s    "<answer>…</rethink>" or "…</answer>"
                              stop after </answer>
 
-    reward = η·EM + λ·FM + µ·LM                                                                            LS Eq. 9
-    EM     1 if the closing answer is the gold one
-    FM     1 if every own turn is well formed
-    LM     0.5 - (len - min) / (max - min) over the group, in own tokens; at most 0 where EM is 0       Kimi k1.5 §2.3.3
+    reward = η·EM + λ·FM + µ·LM                                                     LS Eq. 9
+    EM     1 if the final answer is right
+    FM     1 if every turn of the trained role is well formed
+    LM     0.5 - (len - min) / (max - min) over the group, in the trained role's tokens; at most 0 if EM is 0
 
-A round trains one role by GRPO against the other one, frozen; its reference is the policy as the round began.     LS Eq. 7, 8
-Every turn of the trained role is a sample; the partner's tokens are in its prompt, so they never enter the loss.
+A round trains one role by GRPO while the other is frozen; its reference is the policy at the start of the
+round (LS Eq. 7, 8). Every turn of the trained role is a sample. The partner's tokens are part of its prompt,
+so they never enter the loss. LM is that of Kimi k1.5 §2.3.3.
 
-Readings. The paper bounds no conversation; here it ends, with EM = 0, after `max_turns` exchanges, when the
-next prompt leaves no room in the context, and at a malformed turn (by the tag-aware check, whatever the
-reward's check is). An attempt without a turn of the trained role has FM = LM = 0. Released code measures
-length in characters, over whatever shares a process, and never counts a long turn as correct; `symmetric` is
-its correction of that. What it trains is `single_exchange`: one long turn, one reply, graded as it stands.
+Readings: the paper does not limit a conversation. Here it ends, with EM = 0, after `max_turns` exchanges, if
+the next turn does not fit the context, and at a malformed turn (checked with the five tags, even if the
+reward is strict). A conversation without a turn of the trained role has FM = LM = 0. The released code
+measures length in characters, over all samples in a process, and never counts a long turn as correct;
+`symmetric` is its correction of that. It trains `single_exchange`: one long turn and one reply, which is
+graded.
 """
 
 from __future__ import annotations
@@ -52,15 +54,16 @@ from thinkrl.visible import visible
 
 @dataclass
 class Conversation(Trajectory):
-    """An attempt in which two roles take turns."""
+    """Trajectory in which two roles take turns."""
 
     texts: list[str] = field(default_factory=list)  # of the turns, decoded
     ended: str = ""  # answered | malformed | turns | context; "" while it goes on
-    trained: str = ""  # the role that learns from it; "" in evaluation
+    trained: str = ""  # trained role; "" in evaluation
     role_reward: RoleReward | None = None  # that role's reward; None in evaluation
 
     def record(self, advantage: Tensor) -> dict:
-        """One line of samples.jsonl: that of a trajectory and
+        """Make one line of samples.jsonl: a trajectory's, and
+
 
         texts, ended                             as above
         format_reward, length_reward, trained    FM and LM of LS Eq. 9, and the trained role
@@ -74,18 +77,18 @@ class Conversation(Trajectory):
 
 @dataclass(frozen=True)
 class RoleSampler:
-    """How a role is prompted and sampled."""
+    """Prompts and sampling options of a role."""
 
     sampler: Sampler  # with its tokenizer
     temperature: float
     max_tokens: int  # of one turn
     prompts: Prompts = BUILT_IN
     suffix: str = ""  # text appended to every question
-    # called with the role and its turn's tokens so far, while it is written
+    # called during decoding with the role and the tokens of its turn so far
     on_tokens: Callable[[str, list[int]], None] | None = None
 
     def prompt(self, role: str, talk: Conversation) -> list[int]:
-        """Ids of the role's next prompt. The row's own system message is not used: Γ takes its place."""
+        """Ids of the role's next prompt. Γ replaces the system message of the row."""
         question = messages(talk.problem, suffix=self.suffix)[-1]["content"]
         history = [turn.completion for turn in talk.turns]
         return build(role, question, history, self.sampler.tokenizer, self.prompts)
@@ -132,17 +135,18 @@ def converse(
     address: tuple[int, ...],
     rollout: str = "full",
 ) -> list[Conversation]:
-    """`group_size` conversations about each problem, groups contiguous, each graded: `outcome_reward` and `reward` are 0 or 1.
+    """Sample `group_size` conversations per problem, groups contiguous, and grade them: rewards are 0 or 1.
 
-    All advance together, turn by turn; those that have ended wait. A turn's random numbers are drawn by the key
-    (seed, *address, problem, sample, turn, role).
-    rollout    "full", or "single_exchange": one turn of each role, whatever they write
+    The conversations that go on take their next turn in one batch. A turn's random numbers are drawn by the
+    key (seed, *address, problem, sample, turn, role).
+
+    rollout    "full", or "single_exchange": one turn of each role, whatever its tags
     """
     single = rollout == "single_exchange"
     talks = [Conversation(problem, sample, []) for problem in problems for sample in range(group_size)]
     for turn, role in product(range(1 if single else max_turns), ROLES):
         sampler, active = roles[role], [talk for talk in talks if not talk.ended]
-        if turn == 0 and role == "long":  # a group's first prompt is one, and is prefilled once
+        if turn == 0 and role == "long":  # a group shares its first prompt, prefilled once
             n, prompts = group_size, [sampler.prompt(role, talk) for talk in active[::group_size]]
         else:
             n, (active, prompts) = 1, _with_room(role, sampler, active)
@@ -161,7 +165,7 @@ def converse(
 def _with_room(
     role: str, sampler: RoleSampler, talks: Sequence[Conversation]
 ) -> tuple[list[Conversation], list[list[int]]]:
-    """The conversations in which the role has room for a turn, and their prompts; the others end."""
+    """Conversations where the role's next turn fits the context, and their prompts; the others end."""
     prompts = [sampler.prompt(role, talk) for talk in talks]
     for talk, prompt in zip(talks, prompts):
         talk.ended = "" if sampler.has_room(prompt) else "context"
@@ -170,7 +174,7 @@ def _with_room(
 
 
 def _end(role: str, text: str, single: bool) -> str:
-    """How a conversation ends with this turn; "" if it goes on."""
+    """Reason why a conversation ends with this turn; "" if it goes on."""
     if single:
         return "answered" if role == "short" else ""
     if not well_formed(text, role):
@@ -179,7 +183,7 @@ def _end(role: str, text: str, single: bool) -> str:
 
 
 def _grade(talk: Conversation) -> None:
-    """Grade the closing turn. EM of LS Eq. 9"""
+    """Grade the last turn. EM of LS Eq. 9"""
     closing, source = gradable(talk.text, talk.problem.source), talk.problem.source
     talk.answer = extract(closing, source)
     talk.outcome_reward = talk.reward = float(grade(closing, talk.problem.answer, source))
@@ -194,27 +198,23 @@ def opening_prompts(
 
 
 def require_same_tokenizer(long: Tokenizer, short: Tokenizer) -> None:
-    """Raise UserError unless both roles read the same ids the same way: one's ids stand in the other's
-    prompts.
-    """
+    """Raise UserError unless both tokenizers decode alike: one role's ids are in the other's prompts."""
     if where := difference(long, short, BUILT_IN.long + BUILT_IN.short):
         raise UserError(
-            f"the two roles have different tokenizers, {long.path} and {short.path}: {where}; train both from models "
-            "of one family"
+            f"the two roles have different tokenizers, {long.path} and {short.path}: {where}; train both "
+            "from models of one family"
         )
 
 
 def format_reward(text: str, role: str, strict: bool = False) -> float:
-    """FM of one turn: 1 if it is exactly one non-empty segment of its role, else 0. strict: by the
-    official pattern.
-    """
+    """FM of one turn, 1 or 0: whether it is `well_formed`."""
     return float(well_formed(text, role, strict))  # FM of LS Eq. 9
 
 
 def length_reward(lengths: Sequence[float], correct: Sequence[bool], symmetric: bool = False) -> list[float]:
     """LM of each attempt of one group, from lengths and correctness. Equal lengths give 0. Kimi k1.5 §2.3.3
 
-    symmetric: a wrong attempt gets the same bonus for being short as a right one, instead of at most 0.
+    symmetric: a wrong attempt gets the same reward for brevity as a right one, instead of at most 0.
     """
     shortest, longest = min(lengths, default=0), max(lengths, default=0)
     if shortest == longest:
@@ -244,9 +244,7 @@ def role_rewards(
     strict: bool = False,
     symmetric: bool = False,
 ) -> list[RoleReward]:
-    """Rewards of the trained role, one per conversation; groups are contiguous. length_coef is µ at this
-    step.
-    """
+    """Rewards of the trained role, one per conversation; groups are contiguous. length_coef: µ."""
     rewards = []
     for start in range(0, len(talks), group_size):
         group = talks[start : start + group_size]
@@ -277,52 +275,46 @@ class Round:
 
     index: int  # of the round, from 0
     role: str  # that it trains
-    step: int  # inside the round, from 0; at 0 the reference becomes the policy
+    step: int  # inside the round, from 0; at step 0 the reference is reset to the policy
     length_coef: float  # µ
 
 
 def round_at(step: int, rounds: str, steps_per_round: int, length_coef: float = 1.0) -> Round:
-    """The round that global step `step`, from 0, belongs to. µ rises linearly over a round, from 0 to
-    length_coef. LS §4.2
-    """
+    """Round of the global step `step`, from 0. µ rises from 0 to length_coef in a round. LS §4.2"""
     roles = schedule(rounds)
     index, inside = divmod(step, steps_per_round)
     assert 0 <= index < len(roles), (
-        f"step {step} is behind the last of {len(roles)} rounds of {steps_per_round}"
+        f"step {step} is after the last of {len(roles)} rounds of {steps_per_round}"
     )
     mu = length_coef * inside / max(1, steps_per_round - 1)
     return Round(index, roles[index], inside, mu)
 
 
 def pair_name(rounds: str, finished: int) -> str:
-    """The two policies after `finished` rounds, as the paper's tables name them: "LLSLSL" after 3 is
-    L2⊗S1.
-    """
+    """Name of the pair after `finished` rounds, as in the paper's tables: "LLSLSL" after 3 is L2⊗S1."""
     done = schedule(rounds)[:finished]
     return f"L{done.count('long')}⊗S{done.count('short')}"
 
 
 def exchanges(talks: Sequence[Trajectory]) -> list[int]:
-    """Turns of each conversation as the paper counts them: one long and, if it came to that, one short."""
+    """Exchanges of each conversation as the paper counts them: a long turn and the short one that follows."""
     return [sum(turn.role == "long" for turn in talk.turns) for talk in talks]
 
 
 def summary(talks: Sequence[Conversation]) -> dict:
-    """Numbers that conversations add to `evaluate.summarise`: exchanges (min, mean, max), tokens by role, how
-    they ended.
-    """
+    """Statistics of conversations, added to `evaluate.summarise`: exchanges, tokens by role, ends."""
     return _summary(
         [([(turn.role, len(turn.completion)) for turn in talk.turns], talk.ended) for talk in talks]
     )
 
 
 def summary_of_records(records: Iterable[dict]) -> dict:
-    """The same from `held_out_record`."""
+    """Compute `summary` from lines of `held_out_record`."""
     return _summary([([(turn["role"], turn["tokens"]) for turn in r["turns"]], r["ended"]) for r in records])
 
 
 def _summary(talks: Sequence[tuple[list[tuple[str, int]], str]]) -> dict:
-    """Of each conversation (role, tokens) of its turns, and how it ended."""
+    """Compute `summary` from (role, tokens) of each conversation's turns, and how it ended."""
     count = len(talks)
     turns = [sum(role == "long" for role, _ in talk) for talk, _ in talks]
     tokens = {own: sum(n for talk, _ in talks for role, n in talk if role == own) for own in ROLES}
@@ -338,7 +330,7 @@ _COLOURS = {"long": "\033[36m", "short": "\033[33m"}
 
 
 def heading(role: str, colour: bool) -> str:
-    """What stands before a role's words; coloured, they stay in its colour until `RESET`."""
+    """Heading of a role's turn; with `colour` the text after it is coloured up to `RESET`."""
     return f"{_COLOURS[role]}{role}\n" if colour else f"{role}\n"
 
 
@@ -346,7 +338,7 @@ RESET = "\033[0m"
 
 
 def transcript(talk: Conversation, colour: bool = True) -> str:
-    """A conversation to be printed: question, then a heading and the text of every turn, roles coloured."""
+    """Format a conversation for a terminal: the question, then heading and text of every turn."""
     parts = [visible(talk.problem.question)]
     for turn, text in zip(talk.turns, talk.texts):
         part = f"{turn.role} ({len(turn.completion)} tokens)\n{visible(text)}"

@@ -1,21 +1,22 @@
-r"""A long chain of thought -> thoughts -> importance -> labels -> the two cold-start sets.                        LS §3, §4.1
+r"""A long chain of thought -> thoughts -> importance -> labels -> the two cold-start sets.        LS §3, §4.1
 
-    chunk       y = y_1 … y_n, by an instruct model (`llm`), at blank lines (`paragraphs`) or at episode tags (`tags`)
+    chunk       y = y_1 … y_n, by an instruct model (`llm`), at blank lines (`paragraphs`)
+                or episode tags (`tags`)
     rollouts    N continuations of (question, y_1 … y_i) for every i, graded: accuracy P_i = right / N
-    importance  M(y_i) = log2(1 + T1 T2 P_i) - δ_i                                                              LS Eq. 1
-                T1 = (d_y - d_{1..i}) / d_y     a short context is worth more
-                T2 = (d_y - d_{y_i}) / d_y      a short thought is worth more
+    importance  M(y_i) = log2(1 + T1 T2 P_i) - δ_i                                            LS Eq. 1
+                T1 = (d_y - d_{1..i}) / d_y     larger if the context is short
+                T2 = (d_y - d_{y_i}) / d_y      larger if the thought is short
                 δ_i = decay if P_i <= P_{i-1}, else 0;  δ_1 = 0
     label       y_1 is long; y_i is long if M(y_i) > max(M(y_1), …, M(y_{i-1})), else short
-    segments    adjacent thoughts of one label are one segment; the short ones are completed, by a model (`llm`) or by the thoughts'
-                own text (`block`), and closed with </rethink>, the last one with </answer>
+    segments    adjacent thoughts of one label form a segment; the short ones are written by a model (`llm`)
+                or are the thoughts' own text (`block`), and end with </rethink>, the last one with </answer>
 
-Readings. δ is subtracted, also on equal accuracy, and not from the first thought: only so does Eq. 1 give the
-numbers printed in the paper's Figure 4. Lengths are tokens. Since T1(n) = 0 and δ_1 = 0, the last thought of
-two or more is always short, so a conversation begins long and ends short. Unlike the released chunker, every
-step must be covered: it drops the tail.
+Readings: δ is subtracted, also at equal accuracy, but not from the first thought; only then does Eq. 1 give
+the numbers of the paper's Figure 4. Lengths are tokens. Since T1(n) = 0 and δ_1 = 0, the last of two or more
+thoughts is always short, so a conversation begins with a long segment and ends with a short one. Every step
+must be covered by a thought; the released chunker drops the steps at the end.
 
-Model text is read by `repair_json`: repaired JSON, never `eval`.
+Text of a model is read by `repair_json`, never by `eval`.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from thinkrl.types import Problem
 
 CHUNKERS = ("llm", "paragraphs", "tags")
 COMPLETERS = ("llm", "block")
-TRIES = 5  # answers of an instruct model that do not parse, before an item is given up
+TRIES = 5  # answers of an instruct model before an item is rejected
 STEP = "\n\n"
-ROLLOUT, CHUNKING, COMPLETING = 2, 3, 4  # first parts of an address; 0 and 1 are training's and evaluation's
+ROLLOUT, CHUNKING, COMPLETING = 2, 3, 4  # first number of a key; 0 and 1 are training and evaluation
 
 
 class Rejected(Exception):
-    """Why an item cannot be used: one clause, for rejects.jsonl. said: the text that was rejected, if it was one."""
+    """Reason why an item cannot be used, one clause for rejects.jsonl. said: the rejected text, if any."""
 
     def __init__(self, reason: str, said: str = ""):
         super().__init__(reason)
@@ -55,12 +56,12 @@ class Rejected(Exception):
 @dataclass(frozen=True)
 class Thought:
     text: str  # without tags
-    prefix: str  # what it adds to the assistant's turn that rollouts continue
+    prefix: str  # its part of the assistant's turn that rollouts continue
     kind: str = ""  # block type, as the chunker named it
 
 
 def importance(lengths: Sequence[float], accuracies: Sequence[float], decay: float = 0.25) -> list[float]:
-    """M(y_i) of n thoughts, from their lengths in tokens and the accuracies of rollouts behind each. LS Eq. 1.
+    """Importance M(y_i) of n thoughts from their lengths in tokens and the accuracies after each. LS Eq. 1
 
     Raises ValueError for lists of unequal length, an accuracy outside [0, 1], or thoughts without any token.
     """
@@ -79,7 +80,7 @@ def importance(lengths: Sequence[float], accuracies: Sequence[float], decay: flo
 
 
 def label(scores: Sequence[float]) -> list[str]:
-    """ "long" for the first score and for every new maximum, strictly, else "short". LS §4.1"""
+    """Label the first score and every strict new maximum "long", the others "short". LS §4.1"""
     best = [-math.inf, *accumulate(scores, max)]
     return ["long" if score > before else "short" for score, before in zip(scores, best)]
 
@@ -92,13 +93,13 @@ def runs(labels: Sequence[str]) -> list[tuple[str, list[int]]]:
 
 
 def split_response(response: str) -> tuple[str, str]:
-    """(reasoning, what stands behind `</think>`), both without tags of ours at their ends."""
+    """Split a response at `</think>`: (reasoning, text after it), both without tags at their ends."""
     reasoning, _, final = response.partition("</think>")
     return reasoning.replace("<think>", "", 1), without_tags(final)
 
 
 def paragraphs(response: str) -> list[Thought]:
-    """One thought per paragraph of the reasoning."""
+    """Cut the reasoning into one thought per paragraph."""
     texts = map(without_tags, split_response(response)[0].split(STEP))
     return [Thought(text, text + STEP) for text in texts if text]
 
@@ -107,37 +108,38 @@ _EPISODE = re.compile(r"<episode_(\d+)>(.*?)</episode_\1>", re.DOTALL)
 
 
 def tags(response: str) -> list[Thought]:
-    """One thought per `<episode_k>…</episode_k>` of the reasoning; prefixes are the response to the letter, tags included.
+    """Cut the reasoning into one thought per `<episode_k>…</episode_k>`; prefixes keep the response's text
+    and tags.
 
-    Raises Rejected if there is no episode, or text behind the last one.
+    Raises Rejected if there is no episode, or text after the last one.
     """
     reasoning = response.partition("</think>")[0]
     found = [m for m in _EPISODE.finditer(reasoning) if m[2].strip()]
     if not found:
         raise Rejected("no episode tags")
     if reasoning[found[-1].end() :].strip():
-        raise Rejected("thinking behind the last episode tag")
+        raise Rejected("thinking after the last episode tag")
     starts = [0, *(m.end() for m in found)]
     return [Thought(without_tags(m[2]), reasoning[start : m.end()]) for m, start in zip(found, starts)]
 
 
 def chunk_request(problem: str, steps: Sequence[str], prompts: Prompts = BUILT_IN) -> str:
-    """Request to the instruct model, with the steps numbered from 1."""
+    """Make the request to the instruct model, with the steps numbered from 1."""
     numbered = "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps, start=1))
     return _filled(prompts.chunk, problem=problem, steps=numbered, count=str(len(steps)))
 
 
 def _filled(text: str, **values: str) -> str:
-    """The text with {name} replaced by each value, once; any other brace is a brace."""
+    """Replace each {name} by its value in one pass; other braces stay."""
     return re.sub(rf"{{({'|'.join(values)})}}", lambda place: values[place[1]], text)
 
 
 def read_blocks(answer: object, steps: Sequence[str], extend: bool = False) -> list[Thought]:
-    """The thoughts of an answer {"block 1": {"start", "end", "block type"}, …} or a list of such blocks.
+    """Read thoughts from an answer {"block 1": {"start", "end", "block type"}, …} or a list of such blocks.
 
-    Blocks must follow each other from step 1 to the last. extend: where they stop early, the last one takes
-    the rest, and steps beyond the last are ignored (published chunkings count the text behind the thinking,
-    and then lose the tail). Raises Rejected.
+    Blocks must follow each other from step 1 to the last. extend: if they stop early, the last block takes
+    the remaining steps, and steps beyond the last are ignored, because published chunkings also count the
+    text after the thinking. Raises Rejected.
     """
     blocks = list(answer.values()) if isinstance(answer, dict) else answer
     if not isinstance(blocks, list) or not blocks:
@@ -161,9 +163,7 @@ def read_blocks(answer: object, steps: Sequence[str], extend: bool = False) -> l
 
 
 def given_blocks(blocks: dict | None, response: str) -> list[Thought]:
-    """The thoughts of a row that was chunked before, in the layout of OpenMath-ThoughtChunk. Raises
-    Rejected.
-    """
+    """Read the thoughts of a row in the layout of OpenMath-ThoughtChunk. Raises Rejected."""
     return read_blocks(blocks, split_response(response)[0].split(STEP), extend=True)
 
 
@@ -177,9 +177,7 @@ def chunk_by_model(
     seed: int,
     prompts: Prompts = BUILT_IN,
 ) -> list[list[Thought] | Rejected]:
-    """The thoughts of each response, by an instruct model; Rejected where none of `TRIES` answers can be
-    used.
-    """
+    """Cut each response by an instruct model. A result is Rejected if none of `TRIES` answers can be read."""
     steps = [split_response(response)[0].split(STEP) for response in responses]
     requests = [chunk_request(problem.question, s, prompts) for problem, s in zip(problems, steps)]
 
@@ -200,8 +198,8 @@ def _ask(
     temperature: float,
     seed: int,
 ) -> list:
-    """Ask for each request, again where `read` rejects the answer. One list of results, or the last
-    Rejected, per request.
+    """Ask for each request, at most `TRIES` times while `read` rejects the answer; results, or the last
+    Rejected.
     """
     context = sampler.model.config.max_positions
     prompts = [tokenizer.encode_chat([{"role": "user", "content": request}]) for request in requests]
@@ -234,7 +232,7 @@ def _ask(
 
 @dataclass(frozen=True)
 class Prefix:
-    """Outcome of N rollouts behind y_1 … y_i came to."""
+    """Result of N rollouts after y_1 … y_i."""
 
     right: int
     rollouts: int
@@ -256,14 +254,14 @@ def rollouts(
     seed: int,
     suffix: str = "",
 ) -> list[list[Prefix]]:
-    """n graded continuations behind every prefix of every chain. LS §3.1
+    """Sample and grade n continuations of every prefix of every chain. LS §3.1
 
-    Prefix and continuation are graded as one response, but a continuation that was cut at its limit by what
-    it says itself: an answer that the prefix only mentions on its way was not the response's last word.
+    Prefix and continuation are graded as one response. A continuation that reached its length limit is graded
+    alone, because an answer inside the prefix was not meant as the final one.
 
-    A chain goes through the model once: prefix i + 1 lists the pages of prefix i and its own, and the n
-    samples of a prefix share them. Raises UserError if the pages do not suffice. The chains must fit the
-    context: see `require_chain`.
+    A chain goes through the model once: prefix i + 1 shares the pages of prefix i, and the n samples of a
+    prefix share its pages. Raises UserError if there are too few pages. The chains must fit the context: see
+    `require_chain`.
     """
     if not chains:
         return []
@@ -299,7 +297,7 @@ def rollouts(
 def _prefill(
     sampler: Sampler, prompt: list[int], thoughts: Sequence[Thought], tokenizer: Tokenizer, held: ExitStack
 ) -> list:
-    """Pages of every prefix of one chain, which goes through the model once; `held` releases them."""
+    """Prefill one chain and fork the pages of every prefix; `held` releases them."""
     pieces = [tokenizer.encode(thought.prefix) for thought in thoughts]
     whole = sampler.prefill(prompt + sum(pieces, []))
     held.callback(whole.release)
@@ -311,7 +309,7 @@ def _prefill(
 
 
 def _graded(problem: Problem, text: str, group: Sequence[Completion], tokenizer: Tokenizer) -> Prefix:
-    """The share of continuations that are right: with the prefix `text` before them, or, where cut, alone."""
+    """Grade continuations with the prefix `text` before them, or alone if they reached the length limit."""
     responses = [(text if c.finish_reason == "stop" else "") + tokenizer.decode(c.tokens) for c in group]
     right = sum(grade(response, problem.answer, problem.source) for response in responses)
     return Prefix(right, len(group), sum(len(c.tokens) for c in group) / len(group))
@@ -329,7 +327,7 @@ def require_chain(
     max_tokens: int,
     suffix: str = "",
 ) -> None:
-    """Raise Rejected for a chain that leaves no room for a continuation, or that is no chain."""
+    """Raise Rejected for fewer than two thoughts, and for a chain without room for a continuation."""
     if len(thoughts) < 2:
         raise Rejected("a chain of one thought" if thoughts else "no thought")
     length = len(prompt_ids(problem, tokenizer, suffix=suffix)) + sum(
@@ -344,8 +342,8 @@ def require_chain(
 def complete_by_block(
     problem: Problem, thoughts: Sequence[Thought], labels: Sequence[str], final: str
 ) -> list[str]:
-    """The segments' texts, each its thoughts' own; the last one also gives the chain's final text if it
-    has no answer yet.
+    """Texts of the segments, made of their thoughts; the chain's final text is added if the last has no
+    answer.
     """
     texts = [STEP.join(thoughts[i].text for i in indices) for _, indices in runs(labels)]
     if not _grades(texts[-1], problem):
@@ -356,7 +354,7 @@ def complete_by_block(
 def completion_request(
     question: str, thoughts: Sequence[Thought], labels: Sequence[str], prompts: Prompts = BUILT_IN
 ) -> str:
-    """Request to the instruct model: long segments verbatim, of the short ones only the block types."""
+    """Make the request to the instruct model: long segments verbatim, short ones by block type only."""
     parts, missing = {}, []
     for number, (role, indices) in enumerate(runs(labels), start=1):
         if role == "long":
@@ -376,7 +374,7 @@ def completion_request(
 
 
 def read_completion(answer: object, count: int) -> list[str]:
-    """The `count` contents of an answer: an object with one list, or the list. Matched by place, since models rename parts.
+    """Read the `count` parts of an answer, a list or an object with one list, by position.
 
     Raises Rejected.
     """
@@ -404,7 +402,7 @@ def complete_by_model(
     seed: int,
     prompts: Prompts = BUILT_IN,
 ) -> list[list[str] | Rejected]:
-    """The segments' texts of each chain, the short ones written by an instruct model. LS §4.1"""
+    """Texts of each chain's segments, the short ones written by an instruct model. LS §4.1"""
     requests = [completion_request(*item, prompts) for item in zip(questions, chains, labels)]
 
     def read(i: int, text: str) -> list[str]:
@@ -419,9 +417,7 @@ def complete_by_model(
 
 
 def segments(texts: Sequence[str], labels: Sequence[str], problem: Problem) -> list[str]:
-    """The conversation: each text in its role's tags. Raises Rejected unless the last segment is short and
-    grades correct.
-    """
+    """Put each text in its role's tags. Raises Rejected unless the last segment is short and graded right."""
     roles = [role for role, _ in runs(labels)]
     if roles[-1] != "short" or not _grades(texts[-1], problem):
         raise Rejected("the last short segment does not give the gold answer", texts[-1])
@@ -431,7 +427,7 @@ def segments(texts: Sequence[str], labels: Sequence[str], problem: Problem) -> l
 def cold_start(
     question: str, conversation: Sequence[str], prompts: Prompts = BUILT_IN
 ) -> tuple[list[dict], list[dict]]:
-    """(D_long, D_short) of one conversation: every segment is learnt once, behind the segments before it.
+    """Rows (D_long, D_short) of one conversation: each segment once, with the segments before it as history.
     LS §4.1
     """
     rows: tuple[list[dict], list[dict]] = ([], [])
@@ -445,20 +441,21 @@ def _grades(text: str, problem: Problem) -> bool:
     return grade(gradable(tagged("short", text), problem.source), problem.answer, problem.source)
 
 
-_NEWLINE_OR_LATEX = (  # "\n" ends a line, "\neq" does not; commands that are a word behind the n, as "\nless", are left out
-    r"n(?!(?:abla|atural|cong|e|earrow|eg|eq|ewline|geq|i|leftarrow|leq|mid|oindent|olimits|onumber|ot|otag|otin|prec|rightarrow|sim"
-    r"|subseteq|succ|supseteq|u|warrow)(?![a-zA-Z]))"
+# "\n" is a line break, "\neq" is not; commands such as "\nless" are left out
+_NEWLINE_OR_LATEX = (
+    r"n(?!(?:abla|atural|cong|e|earrow|eg|eq|ewline|geq|i|leftarrow|leq|mid|oindent|olimits|onumber|ot|otag|"
+    r"otin|prec|rightarrow|sim|subseteq|succ|supseteq|u|warrow)(?![a-zA-Z]))"
 )
 _ESCAPE = re.compile(rf'\\(\\|["/]|u[0-9a-fA-F]{{4}}|t(?![a-zA-Z])|{_NEWLINE_OR_LATEX})?')
 _SINGLE_QUOTED = re.compile(r"(?<=[{\[,:\s])'((?:[^'\\]|\\.|'(?!\s*[,:}\]]))*)'(?=\s*[,:}\]])", re.DOTALL)
-_STARTS = 20  # brackets from which reading is tried
+_STARTS = 20  # opening brackets at which parsing is tried
 
 
 def repair_json(text: str) -> dict | list:
-    r"""The first JSON object or list that is not empty in a model's answer. Raises Rejected if there is none.
+    r"""Parse the first non-empty JSON object or list in a model's answer. Raises Rejected if there is none.
 
-    Forgives what models do: words and fences around it, trailing commas, line breaks in strings, LaTeX with
-    single backslashes ("\frac" is a fraction here, not a form feed), and single quotes.
+    Repairs common mistakes: text and code fences around it, trailing commas, line breaks in strings, LaTeX
+    with single backslashes ("\frac" is a fraction here, not a form feed), and single quotes.
     """
     text = _ESCAPE.sub(lambda m: m[0] if m[1] else r"\\", text.replace(r"\'", "'"))
     text = re.sub(r",(?=\s*[}\]])", "", text)
@@ -475,9 +472,7 @@ def repair_json(text: str) -> dict | list:
 
 
 def plot(items: Sequence[dict], path: Path) -> None:
-    """Mean importance and accuracy against the thought's place in the chain, with how many chains are that
-    long.
-    """
+    """Plot mean importance and accuracy, and the number of chains, by the thought's position in the chain."""
     pyplot = require_pyplot()
     longest = max(len(item["importance"]) for item in items)
     places = range(1, longest + 1)
@@ -499,7 +494,7 @@ def plot(items: Sequence[dict], path: Path) -> None:
 
 
 def require_pyplot():
-    """matplotlib's pyplot, drawing into files. Raises UserError, naming the extra, if it is missing."""
+    """Import matplotlib's pyplot for drawing into files. Raises UserError, naming the extra, if missing."""
     try:
         import matplotlib
     except ImportError:
