@@ -1,12 +1,14 @@
 """The decode loop: the completions of one `Sampler.generate` call, one token for every row per step.
 
-    admit     waiting completions become rows while pages and rows last; a prompt is prefilled once for its n samples
-    reserve   every row gets the pages of its next `page_size` tokens; when none is free the youngest row loses its own
-              back and returns to the head of the queue, to be recomputed from its tokens
+    admit     waiting completions become rows while there are free pages and rows; a prompt is prefilled once
+              for its n samples
+    reserve   every row gets the pages of its next `page_size` tokens; if none is free, the youngest row is
+              preempted: it gives up its pages, returns to the head of the queue and is recomputed from its
+              tokens
     step      one token for every row: one forward, one draw, all bookkeeping in tensors
-    retire    rows that reached a stop id, a stop string or their limit leave; the last rows move into the holes
+    retire    rows that reached a stop id, a stop string or their limit leave; the last rows take their places
 
-A step contains no Python loop over rows and reads nothing back from the device. On CUDA the host looks at the
+A step contains no Python loop over rows and reads nothing back from the device. On CUDA the host reads the
 rows only every LOOK_EVERY steps. A row that ended in between repeats its last write, which changes nothing.
 """
 
@@ -69,11 +71,11 @@ class Row:
     group: Group
     sample: int
     key: int
-    tokens: list[int] = field(default_factory=list)  # read back when it finished or was preempted
+    tokens: list[int] = field(default_factory=list)  # read back when it finishes or is preempted
     logprobs: list[float] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
     pages: Pages | None = None
-    slot: int = -1  # its lines in the output buffers: fixed while live, where its place in the batch moves
+    slot: int = -1  # its part of the output buffers: fixed while live; its place in the batch may change
     admitted: int = -1  # the loop's step count when it became live
     order: int = -1  # of admission
     searched: int = 0  # tokens already searched for stop strings
@@ -81,10 +83,10 @@ class Row:
 
 
 class DecodeLoop:
-    """The waiting completions, the live rows, and the tensors a decode step works on.
+    """Waiting completions, live rows, and the tensors of a decode step.
 
     step     `eager_step`, or a `GraphStep`
-    hidden   [rows at a time × (max_tokens + 1), D] keeps the hidden states; None: they are not kept
+    hidden   [rows × (max_tokens + 1), D], buffer for hidden states; None: they are not kept
     """
 
     def __init__(
@@ -107,10 +109,10 @@ class DecodeLoop:
         capacity, device = min(len(waiting), max_rows), paged.device
         longest = max((len(row.group.tokens) for row in waiting), default=0) + request.max_tokens
         self.slots = list(range(capacity))
-        self.stride = request.max_tokens + 1  # an ended row writes behind its last token until the host reads
+        self.stride = request.max_tokens + 1  # an ended row writes after its last token until the host reads
         self.state = RowState(torch.zeros(6, capacity, dtype=torch.int64, device=device))
         self.done = torch.zeros(capacity, dtype=torch.bool, device=device)
-        self.ending = torch.zeros_like(self.done)  # a token came that may end a stop string
+        self.ending = torch.zeros_like(self.done)  # its token may end a stop string
         self.page_table = torch.zeros(
             capacity, self.pool.pages_for(longest), dtype=torch.int32, device=device
         )
@@ -125,7 +127,7 @@ class DecodeLoop:
             self.may_end[[token for token in request.stops.endings if token < vocabulary]] = True
 
     def run(self) -> Iterator[Completion]:
-        """Every completion once, in the order in which they end."""
+        """Yield every completion once, in the order in which they end."""
         self.pool.preempters.append(self.preempt)
         try:
             while self.rows or self.waiting:
@@ -139,19 +141,19 @@ class DecodeLoop:
             self.pool.preempters.remove(self.preempt)
 
     def _admit(self) -> None:
-        """Make rows of waiting completions."""
+        """Turn waiting completions into rows."""
         chosen = self._choose()
         if chosen:
             self._prefill(chosen)
             self._activate(chosen)
 
     def _choose(self) -> list[Row]:
-        """Take the completions from the queue that fit, first come first served; one if nothing else runs."""
+        """Take completions that fit from the head of the queue; at least one if nothing else runs."""
         room = self.pool.free_pages - len(self.rows)  # the live rows' next pages
         chosen, prefilled = [], set()
         while self.waiting and self.slots:
             row, group = self.waiting[0], self.waiting[0].group
-            cost = 2  # the copy of a page shared in part, and the next one
+            cost = 2  # a copy of the shared last page, and the next one
             if row.tokens or not (group.pages or group.index in prefilled):
                 cost += self.pool.pages_for(len(group.tokens) + len(row.tokens) - 1)
             if cost > room and (self.rows or chosen):
@@ -165,7 +167,9 @@ class DecodeLoop:
         return chosen
 
     def _prefill(self, chosen: list[Row]) -> None:
-        """Fill the K/V that the chosen lack: a preempted row's own, and a prompt's once for all its samples."""
+        """Fill the missing K/V of chosen rows: a preempted row's own, and a prompt's once for all its
+        samples.
+        """
         unfed = []
         for row in chosen:
             group = row.group
@@ -209,13 +213,13 @@ class DecodeLoop:
         """Reserve pages for the next `page_size` tokens of every row, the oldest row first."""
         page_size = self.pool.page_size
         for row in list(self.rows):
-            if row.pages is None:  # an older row took its pages a moment ago
+            if row.pages is None:  # preempted for an older row in this loop
                 continue
             row.pages.filled = len(row.pages.tokens) - 1 + self.clock - row.admitted
             # the last token of a completion needs no K/V
             last = len(row.group.tokens) + self.request.max_tokens - 1
             self.pool.reserve(row.pages, min(row.pages.filled + page_size, last))
-        entries = []  # of a new row the whole table; else the pages that are written next, which may be new or copies
+        entries = []  # a new row's whole table, else the pages that are written next: new ones or copies
         for place, row in enumerate(self.rows):
             table = row.pages.table
             first = 0 if row.admitted == self.clock else row.pages.filled // page_size
@@ -225,9 +229,10 @@ class DecodeLoop:
         self.reserved = self.clock + self.pool.page_size
 
     def preempt(self, pages: Pages) -> bool:
-        """Free some page for `pages`: a prompt kept for waiting samples, or the youngest row's; False if there is none.
+        """Free a page for `pages`: of a prompt kept for waiting samples, or the youngest row's. False if
+        none.
 
-        The youngest row may be the one that asks, and then its own pages are gone.
+        The youngest row may own `pages`; then these are released.
         """
         for row in self.waiting:
             if row.group.pages and row.group.pages is not pages:
@@ -266,7 +271,7 @@ class DecodeLoop:
         self.paged.forwards.decode += n
 
     def _retire(self) -> Iterator[Completion]:
-        """Take the ended rows out, and hand each over with its pages before these are freed."""
+        """Remove ended rows and yield their completions; `on_finish` runs before their pages are freed."""
         n = len(self.rows)
         if self.may_end is not None:
             for place in self.ending[:n].nonzero().flatten().tolist():
@@ -282,7 +287,7 @@ class DecodeLoop:
         for row in rows:
             row.pages.tokens = row.group.tokens + row.tokens
             row.pages.filled = len(row.pages.tokens) - 1
-            self.pool.idle.add(row.pages)  # to be forked, and no longer written to
+            self.pool.idle.add(row.pages)  # may be forked, is no longer written
         for row in rows:
             completion = self._completion(row)
             if self.request.on_finish:
@@ -301,7 +306,7 @@ class DecodeLoop:
         return Completion(row.tokens, row.logprobs, reason, hidden, row.group.index, row.sample)
 
     def _match(self, place: int) -> None:
-        """End the row behind the first new token whose text completes a stop string."""
+        """End the row at the first new token whose text completes a stop string."""
         row, start = self.rows[place], self.rows[place].slot * self.stride
         tokens = row.tokens + self.tokens[start : self.state.cursor[place]].tolist()
         found = self.request.stops.find(tokens, row.searched)
@@ -313,13 +318,13 @@ class DecodeLoop:
             self.state.cursor[place] = start + found + 1 - len(row.tokens)
 
     def _show_tokens(self) -> None:
-        """Hand every live row's tokens so far to `on_tokens`."""
+        """Pass every live row's tokens so far to `on_tokens`."""
         for row, cursor in zip(self.rows, self.state.cursor[: len(self.rows)].tolist()):
             new = self.tokens[row.slot * self.stride : cursor].tolist()
             self.request.on_tokens(row.group.index, row.sample, row.tokens + new)
 
     def _read_back(self, places: list[int]) -> None:
-        """Copy what these rows sampled since they were admitted, into Python lists."""
+        """Copy the tokens that these rows sampled since their admission to Python lists."""
         for place, cursor in zip(places, self.state.cursor[places].tolist()):
             row = self.rows[place]
             written = slice(row.slot * self.stride, cursor)
@@ -329,7 +334,7 @@ class DecodeLoop:
                 row.hidden.append(self.hidden[written].clone())
 
     def _compact(self, places: list[int]) -> None:
-        """Remove rows from the batch: the last ones move into the holes, so that the live ones stay first."""
+        """Remove rows from the batch; the last rows take their places, so that live rows stay first."""
         n = len(self.rows) - len(places)
         holes = [place for place in places if place < n]
         movers = [place for place in range(n, len(self.rows)) if place not in places]

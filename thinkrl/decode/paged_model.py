@@ -1,4 +1,4 @@
-"""A model whose keys and values lie in pages.
+"""Forwards of a model whose keys and values are in pages.
 
 feed       prefill: fills the K/V of everything but the last token of each sequence
 forward    one packed forward of many tokens of many sequences; probes are scored from its hidden states
@@ -22,7 +22,7 @@ from thinkrl.model import Attend, Transformer, inverse_frequencies
 
 @dataclass
 class TokenForwards:
-    """Tokens that went through the model, by purpose: it shows that prefixes are shared and what probes cost."""
+    """Number of tokens that went through the model, by purpose."""
 
     prefill: int = 0
     decode: int = 0
@@ -34,7 +34,7 @@ class TokenForwards:
 
 
 class PagedModel:
-    """`model` with the pages of its K/V. Forwards of many tokens are cut at max_tokens_per_forward."""
+    """`model` with a page pool. Forwards of many tokens are split at max_tokens_per_forward."""
 
     def __init__(
         self, model: Transformer, pool: PagePool, max_tokens_per_forward: int, forwards: TokenForwards
@@ -44,7 +44,7 @@ class PagedModel:
         self.device = model.embed.weight.device
 
     def feed(self, sequences: list[Pages]) -> None:
-        """Fill the K/V of all tokens but the last of each sequence. The pages are reserved already."""
+        """Fill the K/V of all tokens but the last of each sequence. Their pages must be reserved."""
         while todo := [pages for pages in sequences if len(pages.unfed) > 1]:
             fresh = [pages for pages in todo if pages.filled == 0] or todo
             batch, room = [], self.max_tokens_per_forward
@@ -56,7 +56,9 @@ class PagedModel:
             self.forwards.prefill += len(self.forward(batch))
 
     def forward(self, batch: list[tuple[Pages, list[int]]]) -> Tensor:
-        """Feed each sequence the given tokens behind what it has filled: hidden [T, D], K/V in the pages."""
+        """Feed each sequence the given tokens after its filled ones; returns hidden [T, D], writes K/V to
+        pages.
+        """
         device, page_size = self.device, self.pool.page_size
         counts = torch.tensor([len(fed) for _, fed in batch], device=device)
         starts = torch.tensor([pages.filled for pages, _ in batch], device=device)
@@ -80,11 +82,11 @@ class PagedModel:
         return hidden
 
     def decode(self, token: Tensor, position: Tensor, page_table: Tensor) -> Tensor:
-        """One token [B] of every sequence, at its position [B] (int64): hidden [B, D], K/V in the pages.
+        """Feed one token [B] of every sequence at its position [B] (int64); returns hidden [B, D], writes K/V
+        to pages.
 
-        The same function as `Transformer.forward` with an attention that writes and reads the pages. Small
-        operations are fused, because a step is bound by their number: 9 kernels per layer on CUDA, 10 where
-        the page table is longer than one part of attention's context.
+        The same function as `Transformer.forward` with attention over pages. Small operations are fused,
+        because the number of kernels bounds a step: 9 per layer on CUDA, 10 if attention splits the context.
         """
         model, pool, eps = self.model, self.pool, self.model.config.norm_eps
         frequencies = inverse_frequencies(model.config.head_dim, model.config.rope, self.device)
@@ -101,7 +103,7 @@ class PagedModel:
 
 
 def storing(pool: PagePool, slots: Tensor, attend: Attend) -> Attend:
-    """`attend`, after the new tokens' K/V went to their slots (page * page_size + offset) [T]."""
+    """Wrap `attend` to first write the new tokens' K/V to their slots (page * page_size + offset) [T]."""
 
     def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pool.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
@@ -114,13 +116,13 @@ def storing(pool: PagePool, slots: Tensor, attend: Attend) -> Attend:
 def attend_to_pages(
     pool: PagePool, table: Tensor, lengths: Tensor, cu_seqlens: Tensor | None = None
 ) -> Attend:
-    """Attention over what lies in the pages."""
+    """Attention over the K/V in the pages."""
     return lambda layer, q, k, v: paged_attention(
         q, pool.keys[layer], pool.values[layer], table, lengths, cu_seqlens
     )
 
 
 def rectangle(lists: list[list[int]]) -> list[list[int]]:
-    """Page tables of unequal lengths, filled up with page 0, which is then never read."""
+    """Pad page tables to equal length with page 0, which is not read there."""
     width = max(1, *(len(row) for row in lists))
     return [row + [0] * (width - len(row)) for row in lists]

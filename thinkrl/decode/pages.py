@@ -1,24 +1,24 @@
 """KV pages: allocate, share, copy on write, free.
 
 The cache of every layer is cut into pages of 16 positions. A sequence owns a page table, the list of pages
-that hold its positions in order, so its context needs no contiguous memory, and two sequences with a common
-beginning list the same pages.
+that hold its positions in order. So its context needs no contiguous memory, and sequences with a common
+prefix share pages.
 
     prompt of 37 tokens, n = 3 samples         pages of 16
         prompt    a b c                        c holds positions 32..35
-        sample 0  a b d                        a, b shared; who writes into c while others list it gets a copy
+        sample 0  a b d                        a, b shared; writing to a shared c copies it
         sample 1  a b e
         sample 2  a b c                        the last one holding c writes in place
 
-One rule makes prefill, decode, preemption, probes and continuations the same operation. A sequence knows all
-its `tokens`, and K/V is `filled` for some of them, never for the last one: the model must still be fed
-`tokens[filled:]`, and what comes out behind the last of them predicts the next token. A new prompt has filled
-= 0; a preempted sequence falls back to 0; a decoding sequence is one token behind; a fork at `cut` shares the
-K/V of its first cut - 1 tokens and feeds token cut - 1 again, because the hidden state that predicts what
-follows the cut is not in the cache.
+Prefill, decode, preemption, probes and continuations follow one rule. A sequence keeps all its `tokens`. The
+K/V of the first `filled` of them is in its pages, and never that of the last one. The model must still be fed
+`tokens[filled:]`, and the hidden state of the last token predicts the next one. A new prompt has filled = 0,
+and so has a preempted sequence; in a decoding sequence only the last token is unfed. A fork at `cut` shares
+the K/V of its first cut - 1 tokens and feeds token cut - 1 again, because the hidden state that predicts the
+token after the cut is not in the cache.
 
-When pages run out, `PagePool.reserve` takes them from sequences that can be recomputed: first a decode loop
-preempts a row, then the `idle` forks lose theirs.
+If no page is free, `PagePool.reserve` takes pages from sequences that can be recomputed: first a decode loop
+preempts a row, then the `idle` forks lose their pages.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class PagePool:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        # Zeros, not empty: a masked position has probability 0, and 0 times a NaN left in memory is NaN.
+        # Zeros, not empty: a masked position has probability 0, and 0 times a NaN in the memory is NaN.
         shape = (2, num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
         if torch.device(device).type == "cpu":
-            # numpy's zeros take no memory until they are written to, torch's do
+            # numpy's zeros take no memory before they are written, torch's do
             zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
             self.storage = torch.from_numpy(zeros).view(dtype).view(shape)
         else:
@@ -61,13 +61,13 @@ class PagePool:
         self.keys, self.values = self.storage[0].unbind(), self.storage[1].unbind()
         self.page_size = page_size
         self.num_pages = num_pages
-        self.scratch = num_pages  # a page that no sequence owns, for writes that nobody reads
+        self.scratch = num_pages  # page without an owner, for writes that are never read
         self.references = [0] * num_pages
-        # every sequence that holds pages, so that a failed call can give all of them back
+        # every sequence that holds pages, so that a failed call can release all of them
         self.handles: set[Pages] = set()
         # forks kept for later: they may lose their pages, and are recomputed from their tokens when used
         self.idle: weakref.WeakSet[Pages] = weakref.WeakSet()
-        # what can free a page for the given sequence, asked last first: the decode loops in progress
+        # functions that free a page for a sequence, called last first: those of the running decode loops
         self.preempters: list[Callable[[Pages], bool]] = []
         self._free = list(range(num_pages - 1, -1, -1))
 
@@ -80,7 +80,7 @@ class PagePool:
         return -(-length // self.page_size)
 
     def require(self, length: int) -> None:
-        """UserError when a sequence of `length` positions could not even run alone."""
+        """Raise UserError if a sequence of `length` positions does not fit the whole pool."""
         if self.pages_for(length) > self.num_pages:
             raise UserError(
                 f"a sequence of {length} tokens needs {self.pages_for(length)} KV pages of {self.page_size}, "
@@ -88,7 +88,7 @@ class PagePool:
             )
 
     def new(self, tokens: list[int]) -> Pages:
-        """A sequence without any K/V yet. It takes pages when it reserves them."""
+        """Make a sequence without K/V or pages."""
         return Pages(self, list(tokens), [], 0)
 
     def allocate(self) -> int:
@@ -112,7 +112,7 @@ class PagePool:
                 self._free.append(page)
 
     def reserve(self, pages: Pages, length: int) -> None:
-        """`pages.reserve(length)`, preempting other sequences where no page is free.
+        """Call `pages.reserve(length)`, preempting other sequences if no page is free.
 
         The preempted sequence may be `pages` itself, which is then released. Raises UserError when no
         sequence can be preempted.
@@ -142,9 +142,7 @@ class PagePool:
 
 
 class Pages:
-    """The page table of one sequence: `tokens`, of which the first `filled` have their K/V in the pages of
-    `table`.
-    """
+    """One sequence: its `tokens`, and the pages `table` with the K/V of the first `filled` of them."""
 
     def __init__(self, pool: PagePool, tokens: list[int], table: list[int], filled: int):
         self.pool, self.tokens, self.table, self.filled = pool, tokens, table, filled
@@ -152,13 +150,14 @@ class Pages:
 
     @property
     def unfed(self) -> list[int]:
-        """The tokens that the model must still be fed, the last one always among them."""
+        """Tokens that the model must still be fed; the last one is always among them."""
         return self.tokens[self.filled :]
 
     def fork(self, cut: int | None = None) -> Pages:
-        """The first `cut` tokens (default: all) as a sequence of its own, on the same pages.
+        """Make a new sequence of the first `cut` tokens (default: all) on the same pages.
 
-        Nothing is copied until one of them writes. The fork holds its pages until its own `release()`.
+        A shared page is copied when a sequence writes to it. The fork holds its pages until its own
+        `release()`.
         """
         cut = len(self.tokens) if cut is None else cut
         assert self in self.pool.handles, "a released sequence has no pages to share"
@@ -171,8 +170,8 @@ class Pages:
     def reserve(self, length: int) -> None:
         """Make positions filled..length-1 writable. Raises OutOfPages.
 
-        A page that others still list is copied before this sequence writes into it. On OutOfPages the
-        sequence stays valid and keeps what it got.
+        Shared pages in this range are copied first. After OutOfPages the sequence is valid and keeps the
+        pages that it got.
         """
         pool = self.pool
         assert self in pool.handles, "a released sequence cannot grow"
@@ -187,12 +186,12 @@ class Pages:
             self.table.append(pool.allocate())
 
     def forget(self) -> None:
-        """Give the pages back and keep the tokens: everything must be fed again."""
+        """Release the pages but keep the tokens, which must all be fed again."""
         self.pool.free(self.table)
         self.table, self.filled = [], 0
 
     def release(self) -> None:
-        """Give the pages back for good. Releasing twice is harmless."""
+        """Release the sequence and its pages. A second call has no effect."""
         if self in self.pool.handles:
             self.forget()
             self.pool.handles.remove(self)

@@ -1,15 +1,15 @@
-"""One decode step, eager or as a CUDA graph: a token of every row goes in, the next one comes out.
+"""One decode step, eager or as a CUDA graph: feeds a token of every row and samples the next one.
 
-`eager_step` launches some ten kernels per layer, one after another, which takes the host longer than it takes a
-small model on a GPU to run them. `GraphStep` records the same step once and replays it with one call. What a graph
-holds is fixed, so that
+`eager_step` launches about ten kernels per layer. For a small model the host takes longer to launch them than
+the GPU to run them. `GraphStep` records the same step once and replays it with one call. A graph has fixed
+shapes and addresses, so
 
-    sizes       rows are rounded up to a bucket, page tables have their full width
-    addresses   rows' states and page tables are copied into buffers of its own before every replay
-    padding     rows that fill up the bucket have one token of context, in a scratch page that no sequence uses
-    numbers     the temperature is part of the key under which a graph is kept; keys and positions of the draw are data
+    sizes       the number of rows is rounded up to a bucket, page tables have their full width
+    addresses   row states and page tables are copied into the graph's buffers before every replay
+    padding     padding rows have one token of context, in a scratch page that no sequence uses
+    numbers     there is one graph per temperature; keys and positions of random numbers are data
 
-Graphs are kept as long as the pool whose pages they write to. New weights are copied in place, so they are used.
+Graphs are kept as long as the page pool they write to. New weights are copied in place, so graphs stay valid.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from thinkrl.decode.paged_model import PagedModel
 
 
 class RowState:
-    """What a step reads and advances: row i of the batch is element i of each tensor, all int64 [rows]."""
+    """State of the batch that a step reads and advances: tensors int64 [rows], element i for row i."""
 
     def __init__(self, columns: Tensor):
         self.columns = columns  # [6, rows]
         (
             self.token,  # the last one of the sequence, to be fed
             self.length,  # of the sequence before it, which is its position, and where its K/V goes
-            self.position,  # of the next token in the completion: the last word of its random number's address
-            self.key,  # hash of the other words of the address
+            self.position,  # of the next token in the completion: part of its random number's key
+            self.key,  # hash of the key's other numbers
             self.cursor,  # where the next token goes in the output buffers
             self.end,  # the cursor at which the row reaches its limit
         ) = columns.unbind()
 
     def first(self, n: int) -> RowState:
-        """The first n rows, as views."""
+        """Views of the first n rows."""
         return RowState(self.columns[:, :n])
 
 
 def eager_step(
     paged: PagedModel, state: RowState, page_table: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The next token [B] of every row, its log-prob [B] and the hidden state [B, D] that predicted it."""
+    """Sample every row's next token [B]; return its log-prob [B] and its predicting hidden state [B, D] too."""
     hidden = paged.decode(state.token, state.length, page_table)
     logits = paged.model.logits(hidden)
     token, logprob, _ = sample_token(logits, state.key, state.position, temperature)
@@ -51,13 +51,13 @@ def eager_step(
 
 
 def bucket(rows: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, … that holds the rows: at most a third is padding, and graphs are few."""
+    """Round up to 1, 2, 3, 4, 6, 8, 12, 16, …: few graphs, and at most a third of the rows is padding."""
     power = 1 << (rows - 1).bit_length()
     return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power
 
 
 class GraphStep:
-    """`eager_step` of one model and pool, recorded when a bucket or a temperature is first used. CUDA only."""
+    """`eager_step` as CUDA graphs, recorded when a bucket or temperature is first used. CUDA only."""
 
     def __init__(self, max_rows: int):
         self.max_rows = bucket(max_rows)
@@ -86,7 +86,7 @@ class GraphStep:
         return tuple(result[:n] for result in results)
 
     def _allocate(self, paged: PagedModel, width: int) -> None:
-        """Buffers for page tables of `width` or somewhat more; graphs that used the old ones are dropped."""
+        """Allocate buffers for page tables of at least `width`; drop graphs that used the old ones."""
         self.graphs.clear()
         self.memory = torch.cuda.graph_pool_handle()
         width = 1 << (width - 1).bit_length()
