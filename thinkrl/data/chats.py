@@ -1,11 +1,13 @@
-"""Rows as public sets lay them out -> chats to learn from.
+"""Convert rows of public data sets to chats for supervised fine-tuning.
 
-    messages | conversations       role and content (TRL, OpenR1-Math, NuminaMath), or from and value (ShareGPT, OpenThoughts)
-    prompt                         prompt | problem | question | instruction, a text or (TRL) a list of messages; before it
-                                   context or body, behind an instruction input (alpaca) or context (Dolly)
-    completion                     completion | response | output | generations | solution | answer: the first there is, so
-                                   that a row with a worked solution beside its answer gives the solution. Of generations
-                                   it is the first that is marked correct and complete
+    messages | conversations       role and content (TRL, OpenR1-Math, NuminaMath), or from and value
+                                   (ShareGPT, OpenThoughts)
+    prompt                         prompt | problem | question | instruction, a text or (TRL) a list of
+                                   messages; before it context or body, after an instruction
+                                   input (alpaca) or context (Dolly)
+    completion                     completion | response | output | generations | solution | answer: the first
+                                   that the row has, so a worked solution comes before a bare answer. Of
+                                   generations the first that is marked correct and complete
     history                        earlier turns, [question, answer] pairs (alpaca)
     system                         the system message
 
@@ -27,7 +29,7 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 
 def chat(fields: Fields) -> list[Message]:
-    """The messages of a row, the last one by the assistant. Raises UserError, naming the field, if it has none."""
+    """Messages of a row, the last one by the assistant. Raises UserError with the field if it has none."""
     messages = (
         []
         if {"problem", "completion"} & fields.columns.keys()
@@ -46,12 +48,12 @@ def chat(fields: Fields) -> list[Message]:
         messages = [{"role": "system", "content": system}, *messages]
     if not any(message["role"] == "user" for message in messages[:-1]):
         raise fields.error("the chat has no message by the user before the assistant's")
-    fields.seen(*COMPLETION, *(PROMPT if whole else ()))  # what was not taken repeats what was
+    fields.seen(*COMPLETION, *(PROMPT if whole else ()))  # unused fields repeat the used ones
     return messages
 
 
 def _messages(fields: Fields, *names: str) -> list[Message]:
-    """The first of these fields that holds a list of messages, with our names of roles; [] if it holds a text."""
+    """Messages of the first of these fields, with roles system, user, assistant; [] if it is a text."""
     column, value = fields.find(*names)
     messages = []
     for message in value if isinstance(value, list) else []:
@@ -61,15 +63,15 @@ def _messages(fields: Fields, *names: str) -> list[Message]:
             content = message.get("content") or message.get("value")
         if role not in ROLES or not isinstance(content, str):
             raise fields.error(
-                f"field {column!r} must be a list of messages with role and content (or from and value), the roles "
-                f"{', '.join(ROLES)}"
+                f"field {column!r} must be a list of messages with role and content (or from and value), the "
+                f"roles {', '.join(ROLES)}"
             )
         messages.append({"role": ROLES[role], "content": content})
     return messages
 
 
 def _asked(fields: Fields) -> list[Message]:
-    """The prompt as messages; [] if the row has none."""
+    """Prompt as messages; [] if the row has none."""
     if messages := _messages(fields, *PROMPT):
         return messages
     prompt = fields.text(*PROMPT)
@@ -92,7 +94,7 @@ def _history(fields: Fields) -> list[Message]:
 
 
 def _completion(fields: Fields) -> str:
-    """What is to be learned. Raises UserError if there is nothing."""
+    """Completion to train on. Raises UserError if the row has none."""
     column, value = fields.find(*COMPLETION)
     if isinstance(value, list) and isinstance(value[0], dict):
         messages = _messages(fields, column)
@@ -113,7 +115,7 @@ def _completion(fields: Fields) -> str:
 
 
 def _verified(fields: Fields, column: str, generations: list) -> Any:
-    """The first generation that is marked correct and complete; the first of all where none are marked at all."""
+    """First generation that is marked correct and complete; the very first if the row has no marks."""
 
     def marks(name: str) -> list:
         return fields.find(name)[1] or [None] * len(generations)

@@ -1,21 +1,22 @@
-"""Rows as public sets lay them out -> problems.
+"""Convert rows of public data sets to problems.
 
-    question      problem | question; a text in prompt; the user's message of prompt or messages (TRL, verl), whose system
-                  message comes along; before it context (OlympiadBench) or body (SVAMP, ASDiv)
-    answer        answer | final_answer | expected_answer | ground_truth | reward_model.ground_truth (verl), as text,
-                  number or list; else what the solution gives behind the marker of its grading rule ("… #### 42")
+    question      problem | question; a text in prompt; the user's message of prompt or messages (TRL,
+                  verl), with their system message; before it context (OlympiadBench) or body (SVAMP, ASDiv)
+    answer        answer | final_answer | expected_answer | ground_truth | reward_model.ground_truth (verl),
+                  as text, number or list; else the solution's answer after the marker of its grading rule ("…
+                  #### 42")
     solution      solution | rationale | extra_info.answer (verl) | the assistant's message
-    options       options | choices, and answer | correct | answer_index: the right one's text, letter, or place from 0
-                  (MMLU, MMLU-Pro, AQuA); or GPQA's columns "Correct Answer", "Incorrect Answer 1" …; or a question that
-                  ends in "Candidate answer: (1) …, or (2) …" (Long⊗Short's GPQA)
+    options       options | choices, and answer | correct | answer_index: the right one's text, letter, or
+                  index from 0 (MMLU, MMLU-Pro, AQuA); or GPQA's columns "Correct Answer", "Incorrect Answer
+                  1" …; or a question that ends in "Candidate answer: (1) …, or (2) …" (Long⊗Short's GPQA)
     rule          source | data_source; else gsm8k if the answer has its marker "####", else math
 
-Names have any case (AIME's "Problem", SVAMP's "Body"). `--columns` says what a column of another name is, `--source`
-overrides the rule that rows name.
+Upper and lower case of names does not matter (AIME's "Problem", SVAMP's "Body"). `--columns` maps columns
+with other names, `--source` overrides the rule that rows name.
 
-Options are lettered in an order that follows from the question alone, because published files keep the right one
-first. A row of DAPO-Math-17k asks for a line "Answer: …" around its problem; that is taken off, or the prompt would ask
-for two forms at once.
+Options are shuffled by a hash of the question, because published files often list the right one first. A row
+of DAPO-Math-17k contains a request for a line "Answer: …"; it is removed, or the prompt would ask for two
+answer formats.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from thinkrl.data.rows import Fields
 from thinkrl.grading import check_gold, equal, extract, rational, rule_set
 from thinkrl.types import Problem
 
-# Where a row of a collection was taken from, as OpenR1-Math, NuminaMath, Big-Math and Skywork-OR1 name it in `source` or
-# `data_source`: letters and digits in lower case. None of it says how to grade; they are mathematics with a LaTeX answer.
+# Origins that rows of OpenR1-Math, NuminaMath, Big-Math and Skywork-OR1 name in `source` or `data_source`,
+# reduced to letters and digits in lower case. They do not name a grading rule; all are mathematics with a
+# LaTeX answer.
 ORIGINS = {
     *(
         "aopsforum",
@@ -63,8 +65,10 @@ SOLUTION = ("solution", "rationale")
 GPQA_OPTIONS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 CANDIDATES = re.compile(r"\s*Candidate answers?:\s*(?=\(1\))")
 DAPO_WRAPPER = re.compile(
-    r"Solve the following math problem step by step\. The last line of your response should be of the form Answer: "
-    r".{1,60}? is the answer to the problem\.\n\n(.*?)\s*Remember to put your answer on its own line after \"Answer:\"[^\n]*",
+    r"Solve the following math problem step by step\. The last line of your response should be of the form "
+    r"Answer: "
+    r".{1,60}? is the answer to the problem\.\n\n(.*?)\s*Remember to put your answer on its own line after "
+    r"\"Answer:\"[^\n]*",
     re.DOTALL | re.IGNORECASE,
 )
 
@@ -72,12 +76,10 @@ DAPO_WRAPPER = re.compile(
 def problem(
     fields: Fields, source: str = "", shuffle: bool = True, verbatim: bool = False, keep_row: bool = False
 ) -> Problem:
-    """The problem of a row, with id 0. Raises UserError, naming the field, for a row that is none.
+    """Make a problem, with id 0, from a row. Raises UserError, naming the field, for a row without one.
 
-    source: the grading rule, whatever the row names.
-    shuffle: options are lettered in an order of their own, else in the row's.
-    verbatim: the prompt is asked as it stands, and no grading instruction follows it.
-    keep_row: the problem carries its row.
+    source: grading rule that overrides the row's. shuffle: shuffle the options, else keep the row's order.
+    verbatim: use the prompt unchanged, without a grading instruction. keep_row: the problem keeps its row.
     """
     question, system, solution = _asked(fields)
     solution = _solution(fields) or solution
@@ -95,7 +97,7 @@ def problem(
         lines = [f"({letter}) {options[i]}" for letter, i in zip(ascii_uppercase, order)]
         question = "\n".join([question, *lines, "Answer with the letter of one option."])
         answer = ascii_uppercase[order.index(right)]
-        solution = "" if shuffle else solution  # it names the options in the row's order
+        solution = "" if shuffle else solution  # it refers to the row's order of options
     elif not verbatim and (wrapped := DAPO_WRAPPER.fullmatch(question.strip())):
         question = wrapped[1]
     source = _rule(fields, source, "gsm8k" if "####" in (answer or solution) else "math")
@@ -114,7 +116,7 @@ def problem(
 
 
 def with_context(question: str, fields: Fields) -> str:
-    """The question, behind its context if the row has one."""
+    """Question with the row's context, if any, before it."""
     column, value = fields.find("context", "body")
     context = fields.as_text(column, value)
     between = (
@@ -124,7 +126,7 @@ def with_context(question: str, fields: Fields) -> str:
 
 
 def _asked(fields: Fields) -> tuple[str, str, str]:
-    """Question, system message and the assistant's message; "" for what there is not."""
+    """Question, system message and assistant's message; "" for a missing one."""
     names = ("problem", "question", "prompt", "messages")
     column, value = fields.find(*(("prompt", *names) if "reward_model" in fields else names))
     if not isinstance(value, list):
@@ -135,13 +137,14 @@ def _asked(fields: Fields) -> tuple[str, str, str]:
     texts = {role: m["content"] for role, m in zip(roles, value) if role}
     if [role for role in ("system", "user", "assistant") if role in texts] != roles or "user" not in texts:
         raise fields.error(
-            f"field {column!r} must be a list of messages, [system,] user[, assistant], each with role and content"
+            f"field {column!r} must be a list of messages, [system,] user[, assistant], each with role and "
+            "content"
         )
     return texts["user"], texts.get("system", ""), texts.get("assistant", "")
 
 
 def _solution(fields: Fields) -> str:
-    """The worked solution, the first if there are several."""
+    """Worked solution; the first if there are several."""
     column, value = fields.find(*SOLUTION)
     if isinstance(value, list):
         value = value[0]
@@ -152,7 +155,9 @@ def _solution(fields: Fields) -> str:
 
 
 def _answer(fields: Fields) -> tuple[str, str]:
-    """Its column, and the answer as the row writes it; "" if it has none. A list is all of it: OlympiadBench's ["$8$", "$4$"]."""
+    """Column and text of the row's answer, "" if it has none; all of a list, such as OlympiadBench's ["$8$",
+    "$4$"].
+    """
     if "reward_model" in fields and "answer" not in fields.columns:
         column, model = fields.find("reward_model")
         column += ".ground_truth"
@@ -172,7 +177,9 @@ def _answer(fields: Fields) -> tuple[str, str]:
 
 
 def _rule(fields: Fields, source: str, default: str) -> str:
-    """What selects the grading rule: `source`, else the row's source, else its dataset's name, else the default."""
+    """Name that selects the grading rule: `source`, else the row's, else its dataset's name, else the
+    default.
+    """
     own = fields.text("source", "data_source")
     try:
         rule_set(source or own)
@@ -193,7 +200,7 @@ def _rule(fields: Fields, source: str, default: str) -> str:
 
 
 def _gold(fields: Fields, column: str, answer: str, solution: str, source: str) -> str:
-    """The gold answer: what the answer, or else the solution, gives behind the rule's marker, or the answer itself."""
+    """Gold answer: after the rule's marker in the answer or else the solution, or the answer itself."""
     if answer.startswith('["'):  # Skywork-OR1: a JSON list of spellings, each of them right
         answer, *others = _spellings(fields, column, answer)
         if any(not equal(other, answer, source) for other in others):
@@ -228,7 +235,7 @@ def _spellings(fields: Fields, column: str, text: str) -> list[str]:
 
 
 def _options(question: str, fields: Fields) -> tuple[str, list[str], int]:
-    """The question without its options, these, and the right one's place; no options if it is not multiple choice."""
+    """Question without options, the options, and the right one's index; no options if not multiple choice."""
     column, options = fields.find("options", "choices")
     if column:
         needed = f"field {column!r} must be a list of 2 to {len(ascii_uppercase)} texts"
@@ -256,14 +263,14 @@ def _options(question: str, fields: Fields) -> tuple[str, list[str], int]:
 
 
 def _candidates(text: str) -> list[str]:
-    """The options of "(1) …, or (2) …, or (3) …"; none if their numbers do not count up."""
+    """Options of "(1) …, or (2) …, or (3) …"; none if they are not numbered 1, 2, 3, …"""
     _, *parts = re.split(r"(?:^|,\s*or\s*)\((\d+)\)", text)
     numbers, options = parts[::2], parts[1::2]
     return options if numbers == [str(i) for i in range(1, len(options) + 1)] else []
 
 
 def _right_option(fields: Fields, options: list[str], column: str) -> int:
-    """The place of the right option: a number is a place, from 0; a text is an option's text or its letter."""
+    """Index of the right option: the answer is a number (index from 0), an option's text, or its letter."""
     index = fields.find("answer_index")[1]
     name, answer = (column, index) if index is not None else fields.find("answer", "correct")
     if isinstance(answer, int) and not isinstance(answer, bool):
@@ -281,6 +288,7 @@ def _right_option(fields: Fields, options: list[str], column: str) -> int:
         )
     if not places:
         raise fields.error(
-            f"field 'answer' must be one of the options, to the letter, or its letter or place: {answer!r} is none"
+            f"field 'answer' must be one of the options, to the letter, or its letter or place: {answer!r} "
+            "is none"
         )
     return places.pop()

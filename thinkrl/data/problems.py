@@ -1,9 +1,10 @@
-"""The problems of a run: their sources, their order on every rank, and the chat that asks them.
+"""Problems of a run: their sources, their order on every rank, and the chat of a prompt.
 
-    arith, gym:TASK        generators, built in and reasoning-gym's: training never ends, the held-out set is apart
-    FILE or hub:DATASET    what `rows` reads and `layouts` understands; A+B for several
+    arith, gym:TASK        generators, built in and reasoning-gym's: endless for training, with a separate
+                           held-out set
+    FILE or hub:DATASET    files in a layout of `layouts`; several are joined, A+B
 
-Everything is read and checked before the first step.
+All data is read and checked before the first step.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from thinkrl.grading import rule_set
 from thinkrl.types import Problem
 
 Row = TypeVar("Row")
-Generator = Callable[[int, int], Row]  # (seed, index) -> row `index` of an endless stream
+Generator = Callable[[int, int], Row]  # (seed, index) -> a row of an endless stream
 
-# What a question is followed by if it does not say itself where the answer goes; by grading rule.
+# Instruction after a question that does not mention the answer's marker, by grading rule: (marker, text).
 INSTRUCTIONS = {
     "arith": ("", ""),
     "gsm8k": (
@@ -37,11 +38,10 @@ INSTRUCTIONS = {
 
 
 class Stream(Generic[Row]):
-    """An endless stream of rows for training, cut into steps. It has no state: a step's rows follow from its number.
+    """Endless stream of training rows in steps. It has no state: the step's number determines its rows.
 
-    A list is shuffled anew in each epoch, by (seed, epoch) alone, and gives len // n steps of n rows; the few
-    left over wait for the next epoch, so that no row comes twice in one step. A generator is simply counted
-    through.
+    A list is shuffled in each epoch by (seed, epoch) and gives len // n steps of n rows; the remaining rows
+    are not used in that epoch, so no row comes twice in one step. A generator gives its rows in order.
     """
 
     def __init__(self, rows: list[Row] | Generator, seed: int):
@@ -49,38 +49,37 @@ class Stream(Generic[Row]):
         self.seed = seed
 
     def take(self, step: int, n: int, rank: int = 0, world: int = 1) -> list[Row]:
-        """This rank's rows of a step of n: contiguous blocks that make up the same step, in order, for any `world`.
+        """This rank's rows of a step of n: a contiguous block; the step is the same for any `world`.
 
-        Earlier ranks take one more where n does not divide. Raises UserError if the list has fewer than n
-        rows.
+        The first ranks take one row more if `world` does not divide n. Raises UserError if the list has fewer
+        than n rows.
         """
         block = share(n, rank, world)
         if callable(self.rows):
             return [self.rows(self.seed, step * n + i) for i in block]
         if n > len(self.rows):
             raise UserError(
-                f"the data has {len(self.rows)} rows, fewer than the {n} of one step: lower --problems_per_step"
+                f"the data has {len(self.rows)} rows, fewer than the {n} of one step: lower "
+                "--problems_per_step"
             )
         epoch, step = divmod(step, len(self.rows) // n)
         order = _order(self.seed, epoch, len(self.rows))
         return [self.rows[order[step * n + i]] for i in block]
 
     def take_rounds(self, step: int, n: int, rounds: int, rank: int = 0, world: int = 1) -> list[list[Row]]:
-        """`take` of a step of n rows and as many spare ones for each further round: a list per round, slot by slot."""
+        """Rows of a step of n and n spare rows for each further round: a list per round, slot by slot."""
         rows, block = self.take(step, n * rounds), share(n, rank, world)
         return [[rows[r * n + i] for i in block] for r in range(rounds)]
 
     def preview(self, n: int) -> list[Row]:
-        """The rows that can be checked before the first step: the whole list, or what a generator gives to a
-        first step of n.
-        """
+        """Rows to check before the first step: the whole list, or a generator's first n rows."""
         return self.take(0, n) if callable(self.rows) else self.rows
 
 
 class Mixture(Stream[Row]):
-    """Several streams in one: each step has the same number of rows from each, in proportion to its weight.
+    """Mixture of streams: the same number of rows of each stream in every step, in proportion to its weight.
 
-    It has no state either; the order within a step follows from (seed, step).
+    It has no state either; the order within a step depends on (seed, step).
     """
 
     def __init__(self, parts: Sequence[list[Row] | Generator], weights: Sequence[float], seed: int):
@@ -97,7 +96,7 @@ class Mixture(Stream[Row]):
         return [mixed[i] for i in share(n, rank, world)]
 
     def counts(self, n: int) -> list[int]:
-        """How many of a step's n rows each stream gives: whole numbers, the largest remainders rounded up."""
+        """Number of rows of each stream in a step of n; the largest remainders are rounded up."""
         exact = [n * weight / sum(self.weights) for weight in self.weights]
         counts = [int(x) for x in exact]
         by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
@@ -105,25 +104,26 @@ class Mixture(Stream[Row]):
             counts[i] += 1
         if min(counts) == 0:
             raise UserError(
-                f"a step of {n} rows has none of part {counts.index(0) + 1} of --data: raise --problems_per_step, or "
-                "its share in --data_weights"
+                f"a step of {n} rows has none of part {counts.index(0) + 1} of --data: raise "
+                "--problems_per_step, or its share in --data_weights"
             )
         return counts
 
     def preview(self, n: int) -> list[Row]:
-        """As `Stream.preview`, of all parts."""
+        """As `Stream.preview`, for all parts."""
         return [row for stream, count in zip(self.streams, self.counts(n)) for row in stream.preview(count)]
 
 
 def mix(parts: Sequence[list[Row] | Generator], weights: str, seed: int) -> Stream[Row]:
-    """The stream of one part, or the mixture of several. weights: "3,1", one positive number per part."""
+    """Make the stream of one part or the mixture of several. weights: "3,1", a positive number per part."""
     try:
         shares = [float(word) for word in weights.split(",")] if weights else []
     except ValueError:
         shares = [0.0]
     if any(not 0 < share < float("inf") for share in shares) or weights and len(shares) != len(parts):
         raise UserError(
-            f"--data_weights {weights}: give a positive number for each of the {len(parts)} parts of --data, such as 3,1"
+            f"--data_weights {weights}: give a positive number for each of the {len(parts)} parts of --data, "
+            "such as 3,1"
         )
     if shares:
         return Mixture(parts, shares, seed)
@@ -141,10 +141,11 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
 def load_problems(
     spec: str, source: str = "", columns: str = "", skip_bad_rows: bool = False, **how: bool
 ) -> list[Problem] | Generator:
-    """All problems of files and datasets (see `rows`), or of "arith" or "gym:TASK" the generator of the training stream.
+    """Load all problems of files and datasets (see `rows`), or the training generator of "arith" or
+    "gym:TASK".
 
-    source: the grading rule, whatever the rows name. columns, skip_bad_rows: as in `rows.load`; how: as in
-    `layouts.problem`. Raises UserError, naming file, row and field, for anything unreadable.
+    source: grading rule that overrides the rows'. columns, skip_bad_rows: as in `rows.load`; how: as in
+    `layouts.problem`. Raises UserError, naming file, row and field, for data that cannot be read.
     """
     if is_generator(spec):
         return _generator(spec, source)
@@ -169,7 +170,7 @@ def is_generator(spec: str) -> bool:
 
 
 def _generator(spec: str, source: str) -> Generator:
-    """The training stream of a generator; its task's mistakes are raised now."""
+    """Make the training generator; raises a gym task's errors now."""
     if spec == "arith":
         return arith.training_problem
     gym.training_problem(spec, 0, 0)
@@ -177,14 +178,15 @@ def _generator(spec: str, source: str) -> Generator:
 
 
 def _graded_by(source: str, problem: Problem) -> Problem:
-    """The same problem under another grading rule, if one is given."""
+    """Copy the problem with another grading rule, if one is given."""
     return replace(problem, source=source) if source else problem
 
 
 def reading(options) -> dict:
-    """Those options of a program that say how rows are read, as arguments of the functions here.
+    """Options of a program about reading rows, as keyword arguments of the functions here.
 
-    Rewards of the user's own want the row, and unless the outcome is one of them, its prompt as it stands.
+    Reward functions of the user get the row, and without the outcome reward among them the prompt is
+    unchanged.
     """
     rewards = getattr(options, "reward", "").split("+")
     own = [name.strip() for name in rewards if name.strip() not in ("", "outcome")]
@@ -193,8 +195,10 @@ def reading(options) -> dict:
 
 
 def training_stream(spec: str, seed: int, weights: str = "", **how) -> Stream[Problem]:
-    """The problems of `--data`, in the order of training. weights: shares of a step, for several joined by "+";
-    without them the rows of all are one list. how: as in `load_problems`.
+    """Training stream of `--data`. how: as in `load_problems`.
+
+    weights: shares of a step for several parts joined by "+"; without weights the rows of all parts are one
+    list.
     """
     if not weights:
         return Stream(load_problems(spec, **how), seed)
@@ -205,7 +209,7 @@ def training_stream(spec: str, seed: int, weights: str = "", **how) -> Stream[Pr
 
 
 def _with_ids(part: list[Problem] | Generator, place: int, count: int) -> list[Problem] | Generator:
-    """The same problems with ids that no other of `count` parts has: random numbers are drawn by them."""
+    """Renumber problems so that ids of `count` parts differ; they are part of the keys of random numbers."""
 
     def with_id(problem: Problem) -> Problem:
         return replace(problem, id=problem.id * count + place)
@@ -216,7 +220,8 @@ def _with_ids(part: list[Problem] | Generator, place: int, count: int) -> list[P
 
 
 def held_out_problems(eval_data: str, data: str, source: str = "", **how) -> list[Problem]:
-    """The problems to evaluate on: `eval_data`, or the own held-out set of `data` if it is a generator, or none.
+    """Problems to evaluate on: `eval_data`, else the held-out set of `data` if it is a generator, else none.
+
     how: as in `load_problems`.
     """
     spec = eval_data or (data if is_generator(data) else "")
@@ -228,17 +233,17 @@ def held_out_problems(eval_data: str, data: str, source: str = "", **how) -> lis
 
 
 def subsample(problems: list[Problem], count: int) -> list[Problem]:
-    """At most `count` of the problems, at even distances: a file is often sorted by level or source."""
+    """At most `count` problems, evenly spaced, because files are often sorted by level or source."""
     count = min(count, len(problems))
     return [problems[i * len(problems) // count] for i in range(count)]
 
 
 def messages(problem: Problem, system: str = "", suffix: str = "") -> list[dict[str, str]]:
-    """The chat that asks the problem.
+    """Chat messages of the problem's prompt.
 
-    system: used where the row has none. suffix: appended to the question after a line break; empty: the
-    `INSTRUCTIONS` of the problem's grading rule, unless the question mentions the answer's marker itself
-    (verl's rows do).
+    system: system message if the row has none. suffix: appended to the question after a line break; empty:
+    the `INSTRUCTIONS` of the problem's grading rule, unless the question already mentions the answer's
+    marker, as verl's rows do.
     """
     if not suffix and problem.instruct:
         marker, instruction = INSTRUCTIONS[rule_set(problem.source)]

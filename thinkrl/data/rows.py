@@ -1,15 +1,15 @@
-"""Files of rows as they are published: JSON lines, a JSON list, CSV, TSV or parquet, here or in a dataset of the hub.
+"""Read rows of data files: JSON lines, a JSON list, CSV, TSV or parquet, local or in a dataset of the hub.
 
-    FILE.jsonl  FILE.json      one object per line, or one list of objects, whatever the name's ending says
+    FILE.jsonl  FILE.json      one object per line, or one list of objects, with either file name
     FILE.csv    FILE.tsv       the first line names the columns
     FILE.parquet               extra [parquet]
     FILE.jsonl.gz  …           any of these but parquet, compressed
-    hub:owner/name[:config][:split]      such files of a Hugging Face dataset, extra [hub]; split train unless named
+    hub:owner/name[:config][:split]      such files of a Hugging Face dataset, extra [hub]; default split: train
     A+B                        the rows of A, then those of B
 
-Here a row is only fields and where they stand. What they mean is for `layouts` (a problem to solve) and `sft` (a
-completion to learn) to say. A row that cannot be used stops the run with file, row and field; with
---skip_bad_rows it is left out and counted.
+A row is a dict of fields and its place in a file. `layouts` and `chats` interpret the fields. A row that
+cannot be used stops the run with an error that names file, row and field; with --skip_bad_rows it is left out
+and counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from thinkrl.visible import visible
 
 Made = TypeVar("Made")
 
-# Columns that are no part of a problem, or repeat it; any other with words in it is named when nothing reads it.
+# Columns that are not part of a problem, or repeat it. Any other text column that is not read is reported.
 LABELS = {
     *(
         "ability",
@@ -49,15 +49,14 @@ LABELS = {
 _PLUS = re.compile(r"\+(?![^\[]*\])")  # outside of gym:TASK,key=["+"]
 OnBadRow = Callable[[UserError], None]
 
-# Our names, which --columns gives to columns of a file.
+# Names that --columns can give to columns of a file.
 COLUMNS = ("problem", "answer", "solution", "context", "options", "source", "level", "system", "completion")
 
 
 class Fields:
-    """The fields of one row: found by name whatever their case, and which of them were read.
+    """Fields of one row, found by name in any case; keeps which of them were read.
 
-    columns: {our name: the file's column}; that column stands for the field of our name, if the row has it.
-    dataset: the name on the hub, if the file is of one.
+    columns: {our name: the file's column}, from --columns. dataset: its name on the hub, "" for a local file.
     """
 
     def __init__(self, values: dict, where: str, columns: dict[str, str] | None = None, dataset: str = ""):
@@ -72,13 +71,13 @@ class Fields:
         return self.values.get(self.column(name)) not in (None, "", [])
 
     def column(self, name: str) -> str:
-        """What the file calls a field."""
+        """Name of a field in the file."""
         return self.columns.get(name) or self._spelling.get(name.lower(), name)
 
     def find(self, *names: str) -> tuple[str, Any]:
-        """Column and value of the first of these fields that is neither missing nor empty, else ("", None).
+        """Column and value of the first of these fields that is not empty, else ("", None).
 
-        Fields that --columns names go before the others.
+        Fields that --columns names come before the others.
         """
         for name in sorted(names, key=lambda name: name not in self.columns):
             if name in self:
@@ -87,8 +86,8 @@ class Fields:
         return "", None
 
     def text(self, *names: str) -> str:
-        """The first of these fields that is not empty, as text; "" if all are. UserError for one that is no
-        text and no number.
+        """First of these fields that is not empty, as text, else "". Raises UserError unless it is a text or
+        number.
         """
         return self.as_text(*self.find(*names))
 
@@ -106,7 +105,7 @@ class Fields:
         self.read |= {self.column(name) for name in names} & self.values.keys()
 
     def remedy(self, *names: str) -> str:
-        """What to do about a field that is missing: nothing, if the row has one of the names."""
+        """Advice for an error about a missing field; "" if the row has one of the names."""
         if any(self.column(name) in self.values for name in names):
             return ""
         return f": --columns {names[0]}=NAME says which column it is, of {', '.join(map(repr, self.values))}"
@@ -115,7 +114,7 @@ class Fields:
         return UserError(f"{self.where}: {sentence}")
 
     def unread(self) -> list[str]:
-        """Columns of words that were not read, and do not repeat what was: they may belong to the problem."""
+        """Text columns that were not read and do not repeat the read ones; they may belong to the problem."""
         known = {self.values[column] for column in self.read if isinstance(self.values[column], str)}
         return [
             column
@@ -131,10 +130,10 @@ class Fields:
 def load(
     spec: str, make: Callable[[Fields], list[Made]], columns: str = "", skip_bad_rows: bool = False
 ) -> list[Made]:
-    """What `make` makes of each row of the files that `spec` names, in one list.
+    """Concatenate `make(row)` of every row of the files in `spec`.
 
-    Says, once per file, how many rows were skipped and why the first one was, and which columns of words nothing
-    reads. Raises UserError for anything unreadable, and for a file of which nothing is left.
+    Reports, once per file, the number of skipped rows with the first one's error, and text columns that are
+    not read. Raises UserError for data that cannot be read, and for a file without a usable row.
     """
     mapping = parse_columns(columns)
     made: list[Made] = []
@@ -164,20 +163,22 @@ def load(
             say(f"{path}: skipped {len(skipped)} of its rows; the first: {skipped[0]}")
         if absent:
             say(
-                f"{path}: has no column {' or '.join(map(repr, absent))} of --columns, and is read by names of its own"
+                f"{path}: has no column {' or '.join(map(repr, absent))} of --columns, and is read by names "
+                "of its own"
             )
         if unread:
             names = ", ".join(map(repr, [*unread][:6])) + (
                 f" and {len(unread) - 6} more" if len(unread) > 6 else ""
             )
             say(
-                f"{next(iter(unread.values()))}: nothing reads {names}; --columns context=NAME adds one to the prompt"
+                f"{next(iter(unread.values()))}: nothing reads {names}; --columns context=NAME adds one to "
+                "the prompt"
             )
     return made
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """{"problem": "input"} of "problem=input". UserError for a name of ours that does not exist."""
+    """Parse "problem=input" to {"problem": "input"}. Raises UserError for an unknown name on the left."""
     mapping = {}
     for part in filter(None, text.split(",")):
         ours, equals, column = (word.strip() for word in part.partition("="))
@@ -185,15 +186,15 @@ def parse_columns(text: str) -> dict[str, str]:
             close = difflib.get_close_matches(ours, COLUMNS, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close and ours not in COLUMNS else ""
             raise UserError(
-                f"--columns {part!r}{hint}: write problem=NAME,answer=NAME with a column of the file as NAME; "
-                f"known: {', '.join(COLUMNS)}"
+                f"--columns {part!r}{hint}: write problem=NAME,answer=NAME with a column of the file as "
+                f"NAME; known: {', '.join(COLUMNS)}"
             )
         mapping[ours] = column
     return mapping
 
 
 def say(sentence: str) -> None:
-    """A line on standard error, from the first rank only."""
+    """Print a line on standard error, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(visible(sentence), file=sys.stderr, flush=True)
 
@@ -203,10 +204,10 @@ def _stop(error: UserError) -> None:
 
 
 def read_rows(path: str | Path, bad: OnBadRow = _stop) -> Iterator[tuple[str, dict]]:
-    """(where, fields) of each row of a file; where is "path:row", counted from 1 as lines are.
+    """Yield (where, fields) of each row of a file; where is "path:row", counted from 1 like lines.
 
-    bad: is called with what is wrong with a line that is no row. Raises UserError for a file that is missing,
-    empty or not of its kind.
+    bad: called with the error of a line that is not a row. Raises UserError for a file that is missing, empty
+    or malformed.
     """
     path = Path(path)
     if not path.is_file():
@@ -234,7 +235,7 @@ def _open(path: Path, mode: str = "rb", **how):
 
 
 def _json_rows(path: Path, bad: OnBadRow) -> Iterator[tuple[str, object]]:
-    # what json raises for: no JSON, no UTF-8, a number or a nesting beyond what Python reads
+    # json raises for: not JSON, not UTF-8, a number too long or a nesting too deep for Python
     mistakes = (ValueError, RecursionError)
     with _open(path) as file:
         if file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
@@ -299,17 +300,17 @@ def _parquet_rows(path: Path, bad: OnBadRow) -> Iterator[tuple[str, object]]:
 
 
 def split_spec(spec: str) -> list[str]:
-    """The files and datasets that a `--data` value joins by "+"."""
+    """Split a `--data` value at "+" into files and datasets."""
     return [spec] if Path(spec).is_file() else [part.strip() for part in _PLUS.split(spec)]
 
 
 def data_files(spec: str) -> list[Path]:
-    """The files that a `--data` value names; those of a hub dataset are fetched. Raises UserError."""
+    """Paths of the files in a `--data` value; files of a hub dataset are downloaded. Raises UserError."""
     return [path for path, _ in _files(spec)]
 
 
 def _files(spec: str) -> list[tuple[Path, str]]:
-    """With the name of the dataset that each is of, or ""."""
+    """Paths as in `data_files`, each with its dataset's name, or ""."""
     files = []
     for part in split_spec(spec):
         if part.startswith("hub:"):
