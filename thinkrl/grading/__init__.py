@@ -1,11 +1,11 @@
-"""Is the answer right?  `grade(completion, gold, source)`.
+"""Grading of answers: `grade(completion, gold, source)`.
 
 Read in this order:
 
     rules       where each rule set finds the answer, and when two answers are equal
-    notation    one spelling for answers in LaTeX
-    values      what an answer is: numbers, tuples, sets, intervals, … that compare with ==
-    algebra     math-verify, for what exact comparison leaves open
+    notation    a canonical spelling of LaTeX answers
+    values      values of answers: numbers, tuples, sets, intervals, … that compare with ==
+    algebra     math-verify, where exact comparison does not decide
 """
 
 from thinkrl.grading.notation import rational

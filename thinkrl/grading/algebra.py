@@ -1,8 +1,8 @@
-"""Whether two LaTeX expressions are equal by algebra: math-verify, in a process that ends when it takes too long.
+"""Algebraic equality of two LaTeX expressions, by math-verify in a worker process with a time limit.
 
-sympy on a model's text may run for ever, and a signal fires in the main thread only: so the work is done by
-another process, which the system ends after `TIMEOUT` seconds of processor time. Processor time, so that a
-busy machine grades as an idle one. math-verify is the `[math]` extra; without it nothing is equal by algebra.
+sympy may never finish on a model's text, and Python runs signal handlers in the main thread only. So another
+process does the work, which the system ends after `TIMEOUT` seconds of processor time; wall time would make
+grades depend on load. math-verify is the `[math]` extra; without it no two expressions are equal by algebra.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from thinkrl import UserError
 
 TIMEOUT = 3.0  # seconds of processor time that one answer may take
 
-# Read as algebra, "east" and "seat" are one product of variables, 10:30am is 10:30pm, 52_8 is 52_9, x' is x,
-# and 1 2 is 2.
+# Texts that algebra misreads: "east" and "seat" are the same product of variables, 10:30am is 10:30pm, 52_8
+# is 52_9, x' is x, and 1 2 is 2.
 _NO_ALGEBRA = re.compile(r"(?<!_\{)(?<![\\A-Za-z])[A-Za-z]{3,}|:|'|\d_|\d \d")
 
 
 @functools.cache
 def has_algebra() -> bool:
-    """Whether math-verify, the `[math]` extra, is installed. Reported accuracies depend on it: say which."""
+    """Whether math-verify, the `[math]` extra, is installed. Accuracies depend on it: report which."""
     return importlib.util.find_spec("math_verify") is not None
 
 
 class Judge:
-    """Decides whether pairs of LaTeX texts are equal, all of them together in `TIMEOUT` seconds of processor time."""
+    """Judge of LaTeX equality; all its calls together have `TIMEOUT` seconds of processor time."""
 
     def __init__(self) -> None:
         self.seconds_left = TIMEOUT
@@ -51,9 +51,10 @@ class Judge:
 
 
 def _serve() -> None:
-    """The worker's whole program: for each line, a JSON list of two LaTeX texts and a limit in seconds, writes
-    a JSON list, whether they are equal and the seconds that it took. The first line that it writes is empty:
-    ready.
+    """Program of the worker process. Reads lines [latex, latex, seconds], writes lines [equal, seconds used],
+    in JSON.
+
+    It first writes an empty line, when it is ready.
     """
     import contextlib
     import json
@@ -70,14 +71,14 @@ def _serve() -> None:
     from math_verify import verify
 
     def parse(latex):
-        # math-verify's own `parse` takes R for r, 5m for 5, and i for a variable
+        # math-verify's own `parse` reads R as r, 5m as 5, and i as a variable
         parsed = latex2sympy(
             latex, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False)
         )
         return parsed.subs(sympy.Symbol("i"), sympy.I)
 
     def apart(a, b):
-        """Whether two expressions differ at one point: what is wrong is mostly found wrong here, and fast."""
+        """Whether two expressions differ at one point: a fast check that finds most wrong answers."""
         symbols = sorted(a.free_symbols | b.free_symbols, key=str)
         point = {symbol: sympy.Rational(137 + 11 * i, 100) for i, symbol in enumerate(symbols)}
         x, y = (complex(side.subs(point).evalf(15)) for side in (a, b))
@@ -112,14 +113,14 @@ def _serve() -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends this process: nothing handles it
         try:
             verdict = bool(equal(parse(a), parse(b)))
-        except Exception:  # whatever a model's text does to the parser, it has not been shown to be equal
+        except Exception:  # an error of the parser is no proof of equality
             verdict = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         answer(json.dumps([verdict, time.process_time() - start]))
 
 
 class _Worker:
-    """The process: started when first needed, and again after its end."""
+    """Handle of the worker process, which is started when needed and again after it ended."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
@@ -127,7 +128,7 @@ class _Worker:
         atexit.register(self.close)
 
     def equal(self, a: str, b: str, seconds: float) -> tuple[bool, float]:
-        """Whether the two are found equal within these seconds of processor time, and the seconds that it took."""
+        """Whether two texts are equal, decided within `seconds` of processor time, and the seconds used."""
         with self.lock:
             if self.process is None:
                 self._start()
@@ -167,7 +168,7 @@ class _Worker:
             )
 
     def _read_line(self, seconds: float) -> bytes:
-        """One short line, which a pipe delivers whole, or none if it does not come in time or the worker has ended."""
+        """Read one short line from the pipe, or b"" if it does not come in time or the worker ended."""
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
         return os.read(self.process.stdout.fileno(), 4096) if ready else b""
 

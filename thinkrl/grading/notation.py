@@ -1,7 +1,7 @@
-r"""One spelling for answers in LaTeX that differ in notation only, and the numbers that they write.
+r"""Canonical spelling of LaTeX answers that differ in notation only, and exact numbers read from them.
 
-A row end of a matrix, `\\`, is the one character `ROW_END` from `normalise` on, so that no rule reads one of
-its backslashes with what follows.
+`normalise` replaces the row end of a matrix, `\\`, by the character `ROW_END`, so that no rule joins one of
+its backslashes with the text after it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import re
 from fractions import Fraction
 from typing import Any
 
-MAX_ANSWER = 500  # characters; a longer text is no answer
-ROW_END = "\x01"  # no white space, to no regular expression
+MAX_ANSWER = 500  # characters; a longer text is not an answer
+ROW_END = "\x01"  # not matched by \s
 
 _REAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
@@ -25,12 +25,11 @@ _FORMS = [  # after thousands separators are gone
 
 
 def rational(text: str) -> Fraction | None:
-    r"""The exact number that the text is, or None. Read are an integer, a decimal, a/b, \frac{a}{b}, a mixed
-    number, 1.5e3, 3*10^{5} and 0.1\overline{6}.
+    r"""Exact number written in the text, or None.
 
-    Thousands separators are read where they stand in threes. The text is at most `MAX_ANSWER` characters
-    long, far below the length at which Python refuses to read an integer, and exponents have at most three
-    digits.
+    It may be an integer, a decimal, a/b, \frac{a}{b}, a mixed number, 1.5e3, 3*10^{5} or 0.1\overline{6},
+    with thousands separators between groups of three digits. The text has at most `MAX_ANSWER` characters,
+    far fewer than Python's limit for integers, and exponents have at most three digits.
     """
     text = _THOUSANDS.sub(_without_commas, text)
     for form in _FORMS:
@@ -101,7 +100,7 @@ _REWRITES: list[tuple[re.Pattern, Any]] = [
         (r"^\s*\*{1,2}([^*]+)\*{1,2}\s*$", r"\1"),
         (r"\*\*", "^"),
         (r"^\s*([A-Za-z])\)\s*$", r"\1"),
-        # what shows but does not mean
+        # formatting without meaning
         (r"\\!", ""),
         (r"\{\s*,\s*\}", ","),
         (_command("[hv]?phantom") + r"\s*(?:\{[^{}]*\}|.)?", ""),
@@ -151,16 +150,16 @@ _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*°")
 
 
 def normalise(answer: str) -> str:
-    """One spelling for answers that differ in notation only: `_REWRITES`, to their fixed point. Idempotent.
+    """Canonical spelling of an answer: apply `_REWRITES` until nothing changes. Idempotent.
 
-    Spaces are dropped where LaTeX drops them, but between digits, which they keep apart; a comma that
-    separates is followed by one, thousands separators are gone.
+    Spaces that LaTeX ignores are removed, except between digits. A separating comma is followed by a space;
+    thousands separators are removed.
     """
     text = answer.translate(_UNICODE)
     if "\\\\" in text and ("\\begin" not in text or "\\\\begin" in text):
         text = text.replace("\\\\", "\\")  # escaped twice, \\frac for \frac, or a break that ends no row
     text = text.replace("\\\\", ROW_END)
-    for _ in range(MAX_ANSWER):  # bounds what a hostile text can ask for; two or three passes are usual
+    for _ in range(MAX_ANSWER):  # bounds the work for any text; two or three passes are usual
         before = text
         for pattern, replacement in _REWRITES:
             text = pattern.sub(replacement, text)
@@ -175,7 +174,7 @@ def normalise(answer: str) -> str:
 
 
 def _second_arguments(text: str) -> str:
-    r"""\frac{a}b -> \frac{a}{b}, whatever stands in the first braces."""
+    r"""Put missing braces: \frac{a}b -> \frac{a}{b}, also with nested braces in a."""
     for command in reversed(list(re.finditer(r"\\frac\s*(?=\{)", text))):
         end = _closing(text, command.end())
         argument = re.compile(r"\s*(\d|[A-Za-z]|\\[A-Za-z]+)").match(text, end)
@@ -185,7 +184,7 @@ def _second_arguments(text: str) -> str:
 
 
 def _closing(text: str, opening: int) -> int:
-    """The position behind the brace that closes the one at `opening`, or the end of the text."""
+    """Position after the brace that closes the one at `opening`, or the end of the text."""
     depth = 0
     for token in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening):
         depth += {"{": 1, "}": -1}.get(token[0], 0)
@@ -195,7 +194,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def _join_thousands(text: str) -> str:
-    """1,000 -> 1000, but in (1,000) the comma separates."""
+    """Remove thousands separators, 1,000 -> 1000, except in brackets: (1,000) has two parts."""
     parts = _BRACKET.split(text)  # text, bracket, text, bracket, ...
     depth = 0
     for i, part in enumerate(parts):
@@ -211,7 +210,7 @@ def _without_commas(number: re.Match) -> str:
 
 
 def _space_that_means(space: re.Match) -> str:
-    r"""\pi x keeps its space, and so does 1 2; all others go."""
+    r"""Keep the space of \pi x and of 1 2, and remove all others."""
     before, behind = space[1] or "", space[2] or ""
     keep = behind.isalpha() if before.startswith("\\") else before and behind.isdigit()
     return f"{before} " if keep else before

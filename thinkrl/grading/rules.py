@@ -1,21 +1,21 @@
-r"""Is the answer right? One rule set per kind of data, exact where it can be, and never `eval`.
+r"""Grading rules, one per kind of data: how an answer is found in a text, and when two answers are equal.
 
-    rule set      the answer is                                                equal means
-    arith         the last `<answer>…</answer>`                                the same rational number
-    gsm8k         the number behind the last `####`, else the last box         the same rational number
-    last_number   the last number in the text                                  the same rational number
-    math          the last `\boxed{…}` that is closed                          the same value, else equal by algebra
-    gym           the last `<answer>…</answer>`                                the same text, or full marks by the task's scorer
+    rule set      the answer is                              equal means
+    arith         the last `<answer>…</answer>`              the same rational number
+    gsm8k         the number after the last `####`, else the last box         the same rational number
+    last_number   the last number in the text                the same rational number
+    math          the last `\boxed{…}` that is closed        the same value, else equal by algebra
+    gym           the last `<answer>…</answer>`              the same text, or score 1 by the task's scorer
 
-A rule set has one marker, the one that its prompt asks for; no marker, no answer. `gsm8k` takes a box too,
-because that is how models trained on mathematics answer; `last_number` is for models that follow no format.
-Numbers are compared as `fractions.Fraction`, so 1/3 is not 0.333333. What `math` reads in an answer is said in
-`notation`; what that leaves open goes to math-verify, if the `[math]` extra is installed (`algebra`). Numbers,
-and tuples and sets of them, are never sent there: exact arithmetic has the last word. docs/data-and-grading.md
-has the rules by example, what they do not see, and measurements beside other graders.
+A rule has one marker, which its prompt asks for; without the marker there is no answer. `gsm8k` also reads a
+box, because models trained on mathematics write one; `last_number` is for models that follow no format.
+Numbers are compared as `fractions.Fraction`, so 1/3 is not 0.333333. For `math`, `notation` and `values` read
+an answer, and math-verify compares what they cannot, if the `[math]` extra is installed (`algebra`). Numbers,
+and tuples and sets of numbers, are only compared exactly. docs/data-and-grading.md has the rules by example,
+their limits, and measurements beside other graders.
 
-An answer longer than `MAX_ANSWER` characters is wrong. Every step is linear in the text, or works on at most
-`MAX_ANSWER` characters.
+An answer longer than `MAX_ANSWER` characters is wrong. Every step takes time linear in the text, or works on
+at most `MAX_ANSWER` characters. Text of a model is never passed to `eval`.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ DATA_SOURCES = {  # verl's `data_source` values and hub names, in lower case
 
 
 def rule_set(source: str) -> str:
-    """The rule set that grades this data source, one of `RULES` or "gym". UserError, with the nearest name, if none
-    does.
-    """
+    """Rule of a data source, one of `RULES` or "gym". Raises UserError, with the nearest name, if unknown."""
     name = source.lower()
     if name in RULES:
         return name
@@ -71,27 +69,28 @@ def rule_set(source: str) -> str:
         return "gym"
     nearest = difflib.get_close_matches(name, [*RULES, *DATA_SOURCES], n=1, cutoff=0)[0]
     raise UserError(
-        f"no grading rule for data source {source!r} (nearest: {nearest!r}): set source to one of {', '.join(RULES)}"
+        f"no grading rule for data source {source!r} (nearest: {nearest!r}): set source to one of "
+        f"{', '.join(RULES)}"
     )
 
 
 def extract(text: str, source: str) -> str | None:
-    """The answer that a completion gives, as written, or None if its marker is missing."""
+    """Find the answer in a completion, as written, or None if its marker is missing."""
     rules = {"arith": _last_tag, "gsm8k": _hashes_or_box, "last_number": _last_number, "math": _last_box}
     return (rules | {"gym": _last_tag})[rule_set(source)](text)
 
 
 def grade(text: str, gold: str, source: str) -> bool:
-    """Whether the completion's answer is the gold one. Never raises on any `text`."""
+    """Whether the completion's answer equals the gold answer. Does not raise for any `text`."""
     answer = extract(text, source)
     return answer is not None and equal(answer, gold, source)
 
 
 def equal(answer: str, gold: str, source: str) -> bool:
-    """Whether an extracted answer means the same as the gold one under the rule set of `source`.
+    """Whether an extracted answer equals the gold answer under the rule of `source`.
 
-    Under `math` two readings of the answer depend on the gold one: behind a number, a letter that may be a unit
-    is one if the gold answer is a number (5 m^2); and of `(C) 12` the letter counts if the gold answer is one.
+    Under `math` two readings depend on the gold answer: letters after a number are a unit if the gold answer
+    is a number (5 m^2), and of `(C) 12` the letter counts if the gold answer is a letter.
     """
     if rule_set(source) == "gym":
         return answer.strip() == gold.strip() or gym.right(answer, source)
@@ -102,9 +101,7 @@ def equal(answer: str, gold: str, source: str) -> bool:
 
 
 def canonical(answer: str, source: str) -> Value | None:
-    """A value that is == for answers that are equal without algebra, to compare or to count votes. None:
-    not an answer.
-    """
+    """Value of an answer, == for answers that are equal without algebra; None if it is not an answer."""
     if len(answer) > MAX_ANSWER:
         return None
     rule = rule_set(source)
@@ -125,7 +122,7 @@ def _value(answer: str) -> Value:
 
 @functools.lru_cache(maxsize=4096)
 def _equal_by_parts(answer: str, gold: str) -> bool:
-    """What == of two canonical values does not see, of answers to the `math` rule."""
+    """Whether two `math` answers whose canonical values differ are equal by names, parts or algebra."""
     judge = Judge()
     b = _value(gold)
     a = _value(_as_asked(answer, unnamed(b)))
@@ -139,7 +136,7 @@ _CHOICE = re.compile(r"\(?([A-Z])[).]((?!.*(?:[A-Z]\)|, )).+)")
 
 
 def _as_asked(answer: str, gold: Value) -> str:
-    """An answer without what the gold answer shows to be a unit, a letter of multiple choice, or no thousands."""
+    """Rewrite an answer in view of the gold answer: units, letters of options, thousands separators."""
     text = normalise(answer)
     if isinstance(gold, Fraction) and (found := _LETTER_UNIT.fullmatch(text)):
         return found[1]
@@ -152,9 +149,7 @@ def _as_asked(answer: str, gold: Value) -> str:
 
 
 def check_gold(gold: str, source: str) -> None:
-    """Raise ValueError if no completion could ever equal this gold answer: a mistake in the data, never a
-    reward.
-    """
+    """Raise ValueError for a gold answer that no completion can equal, which is an error in the data."""
     rule = rule_set(source)
     if len(gold) > MAX_ANSWER:
         raise ValueError(f"has {len(gold)} characters, at most {MAX_ANSWER} can be graded")
@@ -182,9 +177,10 @@ _SIGNED_NUMBER = re.compile(rf"(?P<sign>[-+]?) ?[$€£]? ?(?P<number>{_NUMBER})
 
 
 def _hashes_or_box(text: str) -> str | None:
-    """The number right behind the last `####` that has one; a box; any number on the line of the last `####`.
+    """Find the number right after the last `####` that has one, else a box, else a number on the last line
+    with `####`.
 
-    In this order, because #### also begins a headline, as in "#### Step 1".
+    `####` may also begin a heading, such as "#### Step 1".
     """
     lines = [line[:MAX_ANSWER].translate(_PLAIN) for line in re.findall(r"####(?!#)(?:(?!####)[^\n])*", text)]
     found = next(filter(None, map(_HASHES.match, reversed(lines))), None)
@@ -196,7 +192,7 @@ def _hashes_or_box(text: str) -> str | None:
 
 
 _PLAIN = str.maketrans({"\\": None, "−": "-"})
-_LAST_NUMBER = re.compile(  # a minus between two terms is no sign
+_LAST_NUMBER = re.compile(  # a minus between two terms is not a sign
     r"(?P<sign>(?<![\w)}\]])[-−])?[$€£]?"
     r"(?P<number>\\[dt]?frac\{\d+\}\{\d+\}|(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?: ?/ ?\d+)?)"
 )
@@ -213,9 +209,9 @@ _BOX_OR_BRACE = re.compile(
 
 
 def _last_box(text: str) -> str | None:
-    r"""Contents of the box that opens last among those that close, in one pass however many are left open.
+    r"""Contents of the last box that is closed, in one pass.
 
-    A box without braces, \boxed 2, holds what stands before the next space, brace, $ or \.
+    A box without braces, \boxed 2, holds the text up to the next space, brace, $ or \.
     """
     open_at: list[int | None] = []  # where a box's contents start, None for any other brace
     best = (-1, -1)

@@ -1,9 +1,9 @@
-r"""What an answer is: a value that is == for answers that mean the same without algebra (that is algebra.py).
+r"""Values of answers: == for answers that are equal without algebra (which algebra.py adds).
 
-A Value is a `Fraction`, a text that is no number, or a tuple (kind, part, …) whose parts are Values:
+A Value is a `Fraction`, a text that is not a number, or a tuple (kind, part, …) whose parts are Values:
 
     kind                            written
-    "()" "[)" "(]" "[]"             (1, 2), [1, 2), 1 \le x < 2, x > 5, a column of a matrix: tuple or interval
+    "()" "[)" "(]" "[]"             (1, 2), [1, 2), 1 \le x < 2, x > 5, matrix column: tuple or interval
     "set"                           1, 2 · 2 or 1 · \{1, 2\} · 1 \pm 2 · x = 1, x = 2             no order
     "named"                         x = 1, y = 2                                                  by name
     "union"                         [1, 2) \cup (3, \infty) · x < 1 or x > 2 · x \ne 3            no order
@@ -11,7 +11,7 @@ A Value is a `Fraction`, a text that is no number, or a tuple (kind, part, …) 
     "=" (a name, a Value)           x = 5 · 5 = x · f(x) = x^2 · x \in [1, 2)
     "relation" (signs, then parts)  x + y = 5 · a < b
 
-`value` reads one, and `same` compares two, asking a judge about the parts that are no numbers.
+`value` reads one, and `same` compares two, with a judge for parts that are not numbers.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ _OPENING, _CLOSING = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
 _FLIPPED = {">": "<", r"\geq": r"\leq"}
 _RELATIONS = {"=", r"\in", r"\neq", "<", r"\leq", *_FLIPPED}
 _GREEK = (
-    "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|psi|omega"
-    "|ell|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega"
+    "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|"
+    "varphi|chi|psi|omega|ell|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega"
 )
 _NAME = re.compile(  # x, x_{1}, AB, Area, f(x), f^{-1}(x), y', \theta, \angle ABC, (a, b)
-    rf"(?:\\(?:angle|triangle) ?)?(?:[A-Za-z]+|\\overline\{{[A-Za-z]+\}}|\\(?:{_GREEK}))(?:_\{{[^{{}}]*\}})?'*(?:\^\{{-1\}})?"
-    r"(?:\([A-Za-z](?:, [A-Za-z])*\))?\s*|\([A-Za-z](?:, [A-Za-z])+\)"
+    r"(?:\\(?:angle|triangle) ?)?"
+    rf"(?:[A-Za-z]+|\\overline\{{[A-Za-z]+\}}|\\(?:{_GREEK}))(?:_\{{[^{{}}]*\}})?'*"
+    rf"(?:\^\{{-1\}})?(?:\([A-Za-z](?:, [A-Za-z])*\))?\s*|\([A-Za-z](?:, [A-Za-z])+\)"
 )
 _MATRIX = re.compile(
     r"(.*?)([\[(]?)\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\3\}([\])]?)",
@@ -49,7 +50,7 @@ REALS = ("()", r"-\infty", r"\infty")
 
 
 def value(text: str, depth: int = 0) -> Value:
-    """What a normalised text means."""
+    """Value of a normalised text."""
     text = text.strip().removeprefix("+")
     number = rational(text)
     if number is not None:
@@ -83,7 +84,7 @@ def _unordered(kind: str, values: Iterable[Value]) -> Value:
 
 
 def _both_signs(item: str) -> list[str]:
-    r"""1 \pm 2 -> 1 + 2 and 1 - 2. Those in a set's braces wait for its elements."""
+    r"""Replace 1 \pm 2 by 1 + 2 and 1 - 2, except inside a set's braces, where its elements are read."""
     if item.startswith(r"\{") or not re.search(r"\\(?:pm|mp)(?![A-Za-z])", item):
         return [item]
     return [
@@ -93,7 +94,9 @@ def _both_signs(item: str) -> list[str]:
 
 
 def _list(items: list[str], separators: list[str], depth: int) -> Value:
-    """Several answers: a set, in which names are dropped if there is one only; by name; or a union of inequalities."""
+    """Value of several answers: a set (without names if all are equal), values by name, or a union of
+    inequalities.
+    """
     values = [value(item, depth + 1) for item in items]
     names = {part[1] for part in values if _kind(part) == "="}
     if 1 < len(names) == len(values):
@@ -138,12 +141,12 @@ def _relation(operands: list[str], signs: list[str], depth: int) -> Value:
 
 
 def _without(point: Value) -> Value:
-    """All real numbers but this one."""
+    """Set of all real numbers except this one."""
     return _unordered("union", [("()", REALS[1], point), ("()", point, REALS[2])])
 
 
 def _matrix(found: re.Match, depth: int) -> Value | None:
-    """The entries of a matrix, times the number before it; one column is a tuple. None: not a matrix."""
+    """Entries of a matrix, multiplied by the number before it; one column is a tuple. None: not a matrix."""
     before, opening, environment, body, closing = found.groups()
     factor = rational(f"{before}1" if before in ("", "-") else before.rstrip("*"))
     if factor is None or r"\begin" in body or (opening + closing) not in ("", "()", "[]"):
@@ -183,7 +186,7 @@ def _in_brackets(opening: str, content: str, closing: str, depth: int) -> Value:
 
 
 def _split(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
-    """Parts between the separators that stand outside all brackets, and these separators."""
+    """Split at separators outside all brackets: the parts, and these separators."""
     parts, found, depth = [""], [], 0
     for token in _TOKEN.findall(text):
         if depth == 0 and token.strip() in separators:
@@ -196,7 +199,7 @@ def _split(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
 
 
 def _bracketed(text: str) -> tuple[str, str, str] | None:
-    """("(", "1, 2", "]") of "(1, 2]", if the first token's bracket closes with the last token."""
+    """Split "(1, 2]" into ("(", "1, 2", "]"), if the first bracket is closed by the last one."""
     tokens = _TOKEN.findall(text)
     if len(tokens) < 3 or tokens[0] not in _OPENING or tokens[-1] not in _CLOSING:
         return None
@@ -213,12 +216,12 @@ def _kind(part: Value) -> str:
 
 
 def unnamed(part: Value) -> Value:
-    """x = 5 -> 5."""
+    """Remove a name: x = 5 -> 5."""
     return part[2] if _kind(part) == "=" else part
 
 
 def same(a: Value, b: Value, judge: Judge) -> bool:
-    """Whether two Values mean the same, where `judge` says whether two texts that are no numbers are equal."""
+    """Whether two Values are equal; `judge` compares two texts that are not numbers."""
     if a == b:
         return True
     kinds = {_kind(a), _kind(b)}
@@ -248,7 +251,7 @@ def _same_unordered(a: Sequence[Value], b: Sequence[Value], judge: Judge) -> boo
 
 
 def _same_named(named: Value, other: Value, judge: Judge) -> bool:
-    """x = 2, y = 3 against the same in another order, against (2, 3), or against 2, 3 without names."""
+    """Whether x = 2, y = 3 equals the same in another order, or (2, 3), or 2, 3 without names."""
     if _kind(other) == "named":
         a, b = ({part[1]: part[2] for part in group[1:]} for group in (named, other))
         return len(named) == len(other) and a.keys() == b.keys() and all(same(a[x], b[x], judge) for x in a)
@@ -260,7 +263,7 @@ def _same_named(named: Value, other: Value, judge: Judge) -> bool:
 
 
 def _latex(part: Value) -> str:
-    """The text of a number, a text or an equation of such, for algebra; "" of anything else."""
+    """LaTeX of a number, a text or an equation of these, for algebra; "" for other values."""
     if isinstance(part, Fraction):
         return (
             str(part.numerator)
