@@ -1,3 +1,3 @@
-"""One file = one operation: formula, slow twin, Triton kernel, dispatch, benchmark. Knows nothing of
+"""One operation per file: formula, PyTorch reference, Triton kernel, dispatch, benchmark. Imports nothing of
 thinkrl.
 """

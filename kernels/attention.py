@@ -2,21 +2,21 @@
 
     o_i = Σ_{j<=i} p_ij v_j        p_i = softmax_j(q_i · k_j / √Dh)        i and j in the same sequence
 
-`packed_attention`: S sequences lie end to end in one row of T tokens, sequence s being tokens cu_seqlens[s]
-to cu_seqlens[s+1]. `paged_attention`: keys and values lie in pages of a pool, token j of sequence s in slot j
-mod page_size of page page_table[s, j // page_size]; the queries are the last tokens of each sequence. In
-both, query head h reads key head h // (H / Hkv), at any ratio.
+`packed_attention`: S sequences are concatenated in one row of T tokens; sequence s is tokens cu_seqlens[s] to
+cu_seqlens[s+1]. `paged_attention`: keys and values are in pages of a pool, those of token j of sequence s in
+slot j mod page_size of page page_table[s, j // page_size]; the queries are the last tokens of each sequence.
+In both, query head h reads key head h // (H / Hkv), for any ratio.
 
 Letters: T tokens (of the row; queries), S sequences, H query heads, Hkv key heads, Dh head width, P pages of
 a sequence, L the longest context.
 
-Costs of one head of one sequence of n tokens. Naive: two products of 2 n² Dh FLOP, half of them masked away,
-and 4 n² bytes of scores written and read three times over. Fused: the unmasked half, 2.5 times that again in
-the backward, and q, k, v and o read or written once, 8 n Dh bytes in bf16. Decoding reads 4 Hkv Dh bytes of
-bf16 keys and values per token of context and does 4 H Dh FLOP with them, H / Hkv FLOP a byte: the bytes are
-the whole cost. Gathering the pages into a padded block first moves them three times.
+Costs of one head of one sequence of n tokens. Naive: two products of 2 n² Dh FLOP, half of it masked, and 4
+n² bytes of scores, written and read three times. Fused: the unmasked half, 2.5 times that in the backward,
+and q, k, v and o read or written once, 8 n Dh bytes in bf16. Decoding reads 4 Hkv Dh bytes of bf16 keys and
+values per token of context and does 4 H Dh FLOP with them, H / Hkv FLOP per byte, so it is bound by memory
+bandwidth. Gathering the pages into a padded block first would move the bytes three times.
 
-Sums repeat to the last bit: no atomics, and tile sizes from a fixed table.
+Results are bitwise reproducible: no atomics, and tile sizes from a fixed table.
 
     python -m kernels.attention     the benchmark
 """
@@ -43,26 +43,26 @@ try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
-# torch 2.11 shares key heads without being asked to, and does not know the word
+# torch 2.11 shares key heads by default and has no such argument
 GROUPED: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 )
 
 # in the interpreter, tl.dot multiplies bf16 bit patterns: upcast first
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-# Tokens of context per program in decoding. A size, not a number of parts: one long row does not hold up a batch,
-# and a row's sums do not depend on its neighbours. 1,024 tokens are 16 tiles of keys.
+# Tokens of context per program in decoding. It is a fixed size, not a fixed number of parts, so one long row
+# does not delay a batch, and a row's sums do not depend on the other rows. 1,024 tokens are 16 tiles of keys.
 SPLIT = 1024
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def packed_attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The specification of `packed_attention`: one sequence at a time, the whole matrix of scores."""
+    """Specification of `packed_attention`: one sequence at a time, with its whole matrix of scores."""
     return torch.cat([_causal_ref(q[a:b], k[a:b], v[a:b]) for a, b in pairwise(cu_seqlens.tolist())])
 
 
 def _causal_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [N, H, Dh], the last N of the L tokens of k, v [L, Hkv, Dh] -> [N, H, Dh]."""
+    """Attention of q [N, H, Dh], the last N of L tokens, to k, v [L, Hkv, Dh] -> [N, H, Dh]."""
     (n, heads, width), length = q.shape, len(k)
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("nhd,lhd->hnl", q, k) * width**-0.5
@@ -78,7 +78,7 @@ def paged_attention_ref(
     lengths: Tensor,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The specification of `paged_attention`: one sequence at a time, its pages laid end to end."""
+    """Specification of `paged_attention`: one sequence at a time, its pages concatenated."""
     ends = range(len(lengths) + 1) if cu_seqlens is None else cu_seqlens.tolist()
     outputs = []
     for (a, b), length, pages in zip(pairwise(ends), lengths.tolist(), page_table):
@@ -89,12 +89,12 @@ def paged_attention_ref(
 
 @lru_cache(maxsize=8)
 def _blocks(cu_seqlens: tuple[int, ...]) -> tuple[list[tuple[int, int]], Tensor, Tensor, Tensor]:
-    """Sequences of like length side by side: shapes (S_b, L_b) of the blocks, and maps between their slots and the row.
+    """Group sequences of similar length into blocks of shapes (S_b, L_b), with maps between slots and row.
 
-    Returns shapes, token [slots] in each slot, slot [T] of each token, and the slots that only pad. A block
-    ends where a sequence is shorter than 3/4 of the block's longest, so padding stays under a quarter. Slots
-    past the end of a sequence repeat its last token: causality keeps them from every query that counts. Every
-    layer asks for the same answer, hence the cache.
+    Returns the shapes, the token [slots] in each slot, the slot [T] of each token, and the padding slots. A
+    block ends where a sequence is shorter than 3/4 of the block's longest, so padding is less than a quarter.
+    Slots after the end of a sequence repeat its last token; causality hides them from all real queries.
+    Cached, because every layer needs the same result.
     """
     shapes: list[tuple[int, int]] = []
     tokens, padding, slots = [], [], torch.empty(cu_seqlens[-1], dtype=torch.int64)
@@ -110,7 +110,7 @@ def _blocks(cu_seqlens: tuple[int, ...]) -> tuple[list[tuple[int, int]], Tensor,
 
 
 class _Pad(torch.autograd.Function):
-    """Row -> blocks. Its backward is the way back: slots that only pad have no gradient."""
+    """Gather of a row into blocks. The backward gathers back and ignores padding slots."""
 
     @staticmethod
     def forward(ctx, x: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """Blocks -> row. Its backward is the way there, with zeros in the slots that only pad."""
+    """Gather of blocks into a row. The backward gathers into blocks, with zeros in padding slots."""
 
     @staticmethod
     def forward(ctx, x: Tensor, tokens: Tensor, slots: Tensor, padding: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class _Unpad(torch.autograd.Function):
 
 
 def packed_attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`packed_attention` in PyTorch ops: gather blocks of like lengths, SDPA on each, gather the row back."""
+    """`packed_attention` in PyTorch ops: gather blocks of similar length, SDPA on each, gather the row."""
     shapes, *maps = _blocks(tuple(cu_seqlens.tolist()))
     tokens, slots, padding = (index.to(q.device) for index in maps)
     sizes = [n * longest for n, longest in shapes]
@@ -159,9 +159,9 @@ def paged_attention_torch(
 ) -> Tensor:
     """`paged_attention` in PyTorch ops, all sequences at once.
 
-    Decoding is memory traffic and little else. Keys are gathered head by head into [S, Hkv, L, Dh], as fast
-    as page by page and ready for bmm. Values are not gathered: `embedding_bag` sums weighted rows straight
-    out of the pages.
+    Decoding is bound by memory traffic. Keys are gathered head by head into [S, Hkv, L, Dh], as fast as page
+    by page and in bmm's layout. Values are not gathered: `embedding_bag` sums weighted rows directly from the
+    pages.
     """
     page_size, kv_heads, width = k_pages.shape[1:]
     length = int(lengths.max())
@@ -169,8 +169,7 @@ def paged_attention_torch(
     token = torch.arange(0, page_size * kv_heads, kv_heads, dtype=torch.int32, device=q.device)
     rows = (page_table[:, :pages, None] * (page_size * kv_heads) + token).flatten(1)[:, :length]
     dead = torch.arange(length, dtype=torch.int32, device=q.device) >= lengths[:, None]  # [S, L]
-    # slots past the end read the first token, whose finite values a weight of 0 removes; 0 · NaN would not be
-    # removed
+    # slots after the end read the first token, whose finite values get weight 0; a NaN would survive weight 0
     rows = torch.where(dead, rows[:, :1], rows)
     rows = rows[:, None] + torch.arange(kv_heads, dtype=torch.int32, device=q.device)[:, None]  # [S, Hkv, L]
     keys = k_pages.view(-1, width).index_select(0, rows.flatten()).view(*rows.shape, width)
@@ -193,7 +192,9 @@ def paged_attention_torch(
 
 
 def _decode_torch(q: Tensor, keys: Tensor, v_pages: Tensor, rows: Tensor, dead: Tensor) -> Tensor:
-    """One query per sequence: q [S, H, Dh], keys [S, Hkv, L, Dh], rows [S, Hkv, L] into the values' heads."""
+    """Attention of one query per sequence: q [S, H, Dh], keys [S, Hkv, L, Dh], rows [S, Hkv, L] of the
+    values.
+    """
     (sequences, heads, width), (_, kv_heads, length) = q.shape, rows.shape
     group = heads // kv_heads
     scores = torch.bmm((q * width**-0.5).view(-1, group, width), keys.flatten(0, 1).transpose(1, 2))
@@ -207,10 +208,10 @@ def _decode_torch(q: Tensor, keys: Tensor, v_pages: Tensor, rows: Tensor, dead: 
 
 @triton.jit
 def _sequence_of(cu_ptr, S, block, BLOCK: tl.constexpr):
-    """The sequence that owns a block of the row: the largest s with cu[s] // BLOCK + s <= block.
+    """Find the sequence of a block of the row: the largest s with cu[s] // BLOCK + s <= block.
 
-    So sequence s owns at least ⌈n_s / BLOCK⌉ blocks, sometimes one more that is empty, and the grid, T //
-    BLOCK + S, is known without reading cu_seqlens back from the device.
+    Sequence s has at least ⌈n_s / BLOCK⌉ blocks, sometimes one more that is empty. The grid, T // BLOCK + S,
+    is known without reading cu_seqlens back from the device.
     """
     low, high = 0, S
     while high - low > 1:
@@ -224,7 +225,7 @@ def _sequence_of(cu_ptr, S, block, BLOCK: tl.constexpr):
 
 @triton.jit
 def _tile(ptr, rows, stride, dims, rows_end, D: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows of width D as a [len(rows), len(dims)] tile, zero outside."""
+    """Load rows of width D as a [len(rows), len(dims)] tile, zero outside."""
     mask = (rows[:, None] < rows_end) & (dims[None, :] < D)
     x = tl.load(ptr + rows[:, None].to(tl.int64) * stride + dims[None, :], mask=mask, other=0.0)
     return x.to(tl.float32) if UPCAST else x
@@ -249,7 +250,7 @@ def _packed_forward_kernel(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One block of queries of one head against every block of keys up to its last query."""
+    """Compute one block of queries of one head against every block of keys up to its last query."""
     block, head = tl.program_id(0), tl.program_id(1)
     s = _sequence_of(cu_ptr, S, block, BLOCK_M)
     start, end = tl.load(cu_ptr + s), tl.load(cu_ptr + s + 1)
@@ -268,7 +269,7 @@ def _packed_forward_kernel(
         k = _tile(k_ptr + kv_head * D, cols, HKV * D, dims, end, D, UPCAST)
         v = _tile(v_ptr + kv_head * D, cols, HKV * D, dims, end, D, UPCAST)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        # rows past the end see everything, are not stored, and so stay finite
+        # rows after the end attend to all keys, so they stay finite; they are not stored
         scores = tl.where(cols[None, :] <= rows[:, None], scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))
         p = tl.exp2(scores - m_new[:, None])
@@ -322,7 +323,7 @@ def _packed_backward_kv_kernel(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One block of keys of one key head: all query heads that share it, so that its sums need no atomics."""
+    """Compute one block of keys of one key head for all query heads that share it, which needs no atomics."""
     block, kv_head = tl.program_id(0), tl.program_id(1)
     s = _sequence_of(cu_ptr, S, block, BLOCK_N)
     start, end = tl.load(cu_ptr + s), tl.load(cu_ptr + s + 1)
@@ -342,7 +343,7 @@ def _packed_backward_kv_kernel(
             rows = r + tl.arange(0, BLOCK_M)
             q = _tile(q_ptr + head * D, rows, H * D, dims, end, D, UPCAST)
             do = _tile(do_ptr + head * D, rows, H * D, dims, end, D, UPCAST)
-            # +inf where there is no row: its p, and with it every contribution, is exactly 0
+            # +inf where there is no row: its p, and so every contribution, is exactly 0
             lse = tl.load(lse_ptr + stats + rows, mask=rows < end, other=float("inf"))
             delta = tl.load(delta_ptr + stats + rows, mask=rows < end, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # [N, M]
@@ -378,7 +379,7 @@ def _packed_backward_q_kernel(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One block of queries of one head: the forward's walk over the keys, with p rebuilt from lse."""
+    """Compute one block of queries of one head, over keys as in the forward, with p from lse."""
     block, head = tl.program_id(0), tl.program_id(1)
     s = _sequence_of(cu_ptr, S, block, BLOCK_M)
     start, end = tl.load(cu_ptr + s), tl.load(cu_ptr + s + 1)
@@ -407,7 +408,7 @@ def _packed_backward_q_kernel(
     tl.store(out, (dq * (scale / LOG2E)).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-TILES = {  # BLOCK_M, BLOCK_N, num_warps, num_stages: in 16 bits | in fp32, which has no tensor cores at full precision
+TILES = {  # BLOCK_M, BLOCK_N, num_warps, num_stages: 16 bits | fp32, without tensor cores
     "forward": ((128, 32, 8, 2), (16, 16, 4, 1)),
     "backward_kv": ((32, 64, 8, 2), (32, 32, 8, 1)),
     "backward_q": ((64, 64, 8, 2), (32, 32, 8, 1)),
@@ -417,15 +418,13 @@ TILES = {  # BLOCK_M, BLOCK_N, num_warps, num_stages: in 16 bits | in fp32, whic
 
 
 def tiles(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch options: a fixed table, not a search, so that a sum is always taken in the
-    same order.
-    """
+    """Tile sizes and launch options, from a fixed table so that the order of sums is always the same."""
     block_m, block_n, num_warps, num_stages = TILES[kernel][dtype == torch.float32]
     if INTERPRET:
         block_m, block_n = (
             max(16, block_m // 4),
             max(16, block_n // 4),
-        )  # so that small tests have several tiles
+        )  # small tests should have several tiles
     block_d = max(16, triton.next_power_of_2(width))
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=num_warps, num_stages=num_stages)
 
@@ -469,7 +468,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def packed_attention_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`packed_attention` in Triton, forward and backward: scores never leave the chip."""
+    """`packed_attention` in Triton, forward and backward, without scores in memory."""
     return _PackedAttention.apply(q, k, v, cu_seqlens)
 
 
@@ -482,14 +481,14 @@ def packed_attention_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, 
 
 
 def packed_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-    """`packed_attention` by the FlashAttention 2 that torch brings along, in 16 bits."""
+    """`packed_attention` by torch's own FlashAttention 2, in 16 bits."""
     v = v.contiguous()  # kept for the backward without the rest of its row
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # newer versions of torch prefer another, cuDNN's
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # newer versions of torch prefer cuDNN's
         o: Any = varlen_attn(
             q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), **GROUPED
-        )  # a window of no token ahead: causal
+        )  # window right of a query is 0: causal
     if o.grad_fn is not None and not torch.are_deterministic_algorithms_enabled():
-        # its backward adds with atomics, unless torch is told that sums must repeat
+        # its backward uses atomics unless torch's deterministic mode is on
         o.grad_fn.register_prehook(lambda _: torch.use_deterministic_algorithms(True))
         o.grad_fn.register_hook(lambda *_: torch.use_deterministic_algorithms(False))
     return o
@@ -497,13 +496,13 @@ def packed_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
 
 @functools.cache
 def _torch_has_flash(device: torch.device) -> bool:
-    """FlashAttention 2 needs a build of torch for CUDA, and compute capability 8."""
+    """Whether torch has FlashAttention 2 here: a CUDA build and compute capability 8 or higher."""
     built = torch.backends.cuda.is_flash_attention_available()
     return built and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _flash(q: Tensor) -> Callable | None:
-    """The faster attention for packed rows of 16 bits, if there is one here."""
+    """Find a flash attention for packed rows in 16 bits, or None."""
     if q.dtype == torch.float32 or q.shape[-1] % 8:
         return None
     if flash_attn_varlen_func is not None:
@@ -536,10 +535,10 @@ def _paged_kernel(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A block of queries with all the heads of one key head, against one part of the context.
+    """Compute a block of queries, with all query heads of one key head, against one part of the context.
 
-    A tile's rows are (query, head of the group) pairs, BLOCK_M // G queries of G = H / HKV heads, so one read
-    of a key serves them all; with one query, the rest of the 16 rows that a tensor core needs are idle.
+    A tile's rows are (query, head of the group) pairs, BLOCK_M // G queries of G = H / HKV heads, so a key is
+    read once for all of them. With one query, the other of the 16 rows that a tensor core needs are idle.
     """
     G: tl.constexpr = H // HKV
     QUERIES: tl.constexpr = BLOCK_M // G
@@ -614,11 +613,11 @@ def _combine_kernel(
     SPLIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One head of one row: the outputs of its parts, weighted by their shares of the softmax."""
+    """Combine one head of one row: outputs of its parts, weighted by their shares of the softmax."""
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     parts = tl.cdiv(tl.load(lengths_ptr + row // H).to(tl.int32), SPLIT)
-    top = -3e38  # not -inf: a difference of two tops must be a number
+    top = -3e38  # not -inf: the difference of two maxima must be a number
     total = 0.0
     acc = tl.zeros([BLOCK_D], tl.float32)
     for _ in range(0, parts):
@@ -642,10 +641,10 @@ def paged_attention_triton(
     lengths: Tensor,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """`paged_attention` in Triton. No size is read back from the device, so a CUDA graph can hold it.
+    """`paged_attention` in Triton. No size is read back from the device, so a CUDA graph can record it.
 
-    Decoding with tables of more than SPLIT tokens takes a second kernel, which combines the parts. A block of
-    several queries is work enough for a program, and is not split.
+    Decoding with tables of more than SPLIT tokens needs a second kernel, which combines the parts. A block of
+    several queries is not split, because it is enough work for a program.
     """
     q, decode = q.contiguous(), cu_seqlens is None
     (tokens, heads, width), (sequences, pages) = q.shape, page_table.shape
@@ -672,7 +671,7 @@ def paged_attention_triton(
 
 
 def _kernels_take(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the Triton kernels compute this. Raises ValueError when the shapes or dtypes do not fit."""
+    """Whether the Triton kernels can run this. Raises ValueError if shapes or dtypes do not fit."""
     alike = k.shape == v.shape and q.shape[-1] == k.shape[-1] and q.dtype == k.dtype == v.dtype
     if not alike or q.shape[-2] % k.shape[-2]:
         given = ", ".join(f"{(*x.shape,)} {x.dtype}" for x in (q, k, v))
@@ -688,8 +687,8 @@ def packed_attention(
     """Causal attention within each sequence of a packed row. Differentiable.
 
     q           [T, H, Dh]; k, v [T, Hkv, Dh], H a multiple of Hkv
-    cu_seqlens  int32 [S+1], from 0 to T, no sequence empty
-    longest     tokens of the longest sequence; None: FlashAttention waits for the device to know it
+    cu_seqlens  int32 [S+1], from 0 to T, without empty sequences
+    longest     tokens of the longest sequence; None: FlashAttention reads it from the device
     returns     [T, H, Dh] in q's dtype; softmax and sums in fp32
     raises      ValueError when the shapes or dtypes do not fit
     """
@@ -714,8 +713,8 @@ def paged_attention(
     k_pages     [num_pages, page_size, Hkv, Dh], v_pages likewise, contiguous
     page_table  [S, P] int32: entries past a sequence's end may hold any valid page, which is never looked at
     lengths     [S] int32 or int64, at least 1: tokens of context, the queries among them
-    cu_seqlens  None: one query per sequence (T = S). Otherwise int32 [S+1]: sequence s has queries cu_seqlens[s] to
-                cu_seqlens[s+1], its last ones, each seeing the context up to itself
+    cu_seqlens  None: one query per sequence (T = S). Otherwise int32 [S+1]: sequence s has queries
+                cu_seqlens[s] to cu_seqlens[s+1], its last ones, each seeing the context up to itself
     returns     [T, H, Dh] in q's dtype; softmax and sums in fp32
     raises      ValueError when the shapes or dtypes do not fit
     """

@@ -1,6 +1,7 @@
-"""How the kernels' benchmarks measure: candidates in turn, in one process, against this machine's own ceilings.
+"""Timing of the kernels' benchmarks: candidates in turn, in one process, against this machine's roofline.
 
-Inputs are random (a product of zeros is faster). A candidate that cannot run here says why and is left out.
+Inputs are random, because a product of zeros is faster. A candidate that cannot run here is reported and
+skipped.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
 def milliseconds(*candidates: Callable[[], object], rounds: int = 10) -> list[float]:
-    """Median time of each. On a CPU the candidates take turns, so that other load on the machine falls on
-    all alike.
-    """
+    """Median time of each candidate, in ms. On a CPU they take turns, so other load affects all alike."""
     if DEVICE == "cuda":
         return [triton.testing.do_bench(candidate, return_mode="median") for candidate in candidates]
     times: list[list[float]] = [[] for _ in candidates]
@@ -34,7 +33,7 @@ def milliseconds(*candidates: Callable[[], object], rounds: int = 10) -> list[fl
 
 @lru_cache
 def ceilings() -> tuple[float, float]:
-    """Measured FLOP/s of a large product in DTYPE, and bytes/s of a large copy."""
+    """Measure FLOP/s of a large product in DTYPE, and bytes/s of a large copy."""
     n, size = (8192, 1 << 29) if DEVICE == "cuda" else (1024, 1 << 24)
     a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
     source, target = (torch.ones(size, device=DEVICE) for _ in range(2))
@@ -43,10 +42,10 @@ def ceilings() -> tuple[float, float]:
 
 
 def compare(title: str, flop: float, traffic: float, **candidates: Callable[[], object]) -> None:
-    """Prints each candidate's time, its speed against the first, and the share of the roofline it reaches.
+    """Print each candidate's time, its speed against the first, and its share of the roofline.
 
-    flop, traffic   the arithmetic and the bytes that the operation cannot do without: the roofline is the slower of
-                    the two at the ceilings of this machine
+    flop, traffic   FLOP and bytes that the operation needs at least; the roofline is the larger of their
+                    times at the measured `ceilings`
     """
     product, copy = ceilings()
     floor = 1e3 * max(flop / product, traffic / copy)
@@ -66,7 +65,7 @@ def compare(title: str, flop: float, traffic: float, **candidates: Callable[[], 
 
 
 def with_backward(op: Callable, *inputs: torch.Tensor) -> Callable[[], object]:
-    """Forward and backward of op's first output, to every input that requires a gradient."""
+    """Make a function that runs forward, and backward from op's first output to its inputs."""
     leaves = [x for x in inputs if x.requires_grad]
 
     def run():

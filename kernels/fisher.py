@@ -1,25 +1,24 @@
-"""Statistics of every episode's gradient, from one backward, without ever holding those gradients.
+"""Statistics of every episode's gradient from one backward, without storing the gradients.
 
-A position-wise linear layer y = W x sees token t as the pair x_t (its input) and g_t (gradient of that
-token's log-prob at y). The gradient of episode k at W and the quantities asked of it are
+For a position-wise linear layer y = W x, token t is a pair: its input x_t, and g_t, the gradient of its
+log-prob at y. The gradient of episode k at W, and the quantities computed from it, are
 
     G_k = Σ_{t∈k} g_t x_tᵀ                                [D2, D1]
-    quadratic_k = Σ_ij w_ij (G_k)_ij^p                    p = 2: diagonal-Fisher form; p = 1: directional derivative
+    quadratic_k = Σ_ij w_ij (G_k)_ij^p                    p = 2: diagonal-Fisher form; p = 1: product with w
     ghost_k = ‖G_k‖² = Σ_{t,t'∈k} (g_t·g_t') (x_t·x_t')   the same norm without forming G_k
     F_ij = mean_t g_ti² x_tj²                             diagonal Fisher: one product of squares
 
 Letters: T tokens, K episodes, n tokens of one episode, D1 input width, D2 output width, w weight.
 
-Costs. The naive loop writes G_k, squares, weighs and sums it: 2 T D1 D2 FLOP and about 28 K D1 D2 bytes of
-pointwise traffic, so the shorter the episodes the worse. `episode_quadratic` does the same FLOP with one read
-of w and no other traffic of that size: a program owns one tile of w and keeps it while all episodes stream
-through, and G_k never leaves the registers. `ghost_norm` needs n² (D1 + D2) FLOP per episode: fewer while n <
-2 D1 D2 / (D1 + D2).
+Costs. The naive loop writes G_k, squares, weights and sums it: 2 T D1 D2 FLOP and about 28 K D1 D2 bytes of
+pointwise traffic, which dominate for short episodes. `episode_quadratic` does the same FLOP with one read of
+w and no other traffic of that size: a program loads one tile of w and loops over all episodes with G_k in
+registers. `ghost_norm` needs n² (D1 + D2) FLOP per episode, fewer while n < 2 D1 D2 / (D1 + D2).
 
-Results repeat to the last bit, and no episode's value depends on where it stands in the row: every tile of
-every episode has a slot of its own, slots are summed in fp64, there are no atomics. Episodes are contiguous
-and cover the tokens from cu_episodes[0] to cu_episodes[K]; other tokens count for nothing; an empty episode
-gives exactly 0. Nothing here is differentiable.
+Results are bitwise reproducible, and an episode's value does not depend on its place in the row: every tile
+of every episode has its own output slot, slots are summed in fp64, and there are no atomics. Episodes are
+contiguous and cover the tokens from cu_episodes[0] to cu_episodes[K]; other tokens are ignored; an empty
+episode gives exactly 0. Nothing here is differentiable.
 
     python -m kernels.fisher        the benchmark
 """
@@ -38,15 +37,13 @@ from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-CHUNK = (
-    1 << 18
-)  # elements of padded factors or of gradients that the torch path holds at once: 1 MB stays in a cache
+CHUNK = 1 << 18  # elements of padded factors or gradients per batch of the torch path: 1 MB stays in cache
 
 
 def episode_quadratic_ref(
     x: Tensor, g: Tensor, cu_episodes: Tensor, weight: Tensor | None = None, power: int = 2
 ) -> Tensor:
-    """The specification of `episode_quadratic`: one gradient at a time, in the inputs' own dtype."""
+    """Specification of `episode_quadratic`: one gradient at a time, in the inputs' dtype."""
     values = torch.zeros(len(cu_episodes) - 1, dtype=torch.float64, device=x.device)
     for k, (start, end) in enumerate(pairwise(cu_episodes.tolist())):
         gradient = g[start:end].T @ x[start:end]
@@ -56,7 +53,7 @@ def episode_quadratic_ref(
 
 
 def ghost_norm_ref(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
-    """The specification of `ghost_norm`: pairs of tokens, one episode at a time, in the inputs' own dtype."""
+    """Specification of `ghost_norm`: pairs of tokens, one episode at a time, in the inputs' dtype."""
     values = torch.zeros(len(cu_episodes) - 1, dtype=torch.float64, device=x.device)
     for k, (start, end) in enumerate(pairwise(cu_episodes.tolist())):
         values[k] = ((g[start:end] @ g[start:end].T) * (x[start:end] @ x[start:end].T)).sum()
@@ -64,7 +61,7 @@ def ghost_norm_ref(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
 
 
 def diagonal_fisher_ref(x: Tensor, g: Tensor) -> Tensor:
-    """The specification of `diagonal_fisher`: one token's gradient at a time."""
+    """Specification of `diagonal_fisher`: one token's gradient at a time."""
     total = torch.zeros(g.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
     for x_t, g_t in zip(x, g):
         total += torch.outer(g_t, x_t) ** 2
@@ -75,7 +72,7 @@ def diagonal_fisher_ref(x: Tensor, g: Tensor) -> Tensor:
 def _quadratic_kernel(
     x_ptr,  # [T, D1]
     g_ptr,  # [T, D2]
-    cu_ptr,  # [K+1] int64, and so is all that is counted from it
+    cu_ptr,  # [K+1] int64, as all offsets computed from it
     weight_ptr,  # [D2, D1] fp32; not read unless WEIGHTED
     partial_ptr,  # [K, tiles] fp32, every slot is written
     K,
@@ -123,7 +120,7 @@ def _quadratic_kernel(
 
 @triton.jit
 def _dots(ptr, t, s, end, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
-    """All dot products of rows t with rows s of a [T, D] matrix; rows from `end` on are zero."""
+    """Compute all dot products of rows t with rows s of a [T, D] matrix; rows from `end` on are zero."""
     dots = tl.zeros((BLOCK_T, BLOCK_T), dtype=tl.float32)
     for d in range(0, D, BLOCK_D):
         j = d + tl.arange(0, BLOCK_D)
@@ -162,13 +159,13 @@ def _ghost_kernel(
             pairs = tl.sum(g_dots * x_dots)
             total += tl.where(
                 column < row, 2.0 * pairs, pairs
-            )  # a tile below the diagonal stands for its mirror too
+            )  # a tile below the diagonal counts twice, for its mirror
     tl.store(partial_ptr + k * tl.num_programs(1).to(tl.int64) + row, total)
 
 
-# Fixed tiles: tuning at run time would change the rounding from run to run. In 16 bits | in fp32, whose exact
-# products have no tensor cores and must keep their sums in fewer registers | in the interpreter, where small
-# tests should reach borders. With three stages the fp32 ghost norm spills under Triton 3.6 and 3.7.1.
+# Fixed tiles: tuning at run time would change rounding between runs. 16 bits | fp32, whose exact products use
+# no tensor cores and need smaller tiles | interpreter, where small tests should cross tile borders. With
+# three stages the fp32 ghost norm spills under Triton 3.6 and 3.7.1.
 QUADRATIC_TILES = {
     2: dict(BLOCK_D2=128, BLOCK_D1=128, BLOCK_T=64, num_warps=8, num_stages=3),
     4: dict(BLOCK_D2=64, BLOCK_D1=64, BLOCK_T=32, num_warps=4, num_stages=3),
@@ -189,11 +186,12 @@ def episode_quadratic_triton(
     x, g, K = x.contiguous(), g.contiguous(), len(cu_episodes) - 1
     tiling = QUADRATIC_TILES[0 if INTERPRET else x.dtype.itemsize]
     tiles = triton.cdiv(g.shape[1], tiling["BLOCK_D2"]) * triton.cdiv(x.shape[1], tiling["BLOCK_D1"])
-    # few tiles: share the episodes out among more programs, so that every processor has work
+    # few tiles: split the episodes among more programs, so that every processor has work
     per_program = triton.cdiv(max(K, 1), triton.cdiv(512, tiles))
     partial = torch.empty(K, tiles, dtype=torch.float32, device=x.device)
     _quadratic_kernel[(tiles, triton.cdiv(max(K, 1), per_program))](
-        x, g, cu_episodes.to(x.device, torch.int64), x if weight is None else weight.float().contiguous(), partial,
+        x, g, cu_episodes.to(x.device, torch.int64), x if weight is None else weight.float().contiguous(),
+        partial,
         K, x.shape[1], g.shape[1], per_program,
         POWER=power, WEIGHTED=weight is not None, UPCAST=INTERPRET, **tiling,
     )  # fmt: skip
@@ -201,9 +199,7 @@ def episode_quadratic_triton(
 
 
 def ghost_norm_triton(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
-    """As `ghost_norm`, for bf16, fp16 or fp32 on a GPU (or in the interpreter). Waits for the longest
-    length.
-    """
+    """As `ghost_norm`, for bf16, fp16 or fp32 on a GPU (or in the interpreter). Reads lengths back."""
     _check(x, g)
     x, g, K = x.contiguous(), g.contiguous(), len(cu_episodes) - 1
     tiling = GHOST_TILES[0 if INTERPRET else x.dtype.itemsize]
@@ -211,7 +207,8 @@ def ghost_norm_triton(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
     partial = torch.empty(K, rows, dtype=torch.float32, device=x.device)
     if K:
         _ghost_kernel[(K, rows)](
-            x, g, cu_episodes.to(x.device, torch.int64), partial, x.shape[1], g.shape[1], UPCAST=INTERPRET, **tiling
+            x, g, cu_episodes.to(x.device, torch.int64), partial, x.shape[1], g.shape[1],
+            UPCAST=INTERPRET, **tiling
         )  # fmt: skip
     return partial.sum(1, dtype=torch.float64)
 
@@ -219,13 +216,12 @@ def ghost_norm_triton(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
 def _equal_lengths(
     x: Tensor, g: Tensor, cu_episodes: Tensor, elements: Callable[[int], int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches (k [B], x [B, n, D1], g [B, n, D2]) of episodes whose lengths round up to the same multiple of 16.
+    """Yield batches (k [B], x [B, n, D1], g [B, n, D2]) of episodes with the same length rounded up to 16.
 
-    A length is rounded by itself, never to that of others in the batch, and 16 rows give every episode's factors the same
-    alignment in memory: so the arithmetic of an episode is the same in any company. A batch's factors, and
-    `elements(n)` numbers for each of its episodes, fit CHUNK (or the batch is a single episode). The next
-    batch is written over this one: on a CPU the page faults of fresh memory would cost as much as the
-    arithmetic.
+    A length is rounded to a multiple of 16, not to that of other episodes, and every episode's factors have
+    the same alignment in memory. So an episode's arithmetic does not depend on its batch. A batch's factors,
+    and `elements(n)` numbers for each of its episodes, fit CHUNK (or the batch is a single episode). The next
+    batch reuses this one's memory: on a CPU, page faults of new memory would cost as much as the arithmetic.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, g = x.to(dtype), g.to(dtype)
@@ -252,9 +248,7 @@ def _equal_lengths(
 def episode_quadratic_torch(
     x: Tensor, g: Tensor, cu_episodes: Tensor, weight: Tensor | None = None, power: int = 2
 ) -> Tensor:
-    """As `episode_quadratic`, in batched products of equal lengths, at most CHUNK elements of gradients at
-    once.
-    """
+    """As `episode_quadratic`, by batched products of equal lengths, at most CHUNK elements at once."""
     _check(x, g, weight, power)
     values = torch.zeros(len(cu_episodes) - 1, dtype=torch.float64, device=x.device)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -272,7 +266,7 @@ def episode_quadratic_torch(
 
 
 def ghost_norm_torch(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
-    """As `ghost_norm`, in batched products of equal lengths."""
+    """As `ghost_norm`, by batched products of equal lengths."""
     _check(x, g)
     values = torch.zeros(len(cu_episodes) - 1, dtype=torch.float64, device=x.device)
     for k, x_k, g_k in _equal_lengths(x, g, cu_episodes, lambda n: n * n):
@@ -284,7 +278,7 @@ def ghost_norm_torch(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
 def episode_quadratic(
     x: Tensor, g: Tensor, cu_episodes: Tensor, weight: Tensor | None = None, power: int = 2
 ) -> Tensor:
-    """Σ_ij w_ij (G_k)_ij^power of every episode k, with G_k = Σ_{t∈k} g_t x_tᵀ. The [K, D2, D1] gradients never exist.
+    """Compute Σ_ij w_ij (G_k)_ij^power of every episode k, where G_k = Σ_{t∈k} g_t x_tᵀ is not stored.
 
     x [T, D1] and g [T, D2] of one dtype, cu_episodes [K+1] integer, weight [D2, D1] (None: ones), power 1 or
     2. Returns [K] fp64: sums inside a tile are fp32 (fp64 for fp64 inputs). Raises ValueError when the shapes
@@ -296,10 +290,10 @@ def episode_quadratic(
 
 @torch.no_grad()
 def ghost_norm(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
-    """‖G_k‖² of every episode k, [K] fp64, from dot products of tokens: equals `episode_quadratic(x, g, cu_episodes)`.
+    """Compute ‖G_k‖² of every episode k, [K] fp64, from dot products of tokens.
 
-    Cheaper than that while episodes are shorter than 2 D1 D2 / (D1 + D2). Raises ValueError when the shapes
-    do not fit.
+    Equals `episode_quadratic(x, g, cu_episodes)`, and is cheaper while episodes are shorter than 2 D1 D2 /
+    (D1 + D2) tokens. Raises ValueError if the shapes do not fit.
     """
     run = ghost_norm_triton if x.is_cuda and x.dtype != torch.float64 else ghost_norm_torch
     return run(x, g, cu_episodes)
@@ -307,10 +301,11 @@ def ghost_norm(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def diagonal_fisher(x: Tensor, g: Tensor) -> Tensor:
-    """F_ij = mean over tokens of (g_ti x_tj)², [D2, D1] fp32 (fp64 for fp64 inputs); zeros when there are no tokens.
+    """Compute F_ij = mean over tokens of (g_ti x_tj)², [D2, D1] fp32 (fp64 for fp64 inputs); zeros without
+    tokens.
 
-    A Fisher diagonal only if g comes from tokens the policy itself sampled at temperature 1, unweighted by
-    advantages.
+    This is a Fisher diagonal only if the policy itself sampled the tokens at temperature 1 and g is not
+    weighted by advantages.
     """
     _check(x, g)
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):

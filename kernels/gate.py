@@ -1,11 +1,11 @@
-"""The gate of the MLP in one pass, for decoding.
+"""SwiGLU gate of the MLP in one kernel, for decoding.
 
     y = silu(gate) · up        silu(z) = z / (1 + e^-z)        gate, up: the two halves of a row
 
 Letters: T rows, F width of the MLP.
 
-One launch where PyTorch takes two, and 6 F bytes of a row in bf16 instead of 10 F: silu(gate) is neither written nor
-read. Arithmetic in fp32, rounded once. No gradient: the trainer compiles its blocks instead.
+One launch where PyTorch takes two, and 6 F bytes of a row in bf16 instead of 10 F: silu(gate) is neither
+written nor read. Arithmetic in fp32, rounded once. No gradient: the trainer compiles its blocks instead.
 
     python -m kernels.gate          the benchmark
 """
@@ -22,7 +22,7 @@ BLOCK = 1024
 
 
 def silu_mul_ref(gate_up: Tensor) -> Tensor:
-    """The specification of `silu_mul`."""
+    """Specification of `silu_mul`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -34,7 +34,7 @@ def _silu_mul_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of one row."""
+    """Compute one block of one row."""
     row = tl.program_id(0).to(tl.int64) * WIDTH
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < WIDTH
@@ -54,7 +54,7 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up of rows [T, 2 F], gate first: [T, F]. gate_up is contiguous. Not differentiable on CUDA."""
+    """Compute silu(gate) · up of contiguous rows [T, 2 F], gate first -> [T, F]. No gradient on CUDA."""
     fits = gate_up.is_cuda and gate_up.dtype != torch.float64
     return (silu_mul_triton if fits else silu_mul_ref)(gate_up)
 

@@ -1,23 +1,23 @@
-"""The LM head: log-prob and entropy of every token, or the gradient at the hidden state, without the [T, V] logits.
+"""LM head: log-probs and entropies, or gradients at the hidden states, without storing [T, V] logits.
 
     z_t = W h_t / temperature       p_t = softmax z_t       lse_t = log Σ_v exp z_tv
     logprob_t = z_t[target_t] - lse_t                       entropy_t = lse_t - Σ_v p_tv z_tv
-    ∂ logprob_t / ∂ h_t = (W[target_t] - Wᵀ p_t) / temperature                                 `linear_score`, at 1
-    ∂ L / ∂ W = Σ_t c_t (onehot(target_t) - p_t) h_tᵀ / temperature                            c_t = ∂ L / ∂ logprob_t
+    ∂ logprob_t / ∂ h_t = (W[target_t] - Wᵀ p_t) / temperature                         `linear_score`, at 1
+    ∂ L / ∂ W = Σ_t c_t (onehot(target_t) - p_t) h_tᵀ / temperature                    c_t = ∂ L / ∂ logprob_t
 
 Letters: T tokens, D width, V vocabulary, C tokens of one chunk.
 
 Costs. Naive: the logits and their log-softmax are kept for the backward, 2 to 4 times 4 T V bytes (T = 4096,
-V = 152k: 2.5 GB each). Here: one chunk of logits at a time, in the forward and again in the backward, and one
-number per token (lse) between them. A product of 2 T D V FLOP is done once in the forward and three times in
-the backward (logits again, ∂h, ∂W): 4 against the naive 3. Each chunk reads W and adds to ∂W, about 12 D V
-bytes, which on an H200 (790 TFLOP/s over 4.3 TB/s) take as long as its arithmetic at C = 370; C = 2048 keeps
-them under a fifth. At C = 64, W would be all that is ever read. On a CPU, logits that outgrow the cache cost
-page faults: there C V is held to CPU_LOGITS, but C to no less than CPU_CHUNK.
+V = 152k: 2.5 GB each). Here: one chunk of logits at a time, in the forward and again in the backward, with
+one number per token (lse) kept between them. A product of 2 T D V FLOP is done once in the forward and three
+times in the backward (logits again, ∂h, ∂W): 4 instead of 3. Each chunk reads W and adds to ∂W, about 12 D V
+bytes. On an H200 (790 TFLOP/s, 4.3 TB/s) that takes as long as the chunk's arithmetic at C = 370; at C = 2048
+it takes less than a fifth. On a CPU, logits larger than the cache cost page faults: there C V is at most
+CPU_LOGITS, and C at least CPU_CHUNK.
 
-The products are cuBLAS's; what is fused is the row: a Triton program reads a row of logits once and has lse,
-logprob and entropy, another turns a row of logits into c (onehot - p) / temperature for the two products of
-the backward.
+cuBLAS computes the products. Triton fuses the operations on rows: one program reads a row of logits once and
+computes lse, logprob and entropy; another turns a row of logits into c (onehot - p) / temperature for the two
+products of the backward.
 
     python -m kernels.logprob       the benchmark
 """
@@ -40,14 +40,14 @@ CPU_LOGITS, CPU_CHUNK = 1 << 21, 256  # logits, 8 MB of fp32; tokens
 def linear_logprob_ref(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The specification of `linear_logprob`: all logits at once, differentiated by autograd."""
+    """Specification of `linear_logprob`: all logits at once, with autograd."""
     logprobs = (_upcast(hidden @ weight.T) / temperature).log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets[:, None])[:, 0], entropy.detach()
 
 
 def linear_score_ref(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The specification of `linear_score`: the gradient at the hidden states, by autograd."""
+    """Specification of `linear_score`: the gradient at the hidden states, by autograd."""
     with torch.enable_grad():
         hidden = hidden.detach().requires_grad_()
         logprob, _ = linear_logprob_ref(hidden, weight.detach(), targets)
@@ -61,35 +61,31 @@ def _upcast(x: Tensor) -> Tensor:
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     size = CHUNK if hidden.is_cuda else max(CPU_CHUNK, CPU_LOGITS // len(weight))
-    for start in range(0, max(len(hidden), 1), size):  # no tokens are one empty chunk
+    for start in range(0, max(len(hidden), 1), size):  # zero tokens give one empty chunk
         yield slice(start, start + size)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 (fp64 for fp64), whatever the operands: cuBLAS keeps the accumulator, a CPU rounds
-    first.
-    """
+    """Compute a @ b in fp32 (fp64 for fp64): cuBLAS returns its accumulator; a CPU needs upcast operands."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return _upcast(a @ b)
 
 
 def _rows_torch(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A chunk of logits [C, V] -> logprob, entropy, lse [C]."""
+    """Compute logprob, entropy and lse [C] of a chunk of logits [C, V]."""
     z = logits if temperature == 1 else logits / temperature
     logprobs = z.log_softmax(-1)
     logprob = logprobs.gather(-1, targets[:, None])[:, 0]
     entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
-    # at the maximum, where the log-prob is small and little is lost in the difference
+    # relative to the maximum, so that small log-probs keep their precision in the difference
     return logprob, entropy, z.amax(-1) - logprobs.amax(-1)
 
 
 def _residual_torch(
     logits: Tensor, targets: Tensor, lse: Tensor, coef: Tensor, temperature: float, dtype: torch.dtype
 ) -> Tensor:
-    """A chunk of logits [C, V] -> coef (onehot(target) - p) / temperature in `dtype`. The logits are used
-    up.
-    """
+    """Compute coef (onehot(target) - p) / temperature of a chunk [C, V] in `dtype`; overwrites logits."""
     coef = coef[:, None] / temperature
     p = logits.div_(temperature).sub_(lse[:, None]).exp_()
     return p.mul_(-coef).scatter_add_(-1, targets[:, None], coef).to(dtype)
@@ -106,7 +102,7 @@ def _rows_kernel(
     scale,  # 1 / temperature
     BLOCK: tl.constexpr,
 ):
-    """One row, read once, about its running maximum: mass Σ exp(z - top), moment Σ (z - top) exp(z - top)."""
+    """Reduce one row in one read: running maximum top, Σ exp(z - top) and Σ (z - top) exp(z - top)."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
     offset = tl.arange(0, BLOCK)
@@ -142,7 +138,7 @@ def _residual_kernel(
     scale,  # 1 / temperature
     BLOCK: tl.constexpr,
 ):
-    """One block of one row: coef (onehot - p) / temperature."""
+    """Compute coef (onehot - p) / temperature of one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32) * scale
@@ -198,7 +194,7 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad_logprob: Tensor, _):
         hidden, weight, targets, lse = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # summed over chunks in fp32: bf16 would drop what is small beside the sum so far
+        # summed over chunks in fp32: bf16 would drop terms that are small beside the sum
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(hidden, weight):
             logits = _matmul(hidden[chunk], weight.T)
@@ -260,22 +256,22 @@ def linear_score_triton(hidden: Tensor, weight: Tensor, targets: Tensor) -> tupl
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target, and the entropy of each distribution, under softmax(hidden weightᵀ / temperature).
+    """Log-prob of each target and entropy of each distribution softmax(hidden weightᵀ / temperature).
 
     hidden   [T, D], the states that predict the targets; weight [V, D] of the same dtype; targets [T] int64
-    returns  logprob [T], entropy [T] in nats, both fp32 (fp64 for fp64 inputs). Gradients reach hidden and weight
-             through logprob; entropy carries none: it is a number to log, not a bonus to train on
+    returns  logprob [T], entropy [T] in nats, both fp32 (fp64 for fp64 inputs). logprob is
+             differentiable with respect to hidden and weight; entropy has no gradient, it is for logging
     """
     run = linear_logprob_triton if hidden.is_cuda and hidden.dtype != torch.float64 else linear_logprob_torch
     return run(hidden, weight, targets, temperature)
 
 
 def linear_score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and its gradient at the hidden state, in one pass over the LM head, at temperature 1.
+    """Log-prob of each target and its gradient at the hidden state, at temperature 1.
 
     hidden   [T, D]; weight [V, D] of the same dtype; targets [T] int64
-    returns  logprob [T], score [T, D] = weight[target] - softmax(hidden weightᵀ) weight; both fp32 (fp64 for fp64
-             inputs), without gradients
+    returns  logprob [T], score [T, D] = weight[target] - softmax(hidden weightᵀ) weight; both fp32 (fp64 for
+             fp64 inputs), without gradients
     """
     run = linear_score_triton if hidden.is_cuda and hidden.dtype != torch.float64 else linear_score_torch
     return run(hidden, weight, targets)

@@ -1,12 +1,12 @@
-"""Residual addition and RMSNorm in one pass, for decoding.
+"""Residual addition and RMSNorm in one kernel, for decoding.
 
     s = x + delta        y = s / √(mean(s²) + eps) · weight
 
 Letters: T rows, D width.
 
-Decoding is bound by the number of kernels, not by their arithmetic: this is one launch where PyTorch takes two or
-three. Bytes of a row in bf16: 4 D read, 4 D written. Sums in fp32; s is rounded to x's dtype before its norm is
-taken, as it is when the sum is an operation of its own. No gradient: the trainer compiles its blocks instead.
+The number of kernels bounds decoding, not their arithmetic: this is one launch instead of two or three. Bytes
+of a row in bf16: 4 D read, 4 D written. Sums in fp32; s is rounded to x's dtype before the norm, as in
+separate operations. No gradient: the trainer compiles its blocks instead.
 
     python -m kernels.norm          the benchmark
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 def add_rms_norm_ref(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The specification of `add_rms_norm`."""
+    """Specification of `add_rms_norm`."""
     s = x if delta is None else x + delta
     return s, F.rms_norm(s, weight.shape, weight, eps)
 
@@ -40,7 +40,7 @@ def _add_rms_norm_kernel(
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row."""
+    """Compute one row."""
     row = tl.program_id(0).to(tl.int64) * D
     at = tl.arange(0, BLOCK)
     mask = at < D
@@ -66,7 +66,7 @@ def add_rms_norm_triton(x: Tensor, delta: Tensor | None, weight: Tensor, eps: fl
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual stream after an addition, and its norm. Not differentiable on CUDA.
+    """Add to the residual stream and normalise the sum. Not differentiable on CUDA.
 
     x        [T, D], contiguous; delta likewise, of the same dtype, or None for 0
     weight   [D]

@@ -1,13 +1,13 @@
-"""What decoding does between the qkv product and attention, in one pass: q/k norm, rotary embedding, K/V store.
+"""Q/K norm, rotary embedding and K/V store in one kernel, between decoding's qkv product and attention.
 
-    q, k = norm(q), norm(k)                          where a model has these norms (Qwen3)
-    (x_i, x_{i+Dh/2}) turns by position · f_i        q and k, every pair of every head
+    q, k = norm(q), norm(k)                          if the model has these norms (Qwen3)
+    (x_i, x_{i+Dh/2}) rotated by position · f_i      q and k, every pair of every head
     k, v go to slot position mod page_size of page page_table[row, position // page_size]
 
 Letters: B rows, one token each; H query heads, Hkv key heads, Dh head width.
 
-One launch where PyTorch takes seven (nine with the norms). Every number is read once and written once. The angle,
-its sine and cosine are computed in fp32 where they are used: a table of them would be read more often than written.
+One launch instead of PyTorch's seven (nine with the norms). Every number is read once and written once.
+Angles, sines and cosines are computed in fp32 where they are used, which is cheaper than reading a table.
 
     python -m kernels.rotary        the benchmark
 """
@@ -27,23 +27,23 @@ from torch import Tensor
 
 @dataclass
 class Places:
-    """Where the tokens of a decoding step stand, the same for every layer."""
+    """Positions and pages of a decoding step's tokens, the same for every layer."""
 
     positions: Tensor  # [B] int64, each token's position in its sequence
-    page_table: Tensor  # [B, P] int32; no two rows may share a slot, except rows that write the same
+    page_table: Tensor  # [B, P] int32; two rows must not write to one slot, except the same values
     frequencies: Tensor  # [Dh / 2] fp32, angle per position
     page_size: int
 
     @cached_property
     def rotation(self) -> tuple[Tensor, Tensor]:
-        """cos and signed sin of every angle, [B, 1, Dh] fp32. The Triton kernel computes its own."""
+        """Cosine and signed sine of every angle, [B, 1, Dh] fp32. The Triton kernel computes its own."""
         angle = (self.positions.float()[:, None] * self.frequencies)[:, None]
         cos, sin = angle.cos(), angle.sin()
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
     @cached_property
     def slots(self) -> Tensor:
-        """[B] int64: page * page_size + offset of each token's K/V."""
+        """Slot page * page_size + offset of each token's K/V, [B] int64."""
         page = self.page_table.gather(1, (self.positions // self.page_size)[:, None])[:, 0].long()
         return page * self.page_size + self.positions % self.page_size
 
@@ -57,7 +57,7 @@ def rotate_and_store_ref(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """The specification of `rotate_and_store`."""
+    """Specification of `rotate_and_store`."""
     kv_heads, width = k_pages.shape[2:]
     heads = qkv.shape[1] // width - 2 * kv_heads
     qk, v = qkv.unflatten(-1, (-1, width)).split([heads + kv_heads, kv_heads], dim=1)
@@ -94,7 +94,7 @@ def _rotate_and_store_kernel(
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One head of one row, as its two halves a and b."""
+    """Compute one head of one row, as its two halves a and b."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     HALF: tl.constexpr = D // 2
     at = tl.arange(0, BLOCK)
@@ -158,7 +158,7 @@ def rotate_and_store(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Rotates each row's q and k heads to its position and stores its k and v in its pages. Not differentiable.
+    """Rotate each row's q and k heads to its position and store k and v in its pages. Not differentiable.
 
     qkv          [B, (H + 2 Hkv) Dh], contiguous: q heads, k heads, v heads
     k_pages      [num_pages, page_size, Hkv, Dh], v_pages likewise, contiguous: written

@@ -1,24 +1,24 @@
-"""From logits to a token: the draw, its log-prob and the log-sum-exp in one pass over the logits.
+"""Sampling: draw a token, its log-prob and the log-sum-exp in one pass over the logits.
 
     z = logits / temperature        lse = log Σ_v exp z_v        logprob = z_token - lse
     token = the first v with  Σ_{i<=v} exp z_i > u Σ_i exp z_i         u in (0, 1), one number per row
 
-A row's u is a counter hash of its 64-bit key and its position, and nothing else is random: the same key, position
-and logits give the same token in any batch, on any rank, on any device (up to floating-point ties). `hash_key`
-makes keys from the address of a completion, hash_key(seed, step, problem, sample); the draw adds the position.
-temperature = 0 takes the largest logit (the first, if several are equal) and reports its log-prob at temperature 1.
+A row's u is a counter hash of its 64-bit key and its position, and nothing else is random: the same key,
+position and logits give the same token in any batch, on any rank, on any device (up to floating-point ties).
+`hash_key` makes a completion's key, such as hash_key(seed, step, problem, sample); the draw adds the
+position. temperature = 0 takes the largest logit (the first, if several are equal) and returns its log-prob
+at temperature 1.
 
 Letters: B rows, V vocabulary.
 
-Costs, per row of V bf16 logits. Eager: an fp32 copy, softmax, log-softmax and cumulative sum, some 10 passes
-of 4 V bytes. Fused: 2 V bytes, read once. The pass keeps the maximum and the mass of each block of the
-vocabulary; the block in which the cumulative mass crosses u is then read again, and only that block is
-scanned. At B = 256, V = 152,064 that is 78 MB, 18 µs at 4.3 TB/s. On a CPU the same two levels replace a
-serial scan over V by one over V / 64 blocks.
+Costs, per row of V bf16 logits. Eager: an fp32 copy, softmax, log-softmax and cumulative sum, about 10 passes
+of 4 V bytes. Fused: 2 V bytes, read once. The pass keeps the maximum and the sum of exponentials of each
+block of the vocabulary; then only the block in which the cumulative sum crosses u is read again and scanned.
+At B = 256, V = 152,064 that is 78 MB, 18 µs at 4.3 TB/s. On a CPU the same two levels replace a serial scan
+over V by one over V / 64 blocks.
 
-Inverse CDF rather than Gumbel-argmax: one hash per row instead of one per logit, which a CPU feels (measured:
-25 times the time, with torch's own exponentials). Masses are summed in fp64, so tokens of probability below
-1e-7, which fp32 sums absorb, keep their share.
+Inverse CDF instead of Gumbel-argmax: one hash per row, not one per logit, which on a CPU took 25 times as
+long. Exponentials are summed in fp64; fp32 sums would lose tokens of probability below 1e-7.
 
     python -m kernels.sample        the benchmark
 """
@@ -31,22 +31,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# splitmix64 (Steele, Lea and Flood 2014): a counter, then a mix in which every input bit reaches every output
+# splitmix64 (Steele, Lea and Flood 2014): a counter, then a mix in which every input bit affects every output
 # bit
-GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit numbers, whose sums and products wrap in torch
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit numbers, which wrap in torch
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX_2 = 0x94D049BB133111EB - 2**64
-_GOLDEN, _MIX_1, _MIX_2 = (tl.constexpr(number) for number in (GOLDEN, MIX_1, MIX_2))  # as kernels see them
+_GOLDEN, _MIX_1, _MIX_2 = (tl.constexpr(number) for number in (GOLDEN, MIX_1, MIX_2))  # for Triton
 
 
 def hash_key(*words: int | Tensor) -> Tensor:
-    """A 64-bit key from the words of an address, in order: int64, of the words' common shape.
+    """Hash numbers, in order, to 64-bit keys: int64, of the numbers' common shape.
 
     Words are ints or int64 tensors: hash_key(seed, step, problem, torch.arange(8)) is eight keys. A key is a
     word too: a row's key is made once, and hash_key(key, position) at each step.
     """
     device = next((word.device for word in words if isinstance(word, Tensor)), "cpu")
-    # made there: a copy from the host would wait for the device
+    # made on the device: a copy from the host would synchronize
     key = torch.zeros((), dtype=torch.int64, device=device)
     for word in words:
         key = _mix((key ^ word) + GOLDEN)
@@ -54,21 +54,21 @@ def hash_key(*words: int | Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    # int64 shifts copy the sign bit: the mask takes the copies away
+    # int64 shifts copy the sign bit: the mask removes the copies
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * MIX_1
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * MIX_2
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
 def uniform(keys: Tensor) -> Tensor:
-    """fp64 numbers strictly inside (0, 1) from the upper 32 bits of int64 keys: (k + 1/2) / 2^32."""
+    """Uniform fp64 numbers (k + 1/2) / 2^32 inside (0, 1), k the upper 32 bits of int64 keys."""
     return ((keys >> 32 & 0xFFFFFFFF).double() + 0.5) * 2.0**-32
 
 
 def sample_token_ref(
     logits: Tensor, keys: Tensor, positions: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification of `sample_token`: fp64, the whole cumulative sum."""
+    """Specification of `sample_token`: fp64, the whole cumulative sum."""
     z = logits.double() / (temperature or 1.0)
     logprobs = z.log_softmax(-1)
     if temperature == 0:
@@ -84,9 +84,7 @@ def sample_token_ref(
 def sample_token_torch(
     logits: Tensor, keys: Tensor, positions: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`sample_token` in PyTorch ops: a large vocabulary by blocks of 64 tokens first, then the tokens of
-    one block.
-    """
+    """`sample_token` in PyTorch ops; for a large vocabulary first by blocks of 64 tokens, then inside one."""
     z = logits.float()
     if temperature not in (0, 1):
         z = z / temperature
@@ -105,21 +103,19 @@ def sample_token_torch(
 
 
 def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The index [B, 1] at which the cumulative mass [B, N] passes u [B, 1] of the whole, and how far into
-    it u lies.
-    """
+    """Index [B, 1] where the cumulative mass [B, N] passes its share u [B, 1], and u's place in it."""
     cdf = mass.cumsum(-1, dtype=torch.float64)
     target = u * cdf[:, -1:]
-    # NaN logits must come out as a NaN log-prob, not as an index error: hence the clamp
+    # NaN logits must give a NaN log-prob, not an index error: hence the clamp
     index = torch.searchsorted(cdf, target, right=True).clamp_(max=mass.shape[-1] - 1)
     here = mass.gather(-1, index)
-    # strictly below 1: if rounding overshot the end, the next level would take a token of probability 0
+    # strictly below 1: otherwise rounding could select a token of probability 0 at the next level
     return index, ((target - cdf.gather(-1, index) + here) / here).clamp_(0.0, 1.0 - 2.0**-40)
 
 
 @triton.jit
 def _hash_word(key, word):
-    """One word of `hash_key`, in the same wrapping int64 arithmetic."""
+    """Add one word as in `hash_key`, in the same wrapping int64 arithmetic."""
     x = (key ^ word) + _GOLDEN
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
@@ -140,9 +136,7 @@ def _sample_kernel(
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: every block's maximum and mass on the way through, then the one block in which the draw
-    falls.
-    """
+    """Sample one row: maximum and mass of every block in one pass, then a scan of the draw's block."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
     index = tl.arange(0, BLOCKS)
@@ -153,7 +147,7 @@ def _sample_kernel(
         at = b * BLOCK + offset
         z = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32) * scale
         top = tl.max(z, 0)
-        # a block of -inf alone has no mass: the floor keeps -inf - -inf, a NaN, out of it
+        # the floor avoids -inf - -inf, a NaN, in a block of only -inf, which has no mass
         mass = tl.sum(tl.exp(z - tl.maximum(top, -3e38)), 0)
         tops = tl.where(index == b, top, tops)
         masses = tl.where(index == b, mass, masses)
@@ -176,7 +170,7 @@ def _sample_kernel(
         block = tl.minimum(tl.sum((cdf <= target).to(tl.int32), 0), BLOCKS - 1)
         here = index == block
         mass = tl.sum(tl.where(here, masses64, 0.0), 0)
-        # strictly below 1: if rounding overshot the end, a token of probability 0 would be taken
+        # strictly below 1: otherwise rounding could select a token of probability 0
         share = (target - tl.sum(tl.where(here, cdf, 0.0), 0) + mass) / mass
         share = tl.minimum(tl.maximum(share, 0.0), 1.0 - 1.0 / 1099511627776.0)
         at = block * BLOCK + offset
@@ -209,20 +203,20 @@ def sample_token_triton(
 def sample_token(
     logits: Tensor, keys: Tensor, positions: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws one token per row of logits.
+    """Draw one token per row of logits.
 
     logits       [B, V], any float dtype; -inf marks a token that cannot be drawn
     keys         [B] int64, one per row from `hash_key`; not read when temperature is 0
-    positions    [B] int64, the last word of the draw's address: u is made from hash_key(keys, positions)
+    positions    [B] int64: u is made from hash_key(keys, positions)
     temperature  0 is greedy
-    returns      token [B] int64, logprob [B] fp32 (of that token, at the temperature it was drawn with; greedy: at 1),
-                 logsumexp [B] fp32 of logits / temperature
+    returns      token [B] int64, logprob [B] fp32 (of that token, at the temperature it was drawn with;
+                 greedy: at 1), logsumexp [B] fp32 of logits / temperature
     raises       ValueError when keys and rows do not match
     """
     if not keys.shape == positions.shape == logits.shape[:1]:
         raise ValueError(
-            f"one key and position per row of logits, not {(*keys.shape,)} keys and {(*positions.shape,)} positions "
-            f"for {(*logits.shape,)} logits"
+            f"one key and position per row of logits, not {(*keys.shape,)} keys and {(*positions.shape,)} "
+            f"positions for {(*logits.shape,)} logits"
         )
     sample = sample_token_triton if logits.is_cuda and logits.dtype != torch.float64 else sample_token_torch
     return sample(logits, keys, positions, temperature)
