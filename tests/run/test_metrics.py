@@ -21,7 +21,7 @@ STANDS = LEARNS | {"advantage_max": 0.0}
 )
 def test_the_likely_cause_is_named(shares, why):
     sentence = why_nothing_is_learned([STANDS | shares] * STUCK, "gsm8k")
-    assert sentence.startswith(f"the last {STUCK} steps taught nothing") and why in sentence
+    assert sentence.startswith(f"nothing was learned in the last {STUCK} steps") and why in sentence
 
 
 def test_one_step_that_taught_something_is_enough():

@@ -1,4 +1,4 @@
-"""JSON files: read with one sentence about what is wrong, written all or nothing."""
+"""JSON files: read with clear errors, written atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from thinkrl import UserError
 
 
 def read_json(file: Path, missing: dict | None = None) -> dict:
-    """The JSON object of a file; `missing`, if given, where there is no such file. Raises UserError naming the file."""
+    """Read the JSON object of a file, or return `missing`, if given, without a file. Raises UserError."""
     if missing is not None and not file.exists():
         return missing
     try:
@@ -34,7 +34,7 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def read_lines(file: Path) -> Iterator[dict]:
-    """The rows of a .jsonl file, none if there is no such file. A last line that is not finished is left out."""
+    """Yield the rows of a .jsonl file, none if it does not exist. An unfinished last line is left out."""
     if file.exists():
         with file.open(encoding="utf-8") as lines:
             for line in lines:

@@ -1,13 +1,17 @@
-"""The run folder, runs/<name>/:
+"""The run folder, runs/<name>/, which holds
 
-    config.json         every option, resolved              metrics.jsonl        a line per optimizer step
-    environment.json    what each start ran on              samples.jsonl        training completions, token by token
-    summary.json        held-out evaluations by name        evaluations.jsonl    the completions of these evaluations
-    report.html         all of it as a page                 checkpoints/, latest; at the end hf/, the policy
+    config.json         every option, resolved
+    environment.json    command, hardware and versions of each start
+    metrics.jsonl       a line per optimizer step
+    samples.jsonl       training completions, token by token
+    evaluations.jsonl   completions of the held-out evaluations
+    summary.json        results of the held-out evaluations, by name
+    report.html         a page that shows all of it
+    checkpoints/, latest; at the end hf/, the trained policy
 
-A name is used once. `--resume auto` continues the unfinished run of the same configuration, from its `latest`
-checkpoint, and refuses anything else; `--resume PATH` names the folder. Files are written under a temporary
-name, then renamed. A folder has one writer at a time (lock.py beside this).
+A name is used once. `--resume auto` continues the unfinished run with the same options, from its `latest`
+checkpoint, and refuses any other; `--resume PATH` names the folder. Files are written under a temporary name,
+then renamed. Only one run at a time can write to a folder (lock.py).
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from thinkrl.run.files import write_json
 from thinkrl.run.lock import hold
 from thinkrl.run.signals import ASKING, Stopped
 
-ROOT = Path(__file__).resolve().parents[2]  # where train.py lies
+ROOT = Path(__file__).resolve().parents[2]  # folder of train.py
 FREE_TO_CHANGE = {
     "resume",
     "name",
@@ -52,14 +56,14 @@ FREE_TO_CHANGE = {
     "save_dtype",
     "push_to_hub",
 }
-BY_MEMORY = {"activation_checkpointing", "micro_batch_tokens"}  # chosen by the first start, unless given
+BY_MEMORY = {"activation_checkpointing", "micro_batch_tokens"}  # set by the first start unless given
 
 
 @dataclass(frozen=True)
 class Run:
     folder: Path
     resumed: bool
-    config: Config  # as it was trained with: `steps` is known
+    config: Config  # resolved, with `steps` known
 
     @property
     def summary(self) -> dict:
@@ -67,13 +71,14 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def update_summary(self, **values) -> None:
-        """Rank 0 only."""
+        """Add values to summary.json. Rank 0 only."""
         write_json(self.folder / "summary.json", self.summary | values)
 
 
 def open_run(config: Config, world: World) -> Run:
-    """Make the folder or find the one to continue, and hold it: another start is refused while this one lives.
-    Collective. Raises UserError on every rank alike.
+    """Make the run's folder, or find the one to continue, and lock it for this run. Collective.
+
+    Raises UserError on every rank.
     """
     folder = on_main(_place, config)
     hold(folder, world)
@@ -81,8 +86,10 @@ def open_run(config: Config, world: World) -> Run:
 
 
 def begun_with(config: Config, world: World) -> dict:
-    """The config.json of the run that `open_run` will continue, {} for a new one; what a first start chooses by the
-    free memory is not compared, unless it was given. The same on every rank; raises UserError on every rank alike.
+    """Read config.json of the run that `open_run` will continue, the same on every rank; {} for a new run.
+
+    Options that a first start sets by the free memory are compared only if given. Raises UserError on every
+    rank.
     """
     chosen = {key for key in BY_MEMORY if key not in config.given or config[key] == "auto"}
 
@@ -96,9 +103,7 @@ def begun_with(config: Config, world: World) -> dict:
 
 
 def record_launch(folder: Path, step: int, world: World) -> None:
-    """Add this start of a run, which goes on after `step` steps, to its environment.json: command line, hardware
-    and versions.
-    """
+    """Add this start, after `step` steps, to environment.json: command line, hardware and versions."""
     path = folder / "environment.json"
     launches = json.loads(path.read_text()) if path.exists() else []
     device = f"{os.cpu_count()} CPU cores, {platform.machine()}"
@@ -119,7 +124,7 @@ def record_launch(folder: Path, step: int, world: World) -> None:
 
 
 def torchrun(ranks: int, *arguments: str) -> list[str]:
-    """The command that launches a program on so many processes of this machine; to be run in ROOT."""
+    """Command that launches a program on `ranks` processes of this machine; run it in ROOT."""
     return [
         sys.executable,
         "-m",
@@ -131,12 +136,12 @@ def torchrun(ranks: int, *arguments: str) -> list[str]:
 
 
 def launch(command: list[str]) -> int:
-    """Run what `torchrun` returned to its end. Returns its exit status.
+    """Run a command of `torchrun` to its end and return its exit status.
 
-    SIGTERM and SIGINT are passed on to it; once it has ended, they raise Stopped here.
+    SIGTERM and SIGINT are forwarded to it; after it has ended, Stopped is raised.
     """
     received = []
-    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)  # a terminal's Ctrl-C reaches it once
+    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)  # so that it gets Ctrl-C once
 
     def pass_on(number: int, frame) -> None:
         received.append(number)
@@ -154,9 +159,7 @@ def launch(command: list[str]) -> int:
 
 
 def open_out(folder: Path, settings: dict) -> None:
-    """Check that the folder that --out names, which the caller holds, is new or was begun with these settings: they
-    are in its config.json, which the caller writes. Raises UserError if they are others.
-    """
+    """Raise UserError if the locked folder of --out has a config.json with other settings than these."""
     path = folder / "config.json"
     saved = json.loads(path.read_text()) if path.exists() else settings
     if others := differing(saved, settings):
@@ -166,14 +169,14 @@ def open_out(folder: Path, settings: dict) -> None:
 
 
 def differing(saved: dict, now: dict) -> list[str]:
-    """'lr 0.1, now 0.2' for each of these values that is not as saved."""
+    """Describe each of these values that differs from the saved one: 'lr 0.1, now 0.2'."""
     return [
         f"{key} {saved.get(key)!r}, now {value!r}" for key, value in now.items() if saved.get(key) != value
     ]
 
 
 def _place(config: Config, ignored: Set[str] = frozenset()) -> Path:
-    """The folder that these options ask for, which need not exist."""
+    """Folder for these options; it may not exist yet."""
     root = Path(config.runs_dir)
     if config.resume not in ("auto", "never"):
         if not (folder := Path(config.resume)).is_dir():
@@ -195,7 +198,7 @@ def _place(config: Config, ignored: Set[str] = frozenset()) -> Path:
 
 
 def _begin(folder: Path, config: Config) -> bool:
-    """`_continues` of the folder, which nobody else writes now; a new run gets its config.json."""
+    """As `_continues`, for a locked folder; writes config.json of a new run."""
     resumed = _continues(folder, config)
     if not resumed:
         write_json(folder / "config.json", as_dict(config))
@@ -203,7 +206,7 @@ def _begin(folder: Path, config: Config) -> bool:
 
 
 def _continues(folder: Path, config: Config, ignored: Set[str] = frozenset()) -> bool:
-    """Whether the folder has a run to continue. Raises UserError if that is not wanted, or it has something else."""
+    """Whether the folder has a run to continue. Raises UserError if it must not be continued."""
     if all(path.name in (".lock", "config.json.tmp") for path in folder.iterdir()):
         return False
     if config.resume == "never":
@@ -218,8 +221,8 @@ def _unfinished(folder: Path, config: Config, ignored: Set[str]) -> Path:
     differing = _differing(folder, config, ignored)
     if differing:
         raise UserError(
-            f"--resume: {folder} was started with other options: {'; '.join(differing)}; give the same options, "
-            "or start a new run with another --name"
+            f"--resume: {folder} was started with other options: {'; '.join(differing)}; give the same "
+            "options, or start a new run with another --name"
         )
     if finished(folder):
         raise UserError(f"--resume: {folder} is finished; choose another --name for a new run")
@@ -227,12 +230,12 @@ def _unfinished(folder: Path, config: Config, ignored: Set[str]) -> Path:
 
 
 def finished(folder: Path) -> bool:
-    """Whether a run came to its end."""
+    """Whether a run is finished."""
     path = folder / "summary.json"
     return path.exists() and "after" in json.loads(path.read_text())
 
 
 def _differing(folder: Path, config: Config, ignored: Set[str]) -> list[str]:
-    """Result of `differing` for the options that decide the result."""
+    """Apply `differing` to the options that affect the result."""
     decisive = {key: value for key, value in as_dict(config).items() if key not in FREE_TO_CHANGE | ignored}
     return differing(json.loads((folder / "config.json").read_text()), decisive)

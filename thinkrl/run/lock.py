@@ -1,13 +1,14 @@
-"""One writer per folder: a lock that the kernel releases when its holder dies, whatever killed it.
+"""Locks of folders, so that one run at a time writes to a folder; the kernel releases a dead process's lock.
 
-    hold(folder, world)    by all ranks of a run, until the last of their processes has ended
-    take(folder)           by one process
-    release()              all that this process holds, before its end
+    hold(folder, world)    for all ranks of a run, until the last of their processes ends
+    take(folder)           for one process
+    release()              all locks of this process
 
-It is flock(2) on the file .lock of the folder, which stays behind and means nothing by itself. Processes of one
-machine always see each other's locks. Machines that share a folder do over NFS (Linux sends flock to the
-server as a lock on the whole file), CephFS, GPFS, and Lustre mounted with `-o flock`; they do not where a mount says
-`nolock`, `local_lock=flock` or `-o localflock`, and on object stores mounted as files.
+The lock is flock(2) on the file .lock of the folder; the file stays and has no meaning by itself. Processes
+of one machine always see each other's locks. Machines that share a folder see them over NFS (Linux sends
+flock to the server as a lock on the whole file), CephFS, GPFS, and Lustre mounted with `-o flock`. They do
+not with the mount options `nolock`, `local_lock=flock` or `-o localflock`, or on object stores mounted as
+files.
 """
 
 from __future__ import annotations
@@ -24,19 +25,17 @@ from typing import IO
 from thinkrl import UserError
 from thinkrl.distributed import World, on_main, together
 
-GRACE_SECONDS = (
-    10.0  # a killed run's processes may take this long to let go of their memory, and then of the lock
-)
+GRACE_SECONDS = 10.0  # a killed run's processes may need this long to free their memory and the lock
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 _held: dict[Path, IO[str]] = {}
 
 
 def hold(folder: Path, world: World) -> None:
-    """Make the folder and hold it for this run. Collective.
+    """Make the folder and lock it for this run. Collective.
 
-    Rank 0 takes the lock alone and then shares it with the other ranks: while a process of an earlier run lives,
-    wherever it hangs, nothing new is started beside it. Raises UserError, on all ranks, that says who holds it.
+    Rank 0 takes an exclusive lock, then shares it with the other ranks. So a run cannot start while any
+    process of an earlier one lives. Raises UserError, on all ranks, with the process that has the lock.
     """
     on_main(_take_and_share, folder)
     together(_share, folder, world)
@@ -48,7 +47,7 @@ def _take_and_share(folder: Path) -> None:
 
 
 def take(folder: Path) -> None:
-    """Make the folder and hold it for this process alone. Raises UserError that says who holds it."""
+    """Make the folder and lock it for this process. Raises UserError with the process that has the lock."""
     file = _open(folder)
     deadline = time.monotonic() + GRACE_SECONDS
     while not _lock(file, fcntl.LOCK_EX):
@@ -64,39 +63,40 @@ def take(folder: Path) -> None:
 
 
 def release() -> None:
-    """Let go of every folder that this process holds."""
+    """Release all locks of this process."""
     while _held:
         _held.popitem()[1].close()
 
 
 def _share(folder: Path, world: World) -> None:
-    """Hold a folder that rank 0 has shared."""
+    """Take a shared lock on a folder that rank 0 has locked."""
     if world.main:
         return
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: rank 0 has made this folder, but {socket.gethostname()} does not see it: all machines of a run "
-            "need --runs_dir (or --out) on a shared file system"
+            f"{folder}: rank 0 has made this folder, but {socket.gethostname()} does not see it: all "
+            "machines of a run need --runs_dir (or --out) on a shared file system"
         )
     if not _lock(file := _open(folder), fcntl.LOCK_SH):
         raise UserError(f"{folder} was taken by {_holder(file)} at the same moment: start again")
 
 
 def _open(folder: Path) -> IO[str]:
-    """The lock file, not locked yet, or as this process already holds it: one process is one writer."""
+    """Open the lock file, or return the one that this process has already locked."""
     if folder.resolve() not in _held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _held[folder.resolve()] = open(folder / ".lock", "a+", encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"the folder {folder} cannot be written ({error.strerror}): choose another --runs_dir (or --out)"
+                f"the folder {folder} cannot be written ({error.strerror}): choose another --runs_dir (or "
+                "--out)"
             ) from None
     return _held[folder.resolve()]
 
 
 def _lock(file: IO[str], how: int) -> bool:
-    """Whether the lock was given, or a lock means nothing here, which is said."""
+    """Whether the lock was given. On a file system without locks, print a warning and return True."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -109,7 +109,7 @@ def _lock(file: IO[str], how: int) -> bool:
 
 
 def _holder(file: IO[str]) -> str:
-    """The holder in words, from what it wrote. The file is closed: this process holds nothing of it."""
+    """Describe the process that has the lock, from the file's text; closes the file."""
     file.seek(0)
     text = file.read()
     _held.pop(Path(file.name).parent.resolve())
@@ -117,5 +117,5 @@ def _holder(file: IO[str]) -> str:
     try:
         holder = json.loads(text)
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError):  # it has the lock, and has not written yet
+    except (ValueError, KeyError):  # it has not written its text yet
         return "another process"

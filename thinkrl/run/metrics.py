@@ -1,4 +1,4 @@
-"""Every logged number, defined once, and the files that it is written to: metrics.jsonl, samples.jsonl, the tqdm bar."""
+"""Definitions of all logged numbers, and the logs: metrics.jsonl, samples.jsonl and the tqdm bar."""
 
 from __future__ import annotations
 
@@ -19,49 +19,69 @@ DEFINITIONS = {
     "step": "optimizer steps taken, this one included",
     "reward": "mean over trajectories of the raw reward (outcome plus what the preset adds per trajectory)",
     "unrewarded": "share of trajectories for which no --reward gave a number; they are not in the mean",
-    "accuracy": "share of trajectories whose graded answer is the gold one",
+    "accuracy": "share of trajectories whose answer is graded right",
     "answered": "share of trajectories in which the grading rule found an answer, right or wrong",
     "tokens": "mean sampled tokens per trajectory, stop token included, all turns",
-    "truncated": "share of trajectories that ran into --max_tokens",
-    "resampled": "grpo with --dynamic_sampling: mean groups per problem that other problems' replaced",
-    "zero_groups": "share of groups whose rewards are all equal: they teach nothing, except under l2t by their process rewards",
+    "truncated": "share of trajectories that reached --max_tokens",
+    "resampled": (
+        "grpo with --dynamic_sampling: mean number of groups per problem that were replaced by other "
+        "problems' groups"
+    ),
+    "zero_groups": (
+        "share of groups whose rewards are all equal: their advantages are 0, except those of l2t's process "
+        "rewards"
+    ),
     "loss": "the step's loss: sum over all micro-batches and ranks divided by the step's own count",
     "grad_norm": "global L2 norm of the gradient before clipping",
     "lr": "learning rate of this step",
-    "entropy": "mean entropy in nats of the policy's next-token distribution at sampled tokens, at the sampling temperature",
+    "entropy": (
+        "mean entropy in nats of the policy's next-token distribution at sampled tokens, at the sampling "
+        "temperature"
+    ),
     "kl": "k3 estimate of KL(policy || reference) per token; 0 when no reference is held",
-    "clip_fraction": "share of tokens whose ratio was clipped, and whose gradient is 0 for it (cispo: whose weight is bounded)",
+    "clip_fraction": (
+        "share of tokens whose ratio was clipped, so that their gradient is 0 (cispo: whose weight is "
+        "bounded)"
+    ),
     "mismatch": "mean |log-prob by the trainer - log-prob by the sampler| per sampled token",
-    "advantage_max": "largest |advantage| of the step, over all ranks; 0: the step taught nothing, and no backward was run",
+    "advantage_max": (
+        "largest |advantage| of the step, over all ranks; 0: nothing to learn, no backward was run"
+    ),
     "seconds": "wall-clock of the step, rollout to weight sync",
     "tokens_per_second": "sampled tokens of all ranks / seconds",
-    "rollout_seconds": "time of it spent sampling and, under l2t, on probes",
-    "probe_tokens": "l2t: token-forwards spent on probes per step, by the policy or the reward model, all ranks",
-    "probe_seconds": "l2t: time spent on probes, cutting into episodes included (mean over ranks)",
+    "rollout_seconds": "part of `seconds` spent on sampling and, under l2t, on probes",
+    "probe_tokens": (
+        "l2t: token-forwards spent on probes per step, by the policy or the reward model, all ranks"
+    ),
+    "probe_seconds": "l2t: seconds spent on probes and on cutting into episodes (mean over ranks)",
     "episodes": "l2t: mean episodes K per completion",
     "malformed": "l2t: share of completions whose episode tags are malformed",
     "fitting_gain": "l2t: mean over completions of J_K - J_0",
-    "decorative": "l2t: share of episodes after which J differs by less than 0.01 from before",
+    "decorative": "l2t: share of episodes that change J by less than 0.01",
     "compression": "l2t: mean over completions of the raw total compression, before normalisation",
-    "penalty": "l2t: mean over completions of the normalised total compression (what beta multiplies)",
+    "penalty": "l2t: mean over completions of the normalised total compression, which beta multiplies",
     "process_reward": "l2t: mean over completions of the summed process reward",
-    "penalty_length_correlation": "l2t: correlation over episodes of normalised compression and length in tokens",
-    "penalty_tokens": "l2t: token-forwards spent on the penalty per step, all ranks; 0 where the sampler's own states serve",
-    "penalty_seconds": "l2t: time spent on the compression penalty",
+    "penalty_length_correlation": (
+        "l2t: correlation over episodes of normalised compression and length in tokens"
+    ),
+    "penalty_tokens": (
+        "l2t: token-forwards for the penalty per step, all ranks; 0 if it uses the sampler's hidden states"
+    ),
+    "penalty_seconds": "l2t: seconds spent on the compression penalty",
     "label_error": "prm: mean |P(positive) - Monte-Carlo label| over prefixes",
     "round": "longshort: the round, counted from 1",
     "turns": "longshort: mean turns per conversation",
-    "format": "longshort: share of trajectories whose own turns are all well formed",
+    "format": "longshort: share of trajectories in which all turns of the trained role are well formed",
 }
 
 
-STUCK = 5  # steps without any advantage after which a run says so
+STUCK = 5  # steps with all advantages 0 after which a run warns
 
 
 def why_nothing_is_learned(rows: Sequence[dict], rule: str) -> str:
-    """A sentence about the newest lines of metrics.jsonl, if no advantage differed from 0 in any of them; else "".
+    """Explain why all advantages in these newest lines of metrics.jsonl are 0; "" if some are not.
 
-    rule: the grading rule, to be named.
+    rule: the grading rule's name, for the sentence.
     """
     if not rows or any(row["advantage_max"] > 0 for row in rows):
         return ""
@@ -76,27 +96,32 @@ def why_nothing_is_learned(rows: Sequence[dict], rule: str) -> str:
         why = "every completion was cut off; raise --max_tokens"
     elif "answered" in none_of:
         why = (
-            f"the grading rule {rule} found no answer in any completion; tell the model the form by --suffix or --system, or "
-            "name another rule by --source (last_number takes the last number)"
+            f"the grading rule {rule} found no answer in any completion; tell the model the format by "
+            "--suffix or --system, or choose another rule by --source (last_number takes the last number)"
         )
     elif "accuracy" in none_of:
-        why = f"under the grading rule {rule} every answer was wrong; are the gold answers of its form, is the data too hard?"
+        why = (
+            f"under the grading rule {rule} every answer was wrong; do the gold answers have its format, is "
+            "the data too hard?"
+        )
     elif "accuracy" in all_of:
         why = "every answer was right; take harder data"
     else:
         why = "the rewards of each group were equal; raise --group_size or --temperature"
-    return f"the last {len(rows)} steps taught nothing, all advantages were 0: {why}"
+    return f"nothing was learned in the last {len(rows)} steps, all advantages were 0: {why}"
 
 
 class Tally:
-    """The numbers of one step, which begins when this is made. Means are kept as (sum, count), sums as they
-    are; `reduce` adds both over ranks, once, as one vector. Every rank must add the same names.
+    """Numbers of one step, which begins when this is made.
+
+    Means are kept as (sum, count). `reduce` sums everything over ranks, as one vector. Every rank must add
+    the same names.
     """
 
     def __init__(self) -> None:
         self.clock = Stopwatch()
         self.pairs: dict[str, list[float]] = {}
-        self.on_device: list[tuple[str, int, Tensor]] = []  # read back once a step, not once a number
+        self.on_device: list[tuple[str, int, Tensor]] = []  # read back once a step
         self.sums: dict[str, float] = {}
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
@@ -116,7 +141,7 @@ class Tally:
         self.sums[name] = self.sums.get(name, 0.0) + value
 
     def reduce(self) -> dict[str, float]:
-        """Means and sums over all ranks; collective. The mean of what nobody counted is 0."""
+        """Means and sums over all ranks; a mean with count 0 is 0. Collective."""
         if self.on_device:
             values = torch.stack([value.double() for _, _, value in self.on_device]).tolist()
             for (name, i, _), number in zip(self.on_device, values):
@@ -129,8 +154,9 @@ class Tally:
         return reduced | {name: total for name, (total, _) in zip(sums, totals[len(means) :])}
 
     def row(self, step: int, **numbers: float) -> dict[str, float]:
-        """The line of metrics.jsonl of optimizer step `step`, counted from 1; `numbers` are already those of
-        all ranks. Collective.
+        """Make the line of metrics.jsonl of optimizer step `step`, from 1. Collective.
+
+        numbers: further entries, equal on all ranks.
         """
         reduced, seconds = self.reduce(), self.clock.seconds
         known = {name: value for name, value in reduced.items() if name in DEFINITIONS}
@@ -139,7 +165,7 @@ class Tally:
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's, over all ranks' pairs [N]; 0 where one of them does not vary. Collective."""
+    """Pearson correlation of all ranks' pairs [N]; 0 if x or y is constant. Collective."""
     x, y = x.double().cpu(), y.double().cpu()
     n, sx, sy, sxx, syy, sxy = global_sum(
         torch.stack(
@@ -158,7 +184,7 @@ def correlation(x: Tensor, y: Tensor) -> float:
 
 
 def set_aside(folder: Path) -> list[str]:
-    """Rename the logs of a run that starts over, to metrics.1.jsonl or the next free number. Returns the new names."""
+    """Rename the logs of a run that starts over, to metrics.1.jsonl and so on. Returns the new names."""
     kept = []
     for name in ("metrics", "samples"):
         path = folder / f"{name}.jsonl"
@@ -169,7 +195,7 @@ def set_aside(folder: Path) -> list[str]:
 
 
 class Log:
-    """Rank 0 writes; the other ranks hold a Log that does nothing."""
+    """Writer of metrics.jsonl and samples.jsonl; on ranks other than 0 it does nothing."""
 
     def __init__(self, folder: Path, main: bool, first_step: int, steps: int):
         self.main, self.folder = main, folder
@@ -181,9 +207,7 @@ class Log:
         )
 
     def _forget_after(self, step: int) -> None:
-        """A resumed run repeats the steps after its checkpoint: their old lines go, so that each step
-        stands once.
-        """
+        """Remove the lines of steps after `step`, which a resumed run repeats."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
             if path.exists():
@@ -209,9 +233,7 @@ class Log:
             append(self.folder / "samples.jsonl", {"step": step, **row})
 
     def last(self, key: str) -> float:
-        """A number of the newest step, this run's or, where nothing was left to do, the resumed one's.
-        Rank 0 only.
-        """
+        """Number of the newest step, of this process or of the resumed run. Rank 0 only."""
         return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])[key]
 
     def close(self) -> None:
@@ -220,7 +242,7 @@ class Log:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line. A line cut off by a crash counts as later than everything."""
+    """Step of a line; infinity for a line cut off by a crash."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
@@ -232,7 +254,7 @@ def _short(value: float) -> float:
 
 
 def append(path: Path, row: dict) -> None:
-    """Add a line to a .jsonl file."""
+    """Append a line to a .jsonl file."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 

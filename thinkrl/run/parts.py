@@ -1,4 +1,4 @@
-"""Results appended one by one by every rank, so that a killed program is continued: FOLDER/parts/rank_R.jsonl."""
+"""Partial results in FOLDER/parts/rank_R.jsonl, appended one by one, to continue a killed program."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from thinkrl.run.files import read_lines
 
 
 def open_part(folder: Path, rank: int) -> TextIO:
-    """This rank's part, to append to. An unfinished last line is cut off."""
+    """Open this rank's part for appending. An unfinished last line is removed."""
     path = folder / "parts" / f"rank_{rank}.jsonl"
     path.parent.mkdir(exist_ok=True)
     written = path.read_bytes() if path.exists() else b""
@@ -21,6 +21,6 @@ def open_part(folder: Path, rank: int) -> TextIO:
 
 
 def read_parts(folder: Path) -> Iterator[dict]:
-    """Results of all ranks so far; without an unfinished last line."""
+    """Yield the results of all ranks so far, without unfinished last lines."""
     for path in sorted((folder / "parts").glob("rank_*.jsonl")):
         yield from read_lines(path)

@@ -5,9 +5,9 @@
     if stop.agreed():        collective: all ranks stop at the same place, if one of them was asked to
         raise Stopped("…")   main prints it and exits with RESUMABLE
 
-Python runs a signal handler in the main thread, which may be waiting for another rank for minutes. So signals are
-also read in a thread of their own. torchrun forwards these two signals to its workers and kills those that are still
-there after 30 seconds (TORCH_ELASTIC_SHUTDOWN_TIMEOUT=SECONDS, where torchrun knows it).
+Python runs a signal handler in the main thread, which may be waiting for another rank for minutes. So signals
+are also read in a thread of their own. torchrun forwards these two signals to its workers and kills those
+that are still there after 30 seconds (TORCH_ELASTIC_SHUTDOWN_TIMEOUT=SECONDS, where torchrun knows it).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from thinkrl.distributed import global_max
 
 RESUMABLE = 75  # exit status of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again later"
 ASKING = (signal.SIGTERM, signal.SIGINT)
-# A scheduler signals every process of a job, and torchrun forwards what it got: within this time they are one request.
+# A scheduler signals every process of a job, and torchrun forwards what it got: within this time they are one
+# request.
 SAME_REQUEST_SECONDS = 2.0
 
 

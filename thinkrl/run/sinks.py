@@ -1,8 +1,7 @@
-"""Weights & Biases and TensorBoard: the numbers of every step, held-out results, and a table of completions.
+"""Logging to Weights & Biases and TensorBoard.
 
-Both get the same: a step's numbers under their own names, an evaluation's under held_out/…, and some completions
-as a table, so that what report.html shows can be followed where a team looks at all of its runs. Nothing is read
-back from them.
+Both get a step's numbers under their names in metrics.jsonl, an evaluation's under held_out/…, and some
+completions as a table. Nothing is read back from them.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from thinkrl import UserError
 from thinkrl.visible import visible
 
 COLUMNS = ["step", "problem", "level", "question", "gold", "answer", "right", "tokens", "text"]
-SHOWN = 64  # completions of one table
-LONGEST = 8_000  # characters of one text
+SHOWN = 64  # completions per table
+LONGEST = 8_000  # characters per text
 
 
 class Sink(Protocol):
     def numbers(self, step: int, values: dict[str, float]) -> None:
-        """Numbers that belong to an optimizer step."""
+        """Log numbers of an optimizer step."""
         ...
 
     def completions(self, step: int, name: str, rows: list[list]) -> None:
-        """A table of completions with the columns COLUMNS."""
+        """Log a table of completions with the columns COLUMNS."""
         ...
 
     def close(self) -> None: ...
 
 
 class Wandb:
-    """A run of the project `project`. Its id is kept in the run folder, so a resumed run continues it."""
+    """Run of a Weights & Biases project. Its id is kept in the run folder, so a resumed run continues it."""
 
     def __init__(self, folder: Path, project: str, settings: dict):
         import wandb
@@ -63,7 +62,7 @@ class Wandb:
 
 
 class TensorBoard:
-    """Event files in the run folder. What a killed run wrote after step `first` is hidden when it is resumed."""
+    """TensorBoard event files in the run folder. Events of a killed run after step `first` are purged."""
 
     def __init__(self, folder: Path, first: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -84,7 +83,7 @@ class TensorBoard:
 
 
 def open_sinks(folder: Path, first: int, wandb_project: str, tensorboard: bool, settings: dict) -> list[Sink]:
-    """Those that are asked for; wandb_project is "" where Weights & Biases is not."""
+    """Open the requested sinks. wandb_project: "" for none."""
     sinks: list[Sink] = []
     if wandb_project:
         sinks.append(Wandb(folder, wandb_project, settings))
@@ -94,14 +93,14 @@ def open_sinks(folder: Path, first: int, wandb_project: str, tensorboard: bool, 
 
 
 def require_sinks(wandb: bool, tensorboard: bool) -> None:
-    """Raise UserError if a package that is asked for is missing: before anything is loaded or written."""
+    """Raise UserError if a requested package is missing."""
     for name, wanted in (("wandb", wandb), ("tensorboard", tensorboard)):
         if wanted and importlib.util.find_spec(name) is None:
             raise UserError(f"--{name} needs the {name} package: pip install 'thinkrl[{name}]'")
 
 
 def flat(result: dict, prefix: str) -> Iterator[tuple[str, float]]:
-    """(name, number) of everything in an evaluation: "held_out/greedy/accuracy", "held_out/accuracy at 64 tokens"."""
+    """Yield (name, number) of an evaluation: "held_out/greedy/accuracy", "held_out/accuracy at 64 tokens"."""
     for key, value in result.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}/{key}")
@@ -112,7 +111,7 @@ def flat(result: dict, prefix: str) -> Iterator[tuple[str, float]]:
 
 
 def table_rows(step: int, records: Sequence[dict]) -> list[list]:
-    """Rows under COLUMNS for lines of samples.jsonl or evaluations.jsonl, SHOWN at most."""
+    """Rows with the columns COLUMNS of lines of samples.jsonl or evaluations.jsonl, at most SHOWN."""
     return [
         [
             step,
@@ -130,6 +129,6 @@ def table_rows(step: int, records: Sequence[dict]) -> list[list]:
 
 
 def markdown(row: list) -> str:
-    """One row for TensorBoard's text tab: names and values as an indented block, which Markdown shows as it is."""
+    """Format one row for TensorBoard's text tab, as an indented block, which Markdown shows unchanged."""
     lines = "\n".join(f"{name}: {value}" for name, value in zip(COLUMNS, row)).splitlines()
     return "\n".join("    " + line for line in lines)
