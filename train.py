@@ -39,7 +39,7 @@ from thinkrl.run.signals import Stopped, exit_when_stopped
 from thinkrl.run.sinks import require_sinks
 from thinkrl.session import Session, require_enough
 from thinkrl.types import Problem, Trajectory
-from thinkrl.update import Diverged, Mismatched, pack_evenly, update
+from thinkrl.update import Diverged, Mismatched, pack_evenly, require_finite, update
 
 
 def method(preset: str, name: str = "") -> type[Preset]:
@@ -94,6 +94,7 @@ def train_step(
     advantages = preset.advantages(trajectories, step, tally)  # per trajectory, a value per trained token
     samples = preset.samples(trajectories, advantages, step)  # (prompt, completion) pairs
     packs = pack_evenly(samples, config, world)  # many samples in one row, as many rows on every rank
+    require_finite(learner, packs, trajectories)
     loss, grad_norm = update(learner, packs, lr, config, world, tally)  # loss, backward, clip, AdamW
     learner.sampler.load_weights(learner.policy)
     return trajectories, advantages, {"loss": loss, "grad_norm": grad_norm, "lr": lr}

@@ -180,8 +180,14 @@ def test_a_reward_for_verl(tmp_path, tokenizer):
         ("my_rewards:other", "neither TRL's form.* 'completions', nor verl's.*: it has x"),
         ("my_rewards:short", "my_rewards:short must return a list, one number or None per completion"),
         ("my_rewards:number", "my_rewards:number must return a list"),
-        ("my_rewards:text", "my_rewards:text returned 'good': a finite number or None"),
-        ("my_rewards:infinite", "my_rewards:infinite returned inf: a finite number or None"),
+        (
+            "my_rewards:text",
+            "my_rewards:text returned 'good' for problem 0, sample 0: a finite number or None",
+        ),
+        (
+            "my_rewards:infinite",
+            "my_rewards:infinite returned inf for problem 0, sample 0: a finite number or None",
+        ),
         ("my_rewards:breaks", "my_rewards:breaks failed with KeyError: 'nowhere' .*my_rewards.py:[0-9]+"),
     ],
 )

@@ -130,10 +130,10 @@ def _given(
     values = list(values) if isinstance(values, Iterable) else []
     if len(values) != len(trajectories):
         raise UserError(f"--reward {reward.name} must return a list, one number or None per completion")
-    return [_number(reward, value) for value in values]
+    return [_number(reward, value, t) for value, t in zip(values, trajectories)]
 
 
-def _number(reward: Reward, value: object) -> float | None:
+def _number(reward: Reward, value: object, t: Trajectory) -> float | None:
     """The value as a float; NaN is None."""
     try:
         number = None if value is None else float(value)
@@ -142,7 +142,10 @@ def _number(reward: Reward, value: object) -> float | None:
     if number is None or math.isnan(number):
         return None
     if math.isinf(number):
-        raise UserError(f"--reward {reward.name} returned {value!r}: a finite number or None is expected")
+        raise UserError(
+            f"--reward {reward.name} returned {value!r} for problem {t.problem.id}, sample {t.sample}: a finite number or None "
+            "is expected"
+        )
     return number
 
 

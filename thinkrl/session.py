@@ -20,20 +20,23 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from thinkrl import UserError
+from thinkrl.batch import write_packs
 from thinkrl.checkpoint import save_hf
 from thinkrl.config import Config, as_dict
 from thinkrl.data.problems import Stream
-from thinkrl.distributed import World, from_main, on_main
+from thinkrl.distributed import World, from_main, gather, on_main
 from thinkrl.learner import Actor, Learner, compute_dtype, restore, save, save_dtype
 from thinkrl.rollout import completions_bar
 from thinkrl.run.folder import open_run, record_launch
 from thinkrl.run.metrics import STUCK, Log, Tally, append, set_aside, why_nothing_is_learned
 from thinkrl.run.signals import Stopped, StopRequest
 from thinkrl.run.sinks import Sink, flat, open_sinks, table_rows
-from thinkrl.update import Mismatched, mismatch_limit
+from thinkrl.types import Pack
+from thinkrl.update import Diverged, Mismatched, mismatch_limit
 
 
 def require_enough(stream: Stream, config: Config, world: World) -> None:
@@ -83,8 +86,10 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *reason) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.stop.close()
+        if isinstance(error, Diverged):
+            error.args = (self._keep_batch(error),)
         self.log.close()
         for sink in self.sinks:
             sink.close()
@@ -162,6 +167,19 @@ class Session:
         if above and not self.mismatched and self.world.main:
             tqdm.write(f"warning: {sentence}", file=sys.stderr)
         self.mismatched = above
+
+    def _keep_batch(self, error: Diverged) -> str:
+        """Write what the step that was not taken was computed from. Returns the error's sentence with step and place."""
+        sentence = f"step {self.done + 1}: {error}; nothing was saved over the last checkpoint"
+        folder = self.run.folder / "nonfinite" / f"step_{self.done + 1}"
+        packs: list[Pack] = sum(gather([p.to("cpu") for p in error.packs]), [])
+        learner = error.learner
+        try:
+            self.export(learner.policy, learner.tokenizer, folder / "policy", dtype=torch.float32)
+            on_main(write_packs, folder, packs, sentence)
+        except UserError as full:
+            return f"{sentence}; its rows could not be kept: {full}"
+        return f"{sentence}; python -m thinkrl.tools.again {folder} computes it again"
 
     def _minutes_are_over(self) -> bool:
         """Whether rank 0's clock says that --save_minutes have passed since the last checkpoint. Collective."""

@@ -11,7 +11,7 @@ a function of their own that encodes it (longshort.cold_start).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from thinkrl.data.rows import Fields, load, split_spec
 from thinkrl.distributed import World, global_sum
 from thinkrl.grpo import divisor
 from thinkrl.learner import learning_rate, model_path, new_learner
+from thinkrl.model import Transformer
 from thinkrl.run.folder import Run
 from thinkrl.run.metrics import Tally
 from thinkrl.session import Session, require_enough
@@ -102,6 +103,17 @@ def nll_loss(logprob: Tensor, mask: Tensor, denominator: Tensor | float) -> Tens
     return total / divisor(denominator)
 
 
+def sft_objective(policy: Transformer, packs: Sequence[Pack]) -> Callable[[Pack], Tensor]:
+    """The loss of a pack, as a share of that of the whole step, whose tokens are counted here. Collective."""
+    denominator = float(global_sum(sum(p.mask.sum() for p in packs)))
+
+    def objective(p: Pack) -> Tensor:
+        logprob, _ = token_logprobs(policy, p, temperature=1.0)
+        return nll_loss(logprob, p.mask, denominator)
+
+    return objective
+
+
 def with_steps(config: Config, rows: int) -> Config:
     """The config with the `steps` that --epochs passes over so many rows take; as it is without --epochs.
 
@@ -137,12 +149,7 @@ def train(
             tally, lr = Tally(), learning_rate(step, config.steps, config)
             batch = stream.take(step, config.problems_per_step, world.rank, world.size)
             packs = pack_evenly(batch, config, world)
-            denominator = float(global_sum(sum(p.mask.sum() for p in packs)))
-
-            def objective(p: Pack, denominator: float = denominator) -> Tensor:
-                logprob, _ = token_logprobs(learner.policy, p, temperature=1.0)
-                return nll_loss(logprob, p.mask, denominator)
-
+            objective = sft_objective(learner.policy, packs)
             loss, grad_norm = descend(learner, packs, objective, lr, config, world)
             for sample in batch:
                 tally.add("tokens", len(sample.completion))

@@ -10,7 +10,7 @@ backward. So gradients depend neither on the micro-batch size nor on the number 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,11 +22,15 @@ from thinkrl.grpo import importance_weight, loss_count, policy_loss
 from thinkrl.learner import Learner
 from thinkrl.model import Transformer
 from thinkrl.run.metrics import Tally
-from thinkrl.types import Pack, Sample, empty_pack, pack
+from thinkrl.types import Pack, Sample, Trajectory, empty_pack, pack
 
 
 class Diverged(RuntimeError):
-    """A loss or a gradient is not finite."""
+    """Something of a step is not finite, on some rank, and the step is not taken. packs: this rank's rows of the step."""
+
+    def __init__(self, sentence: str, learner: Learner, packs: Sequence[Pack]):
+        super().__init__(sentence)
+        self.learner, self.packs = learner, packs
 
 
 class Mismatched(RuntimeError):
@@ -55,8 +59,34 @@ def pack_evenly(samples: list[Sample], config: Config, world: World) -> list[Pac
     return [p.to(world.device) for p in packs + [empty_pack()] * (most - len(packs))]
 
 
+def require_finite(learner: Learner, packs: Sequence[Pack], trajectories: Sequence[Trajectory] = ()) -> None:
+    """Raise Diverged, on all ranks, if one has a reward that is infinite (NaN: none was given), or a trained token whose
+    advantage or sampler's log-prob is not finite. Collective.
+    """
+    inputs = [torch.stack([p.advantage, p.sampler_logprob]) for p in packs]  # 0 in prompts
+    finite = torch.stack([values.isfinite().all() for values in inputs]).all()
+    infinite = [
+        f"reward {t.reward} of {t.problem.id}/{t.sample}" for t in trajectories if math.isinf(t.reward)
+    ]
+    if global_max(float(not finite or bool(infinite))) == 0:
+        return
+    for p, values in zip(packs, inputs):
+        for name, row in zip(("advantage", "sampler's log-prob"), values):
+            for sequence, id in zip(row.split(p.cu_seqlens.diff().tolist()), p.ids):
+                infinite += [
+                    f"{name} {wrong} of {id}" for wrong in sequence[~sequence.isfinite()][:1].tolist()
+                ]
+    found: list[str] = sum(gather(infinite), [])
+    raise Diverged(f"{_some(found)} (problem/sample/turn)", learner, packs)
+
+
+def _some(found: list[str]) -> str:
+    """At most eight of them."""
+    return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+
+
 def update(
-    learner: Learner, packs: list[Pack], lr: float, config: Config, world: World, tally: Tally
+    learner: Learner, packs: Sequence[Pack], lr: float, config: Config, world: World, tally: Tally
 ) -> tuple[float, float]:
     """Train on one rollout: `updates_per_rollout` optimizer steps. Returns the last one's loss and gradient norm.
 
@@ -67,12 +97,6 @@ def update(
     tally.add("advantage_max", largest)
     # the same on all ranks, because their backwards are collective
     flat = largest == 0 and not config.kl_coef
-    if config.aggregate == "constant":
-        denominator = float(config.problems_per_step * config.group_size * config.max_tokens)
-    else:
-        denominator = float(
-            global_sum(sum(loss_count(p.mask, p.cu_seqlens, config.aggregate) for p in packs))
-        )
     with torch.no_grad():
         for p in packs:
             if learner.reference is not None:
@@ -82,8 +106,28 @@ def update(
     if learner.reference is not None:
         learner.reference.reshard()  # no backward follows that would do it
 
+    objective = policy_objective(learner.policy, packs, config, tally)
+    for _ in range(config.updates_per_rollout):
+        loss, grad_norm = descend(learner, packs, objective, lr, config, world, flat)
+    return loss, grad_norm
+
+
+def policy_objective(
+    policy: Transformer, packs: Sequence[Pack], config: Config, tally: Tally
+) -> Callable[[Pack], Tensor]:
+    """The policy loss of a pack, as a share of that of the whole step, whose count is taken here. Collective.
+
+    Packs have their ref_logprob, with a KL term, and their old_logprob, with more than one update per rollout.
+    """
+    if config.aggregate == "constant":
+        denominator = float(config.problems_per_step * config.group_size * config.max_tokens)
+    else:
+        denominator = float(
+            global_sum(sum(loss_count(p.mask, p.cu_seqlens, config.aggregate) for p in packs))
+        )
+
     def objective(p: Pack) -> Tensor:
-        logprob, entropy = token_logprobs(learner.policy, p, config.temperature)
+        logprob, entropy = token_logprobs(policy, p, config.temperature)
         old_logprob = logprob.detach() if p.old_logprob is None else p.old_logprob
         cap, low = config.importance_cap, config.importance_low
         loss, stats = policy_loss(
@@ -107,14 +151,12 @@ def update(
         tally.add("mismatch", (old_logprob - p.sampler_logprob).abs().sum(), p.mask.sum())
         return loss
 
-    for _ in range(config.updates_per_rollout):
-        loss, grad_norm = descend(learner, packs, objective, lr, config, world, flat)
-    return loss, grad_norm
+    return objective
 
 
 def descend(
     learner: Learner,
-    packs: list[Pack],
+    packs: Sequence[Pack],
     objective: Callable[[Pack], Tensor],
     lr: float,
     config: Config,
@@ -143,9 +185,11 @@ def descend(
     total = float(global_sum(sum(losses)))
     if not math.isfinite(total + grad_norm):
         suspects = gather([i for p, loss in zip(packs, losses) if not loss.isfinite() for i in p.ids])
+        named = _some(sum(suspects, [])) or "none, only the gradient"
         raise Diverged(
-            f"loss {total}, gradient norm {grad_norm}; samples (problem/sample/turn) of the rows that are not finite: "
-            f"{sum(suspects, []) or 'none, only the gradient'}; nothing was saved over the last checkpoint"
+            f"loss {total}, gradient norm {grad_norm}; samples (problem/sample/turn) of the rows that are not finite: {named}",
+            learner,
+            packs,
         )
     for parameters in learner.optimizer.param_groups:
         parameters["lr"] = lr

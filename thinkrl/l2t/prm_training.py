@@ -63,13 +63,7 @@ def train(config: Config, world: World, report: Callable[[Path], object] | None 
             trajectories, labelled = labelled_rollout(policy, problems, step, config)
             policy.release_pool()
             packs = pack_evenly(labelled, config, world)
-            denominator = float(global_sum(sum(len(label_positions(p)) for p in packs)))
-
-            def objective(p: Pack, denominator: float = denominator, tally: Tally = tally) -> Tensor:
-                loss, stats = pack_loss(learner.policy, p, denominator)
-                tally.add_all(stats)
-                return loss
-
+            objective = prm_objective(learner.policy, packs, tally)
             loss, grad_norm = descend(learner, packs, objective, lr, config, world)
             tally_outcomes(tally, trajectories, config.group_size)
             session.end_step(step, tally, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
@@ -195,6 +189,18 @@ def prm_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float) -> Ten
     logprob = logits.float().log_softmax(-1)
     total = -((1 - labels) * logprob[:, 0] + labels * logprob[:, 1]).sum()
     return total / divisor(denominator)
+
+
+def prm_objective(model: StepRewardModel, packs: Sequence[Pack], tally: Tally) -> Callable[[Pack], Tensor]:
+    """The loss of a pack, as a share of that of the whole step, whose labels are counted here. Collective."""
+    denominator = float(global_sum(sum(len(label_positions(p)) for p in packs)))
+
+    def objective(p: Pack) -> Tensor:
+        loss, stats = pack_loss(model, p, denominator)
+        tally.add_all(stats)
+        return loss
+
+    return objective
 
 
 def label_positions(p: Pack) -> Tensor:

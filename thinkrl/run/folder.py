@@ -7,6 +7,7 @@
     evaluations.jsonl   completions of the held-out evaluations
     summary.json        results of the held-out evaluations, by name
     report.html         a page that shows all of it
+    nonfinite/          a step that was not finite, to be computed again (batch.py)
     checkpoints/, latest; at the end hf/, the trained policy
 
 A name is used once. `--resume auto` continues the unfinished run with the same options, from its `latest`
