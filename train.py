@@ -24,7 +24,7 @@ from torch import Tensor
 from thinkrl import UserError, require_own_kernels, sft
 from thinkrl.config import Config
 from thinkrl.data.problems import held_out_problems, reading, subsample, training_stream
-from thinkrl.distributed import World, gather, run_and_exit, start, stop
+from thinkrl.distributed import World, gather, require_compiler, run_and_exit, start, stop
 from thinkrl.evaluate import held_out_record, summary_table, tally_outcomes
 from thinkrl.finish import finish, push
 from thinkrl.hub import require_upload
@@ -193,6 +193,8 @@ def main(config: Config) -> None:
         require_own_kernels()
         require_sinks(config.wandb, config.tensorboard)
         world = start(config.device)
+        if config.compile:
+            require_compiler(world.device)
         if world.main and config.push_to_hub:
             require_upload(config.push_to_hub)
         config = fitted_to_memory(fitted(config, world), world)

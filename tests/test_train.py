@@ -100,7 +100,10 @@ def test_a_default_completion_limit_is_lowered_to_the_models_context(tmp_path, t
     "kind, more",
     [
         ("qwen2", ["--kl_coef", "0.1", "--updates_per_rollout", "2", "--importance_cap", "2"]),
-        ("llama", ["--aggregate", "sequence", "--activation_checkpointing", "selective", "--replicate", "2"]),
+        (
+            "llama",
+            "--aggregate sequence --activation_checkpointing selective --replicate 2 --compile true".split(),
+        ),
     ],
 )
 def test_a_real_checkpoint_and_a_verl_parquet_on_two_ranks(kind, more, tmp_path, tokenizer_file):

@@ -255,6 +255,9 @@ class Config:
         "the least that lets a step fit in the free memory",
         ("auto", "none", "full", "selective"),
     )
+    compile: bool = option(
+        False, "compile the trained policy's blocks by torch.compile; the first step waits for the compiler"
+    )
 
     _l2t = group("L2T", ("l2t",))
     profile: str = option(

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -124,13 +125,18 @@ def run_and_exit(main: Callable[..., None], *arguments: Any) -> NoReturn:
 
 
 def shard(
-    model: M, world: World, dtype: torch.dtype, replicate: int = 1, activation_checkpointing: str = "none"
+    model: M,
+    world: World,
+    dtype: torch.dtype,
+    replicate: int = 1,
+    activation_checkpointing: str = "none",
+    compiled: bool = False,
 ) -> M:
     """FSDP2 applied from outside: each block is a unit; embedding, final norm and head are the root unit.
 
     The root is not resharded after its forward, so `model.head_weight` is whole when the loss needs it.
     Parameters and optimizer state stay fp32; `dtype` is what blocks compute in. `replicate` > 1 is HSDP.
-    `activation_checkpointing`: see `checkpoint_block`.
+    `activation_checkpointing`: see `checkpoint_block`. `compiled`: see `compile_block`.
     """
     if world.size % replicate:
         raise UserError(f"--replicate {replicate} does not divide the {world.size} ranks")
@@ -149,6 +155,8 @@ def shard(
     )
     for block in model.get_submodule("blocks").children():
         checkpoint_block(block, activation_checkpointing)
+        if compiled:
+            compile_block(block)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return model
@@ -173,6 +181,28 @@ def checkpoint_block(block: nn.Module, how: str) -> None:
     if name:
         again = partial(checkpoint, getattr(block, name), use_reentrant=False, preserve_rng_state=False)
         setattr(block, name, again)
+
+
+def compile_block(block: nn.Module) -> None:
+    """Compile what a block computes before its attention and behind it; attention has kernels of its own.
+
+    After `checkpoint_block` and before sharding: what is recomputed is compiled too, and gathering stays outside. The
+    number of tokens is a symbol, and blocks of one shape share the result. A hook on a part of a compiled block is not
+    called, so what looks inside a block takes the sampler's copy, which is not compiled.
+    """
+    for name in ("project", "finish"):
+        setattr(block, name, torch.compile(getattr(block, name), dynamic=True, fullgraph=True))
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise UserError where torch.compile would not find the compiler that it needs for this device."""
+    variable, usual = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")
+    compiler = os.environ.get(variable, usual)
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"--compile needs a compiler, and there is no '{compiler}': install it, name another in {variable}, or leave "
+            "out --compile"
+        )
 
 
 def free_memory(device: torch.device) -> int:

@@ -126,7 +126,9 @@ def new_learner(
 
     def sharded() -> Transformer:
         """Loaded to host memory first: sharding moves one block at a time, so a device never holds all fp32 weights."""
-        return shard(load_model(path), world, dtype, config.replicate, config.activation_checkpointing)
+        return shard(
+            load_model(path), world, dtype, config.replicate, config.activation_checkpointing, config.compile
+        )
 
     policy = sharded()
     reference = sharded().requires_grad_(False) if config.kl_coef else None

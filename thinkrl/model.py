@@ -237,10 +237,11 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """F.linear, by oneDNN in inference mode on a CPU: torch's own fp32 product (MKL) takes twice as long on
     AMD processors.
 
-    oneDNN's product has no derivative, and below 8 rows its set-up takes longer than it saves.
+    oneDNN's product has no derivative, and below 8 rows its set-up takes longer than it saves. Compiled blocks train.
     """
     if (
-        len(x) >= 8
+        not torch.compiler.is_compiling()
+        and len(x) >= 8
         and weight.is_cpu
         and torch.is_inference_mode_enabled()
         and _onednn_multiplies(weight.dtype)

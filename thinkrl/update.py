@@ -206,6 +206,6 @@ def token_logprobs(policy: Transformer, p: Pack, temperature: float) -> tuple[Te
     """
     hidden, own = policy(p.tokens, p.cu_seqlens, longest=p.longest), p.places
     logprob, entropy = linear_logprob(hidden[own - 1], policy.head_weight, p.tokens[own], temperature)
-    zeros = torch.zeros(len(p.tokens), device=logprob.device)
+    zeros = logprob.new_zeros(len(p.tokens))
     full, counted = torch.stack([zeros.index_copy(0, own, x) for x in (logprob, entropy)]), p.mask > 0
     return tuple(torch.where(counted, full, 0.0))

@@ -79,6 +79,7 @@ def new_learner(config: Config, world: World, tokenizer: Tokenizer) -> Learner[S
         compute_dtype(config, world),
         config.replicate,
         config.activation_checkpointing,
+        config.compile,
     )
     return Learner(model, tokenizer, new_optimizer(model, config))
 
