@@ -1,18 +1,37 @@
 """The planner's memory against what the code allocates, its arithmetic against numbers done by hand."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from helpers import python
 from thinkrl.config import parse as parse_training
-from thinkrl.learner import new_optimizer
-from thinkrl.memory import parameters
+from thinkrl.distributed import shard
+from thinkrl.learner import Learner, new_optimizer
+from thinkrl.memory import CHECKPOINTING, Setting, parameters, update_bytes
 from thinkrl.model import ModelConfig, Transformer
-from thinkrl.tools.plan import Options, fits, memory, models, parse, remedy, seconds
+from thinkrl.run.metrics import Tally
+from thinkrl.tools.plan import (
+    Options,
+    advice,
+    fits,
+    largest_copy,
+    main,
+    memory,
+    models,
+    parse,
+    remedy,
+    seconds,
+)
+from thinkrl.types import Sample, pack
+from thinkrl.update import update
 
-SEVEN_B = models(Options())["Qwen2.5-7B"]
+QWEN = models(Options())
+SEVEN_B = QWEN["Qwen2.5-7B"]
 SMALL = ModelConfig("LlamaForCausalLM", 64, 48, 3, 4, 2, 16, 112, 512)
 
 
@@ -43,6 +62,41 @@ def test_resting_memory_is_the_tensors_that_training_holds():
     held = sum(t.nbytes for t in [*policy.parameters(), *moments])
     held += sum(p.numel() * 2 for p in policy.parameters())  # the sampler's bf16 copy
     assert memory(SMALL, 1, Options())["resting"] * 1e9 == pytest.approx(held, rel=0.001)
+
+
+UNTIED = ModelConfig("Qwen2ForCausalLM", 1024, 128, 4, 4, 2, 32, 384, 2048)
+TIED = ModelConfig("LlamaForCausalLM", 4096, 256, 8, 4, 2, 64, 768, 2048, tied=True)
+
+
+def highest(run: Callable[[], object]) -> int:
+    """Bytes that tensors took at most while it ran, beyond those that were there before. The allocator reports each block."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert events
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("how", CHECKPOINTING)
+@pytest.mark.parametrize("config, row", [(UNTIED, 2048), (TIED, 1024)])
+def test_the_peak_of_an_update_is_the_formula_s(config, row, how, world):
+    """Of a whole update on two rows, in fp32 on a CPU: from the second row on there are gradients beside activations."""
+    options = parse_training(["grpo", "--micro_batch_tokens", str(row)])
+    policy = shard(Transformer.random(config), world, torch.float32, activation_checkpointing=how)
+    learner = Learner(policy, None, new_optimizer(policy, options))
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p)
+    learner.optimizer.step()  # makes the moments
+    learner.optimizer.zero_grad()
+    signs = torch.tensor([1.0, -1.0]).repeat(120)
+    samples = [Sample([1] * 16, [7 * i % 1024 for i in range(240)], signs, torch.zeros(240))] * (row // 128)
+    packs = pack(samples, row)
+    assert [len(p.tokens) for p in packs] == [row, row]
+    states = [v for state in learner.optimizer.state.values() for v in state.values() if v.ndim]
+    held = sum(t.numel() * 4 for t in [*policy.parameters(), *states])
+    measured = held + highest(lambda: update(learner, packs, 1e-3, options, world, Tally()))
+    parts = update_bytes(config, row, how, Setting(sampler=False, b=4, cuda=False))
+    assert sum(parts.values()) == pytest.approx(measured, rel=0.15)
 
 
 def test_sharding_and_two_policies():
@@ -95,6 +149,33 @@ def test_seconds_by_hand():
     assert t["training"] == pytest.approx(16 * (6 * products + attention) / 989e12)
     assert t["communication"] == 0
     assert seconds(SMALL, 1, replace(o, decoding=0.5), 1.0)["rollout"] == pytest.approx(2 * t["rollout"])
+
+
+def test_the_largest_copy_that_leaves_room():
+    """0.8 (80 - 2 P - 12 P / N) = 0.02 · 80 GB: 14 P = 78 on one GPU, 2 P = 78 on very many."""
+    assert largest_copy(1, Options()) == pytest.approx(78e9 / 14)
+    assert largest_copy(10**9, Options()) == pytest.approx(39e9)
+    assert largest_copy(8, Options(reference=True, policies=2)) == pytest.approx(78e9 / 8)
+    for gpus in (1, 8, 64):
+        P = largest_copy(gpus, Options())
+        sizes = {
+            name: sum(p.numel() for p in Transformer.empty(c, device="meta").parameters())
+            for name, c in QWEN.items()
+        }
+        for name, size in sizes.items():
+            assert (memory(QWEN[name], gpus, Options())["KV cache"] > 1.6) == (size < P), (name, gpus)
+
+
+def test_the_tables_have_every_size_and_count(capsys):
+    main(parse(["--problems_per_step", "512"]))
+    out = capsys.readouterr().out
+    for name in ("0.5B", "1.5B", "7B", "14B", "32B"):
+        block = out.split(f"Qwen2.5-{name}: ")[1].split("\n\n")[0].splitlines()
+        assert [row.split()[0] for row in block[2:]] == ["1", "8", "64", "512"]
+        assert block[1].split()[5:8] == ["rollout", "training", "comm."]
+    assert "5.6 B on 1, 22.3 B on 8, 35.7 B on 64, 38.5 B on 512. Beyond:" in out
+    assert "a copy split over 2 GPUs would fit" in out
+    assert out.endswith(advice((1, 8, 64, 512), Options()) + "\n")
 
 
 def test_the_command(tmp_path):

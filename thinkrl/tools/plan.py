@@ -56,14 +56,21 @@ class Options:
     decoding: float = option(0.6, "share of the memory bandwidth that decoding reaches", above=0, high=1)
 
 
-def memory(c: ModelConfig, gpus: int, o: Options) -> dict[str, float]:
-    """GB per GPU by part, and the two peaks: during the update, and before the KV cache is taken."""
+KV_SHARE, LEAST_KV = 0.8, 0.02  # of what is left, that the KV cache takes; of a GPU, that it needs
+
+
+def memory(c: ModelConfig, gpus: int, o: Options, split: int = 1) -> dict[str, float]:
+    """GB per GPU by part, and the two peaks: during the update, and before the KV cache is taken.
+
+    split    GPUs that share one copy of the weights for sampling. thinkrl has a copy on each: 1
+    """
     setting = Setting(gpus, o.policies, o.reference)
     tokens = min(o.micro_batch_tokens, o.problems_per_step * o.group_size / gpus * length(o))
     parts = update_bytes(c, tokens, o.activation_checkpointing, setting)
+    parts["sampler"] /= split
     resting = sum(parts[name] for name in ("weights", "AdamW", "reference", "sampler"))
     parts |= {"resting": resting, "update": sum(parts.values())}
-    parts["KV cache"] = max(0.0, 0.8 * (o.gpu_memory * 1e9 - resting))
+    parts["KV cache"] = max(0.0, KV_SHARE * (o.gpu_memory * 1e9 - resting))
     return {name: value / 1e9 for name, value in parts.items()}
 
 
@@ -95,7 +102,7 @@ def seconds(c: ModelConfig, gpus: int, o: Options, kv_gb: float) -> dict[str, fl
 
 def fits(parts: dict[str, float], o: Options) -> bool:
     """Whether the update stays within the memory, and the sampler has room for one sequence's K/V or more."""
-    return parts["update"] <= 0.95 * o.gpu_memory and parts["KV cache"] > 0.02 * o.gpu_memory
+    return parts["update"] <= 0.95 * o.gpu_memory and parts["KV cache"] > LEAST_KV * o.gpu_memory
 
 
 def remedy(c: ModelConfig, gpus: int, o: Options) -> str:
@@ -107,7 +114,10 @@ def remedy(c: ModelConfig, gpus: int, o: Options) -> str:
         if fits(memory(c, gpus, replace(o, **change)), replace(o, **change)):
             return "fits with " + " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
     if memory(c, gpus, o)["sampler"] > 0.7 * o.gpu_memory:
-        return "no: every GPU samples from a whole copy; larger GPUs are needed"
+        changed = replace(o, **tries[-1])
+        shares = [k for k in (2, 4, 8) if k <= gpus and fits(memory(c, gpus, changed, split=k), changed)]
+        cure = f" (a copy split over {shares[0]} GPUs would fit; thinkrl has none)" if shares else ""
+        return f"no: every GPU samples from a whole copy; larger GPUs are needed{cure}"
     return "no: more GPUs are needed for weights and optimizer"
 
 
@@ -129,6 +139,29 @@ def table(name: str, c: ModelConfig, counts: tuple[int, ...], o: Options) -> Ite
     yield ""
 
 
+def largest_copy(gpus: int, o: Options) -> float:
+    """Parameters up to which a whole copy on each GPU leaves room to sample, whatever the update takes.
+
+    KV_SHARE (M - 2 P - 12 P / N) = LEAST_KV M,      4 P / N more with a reference, all for each policy
+    """
+    per_parameter = o.policies * (2 + (12 + 4 * o.reference) / gpus)
+    return o.gpu_memory * 1e9 * (1 - LEAST_KV / KV_SHARE) / per_parameter
+
+
+def advice(counts: tuple[int, ...], o: Options) -> str:
+    """From which size on a whole copy on each GPU no longer samples, and what to do then."""
+    limits = ", ".join(f"{largest_copy(gpus, o) / 1e9:.1f} B on {gpus}" for gpus in counts)
+    alone = (
+        o.gpu_memory * (1 - LEAST_KV / KV_SHARE) / (2 * o.policies)
+    )  # billions of parameters at 2 bytes each
+    return f"""
+Parameters up to which a whole copy on each GPU of {o.gpu_memory:g} GB leaves room to sample: {limits}. Beyond:
+  more GPUs, with --replicate 1: HSDP spreads weights and moments over N / replicas GPUs, so that each holds more
+  larger GPUs: on {o.gpu_memory:g} GB the copy alone is too much from {alone:.1f} B on, however many there are
+  not in thinkrl: GPUs that only sample, beside others that only train, hold no moments and sample up to these {alone:.1f} B;
+  a copy that k GPUs share samples up to about k times as much"""
+
+
 def models(o: Options) -> dict[str, ModelConfig]:
     if not o.model:
         return {
@@ -147,12 +180,14 @@ def parse(argv: list[str]) -> Options:
 
 
 def main(o: Options) -> None:
+    counts = (o.gpus,) if o.gpus else GPUS
     for name, config in models(o).items():
-        print("\n".join(table(name, config, (o.gpus,) if o.gpus else GPUS, o)))
+        print("\n".join(table(name, config, counts, o)))
     print(
         f"Memory per GPU in GB of 1e9 bytes. Times assume {o.training:.0%} of the peak in training and "
         f"{o.decoding:.0%} of the bandwidth in decoding: not measured."
     )
+    print(advice(counts, o))
 
 
 if __name__ == "__main__":
