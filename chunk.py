@@ -1,18 +1,21 @@
-"""Long chains of thought -> thoughts -> importance -> labels -> the two cold-start files of Long⊗Short:
+"""Make the cold-start files of Long⊗Short: chains of thought -> thoughts -> importance -> labels -> two
+files.
+
 
     torchrun --nproc_per_node=8 chunk.py --data FILE.jsonl --model DIR --out DIR [--key value …]
 
-A row is {"problem", "solution", "answer", "response"}; "question" stands for "problem" and "thought" for
-"response". A JSON list in the layout of OpenMath-ThoughtChunk is read too, with the blocks it has. `--data
-arith` takes the built-in chains.
+A row is {"problem", "solution", "answer", "response"}, or with "question" for "problem" and "thought" for
+"response". A JSON list in the layout of OpenMath-ThoughtChunk is also read, with its blocks. `--data arith`
+takes the built-in chains.
 
-In the folder --out:
+The folder --out has
 
-    config.json          what items are made with, from the first one on; the command that continues must have the same
-    parts/rank_R.jsonl   finished items, appended one by one: what a killed run is continued from, at any number of ranks
-    annotated.json       every usable item: thoughts, accuracies behind each, importance, labels, segments
+    config.json          options that change items; the command that continues must have the same
+    parts/rank_R.jsonl   finished items, appended one by one; a killed run continues from them, on any number
+                         of ranks
+    annotated.json       every usable item: thoughts, accuracies after each, importance, labels, segments
     long.json short.json alpaca rows for `train.py sft`
-    rejects.jsonl        every other item, and why; "said" is the model's text that was rejected
+    rejects.jsonl        every other item with the reason; "said" is the rejected text of the model
     summary.json         counts
 """
 
@@ -31,10 +34,11 @@ class Options:
     )
     limit: int = option(0, "at most this many rows; 0: all (arith: 400)", low=0)
     source: str = option(
-        "", "grading rule, whatever rows name: arith | gsm8k | last_number | math; empty: the row's own"
+        "",
+        "grading rule, which overrides the rows': arith | gsm8k | last_number | math; empty: the row's own",
     )
     columns: str = option("", "which column holds what, for a layout of your own: problem=NAME,answer=NAME")
-    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and say how many")
+    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and print how many")
     suffix: str = option("", "text appended to every question")
     out: str = option("runs/chunk", "folder to write; an unfinished one is continued")
     plot: bool = option(False, "also draw importance along the chain (extra [report])")
@@ -56,11 +60,14 @@ class Options:
     temperature: float = option(0.7, "sampling temperature of the rollouts", low=0)
     max_tokens: int = option(
         0,
-        "length limit of a rollout; 0: 200 for the embedded model, else 4096, or what the context holds",
+        "length limit of a rollout; 0: 200 for the embedded model, else 4096, lowered to fit the context",
         low=0,
     )
     decay: float = option(
-        0.25, "δ: what a thought loses that does not raise the accuracy (Eq. 1)", above=0, below=1
+        0.25,
+        "δ, subtracted from the importance of a thought that does not raise the accuracy (Eq. 1)",
+        above=0,
+        below=1,
     )
     prompts: str = option(
         "",
@@ -69,15 +76,15 @@ class Options:
     _instruct = group("Instruct model")
     instruct_model: str = option("", "model that chunks and completes; empty: --model")
     instruct_max_tokens: int = option(
-        7120, "length limit of one of its answers; unless given, lowered to what its context holds", low=1
+        7120, "length limit of one of its answers; the default is lowered to fit its context", low=1
     )
     instruct_temperature: float = option(
-        0.1, "sampling temperature of its answers, of which there are up to 5 per request", low=0
+        0.1, "sampling temperature of its answers; at most 5 per request", low=0
     )
     _run = group("Run")
     seed: int = option(42, "seed of every sampled token")
     items_per_batch: int = option(
-        8, "items in progress on a rank: a kill loses at most their unfinished work", low=1
+        8, "items in progress on a rank; a kill loses at most their unfinished work", low=1
     )
     device: str = option("auto", "device", ("auto", "cpu", "cuda"))
     dtype: str = option(
@@ -85,8 +92,7 @@ class Options:
     )
 
 
-# Role prompts are put in when the files are written, anew each time; the wording of requests decides, and is
-# in `settings_of`.
+# --prompts: role prompts are only used when the final files are written, and `settings_of` has the requests.
 FREE_TO_CHANGE = {"given", "limit", "plot", "out", "prompts", "items_per_batch", "device", "dtype"}
 
 
@@ -139,24 +145,24 @@ from thinkrl.types import Problem
 
 @dataclass(frozen=True)
 class Item:
-    """One row: a problem, whose id is its place, and a long chain for it."""
+    """One row: a problem, whose id is the row's index, and a long chain for it."""
 
     problem: Problem
     response: str
-    blocks: dict | None = None  # how it was chunked, if the row says so
+    blocks: dict | None = None  # the row's own chunking, if any
 
 
 @dataclass(frozen=True)
 class Tools:
-    sampler: Sampler  # of the model that rollouts continue
+    sampler: Sampler  # of the model that samples rollouts
     instruct: Sampler  # of the model that chunks and completes
-    prompts: Prompts  # how that is asked
+    prompts: Prompts  # with the requests
 
 
 def fitted(options: Options) -> tuple[Options, str]:
-    """Lower the length limits that were not given to what the models' contexts hold, and say so in a line, or "".
+    """Lower default length limits to fit the models' contexts; also return a line about it, or "".
 
-    A quarter of a context is kept for the question; the rest is shared by a chain and what is written behind it.
+    A quarter of a context is kept for the question; half of the rest is for the chain, half for new tokens.
     """
     limits = {"max_tokens": options.model}
     if "llm" in (options.chunker, options.completer):
@@ -185,13 +191,13 @@ def chunk(options: Options, world: World) -> None:
     hold(folder, world)
     finished = from_main(
         together(open_folder, folder, settings, world)
-    )  # one reading for all ranks, before any of them writes
+    )  # rank 0 reads for all ranks, before any of them writes
     waiting = [item for item in items if item.problem.id not in finished]
     tools = together(load_tools, options, prompts, world) if waiting else None
     if world.main:
         write_json(
             folder / "config.json", settings
-        )  # not before: a folder that nothing was written for is bound to nothing
+        )  # not before: a failed start must not fix the folder's settings
 
     at_once = world.size * options.items_per_batch
     stop_request = StopRequest("these items", world.main)
@@ -210,7 +216,7 @@ def chunk(options: Options, world: World) -> None:
             dealt = waiting[at : at + at_once]
             together(
                 work, dealt[world.rank :: world.size]
-            )  # dealt one by one: adjacent rows of a file are often alike
+            )  # interleaved, because adjacent rows of a file are often alike
             bar.update(len(dealt))
             if stop_request.agreed():
                 raise Stopped(f"stopped, finished items are saved: the same command continues {folder}")
@@ -219,11 +225,9 @@ def chunk(options: Options, world: World) -> None:
 
 
 def load_items(options: Options) -> list[Item]:
-    """Every row, read and checked before anything is sampled. Raises UserError with file, row and field."""
+    """Read and check every row. Raises UserError with file, row and field."""
     if options.data == "arith":
-        teacher = replace(
-            arith.TEACHER, decompose=(1.0, 1.0), empty=0.0
-        )  # long chains: whatever has steps is written in steps
+        teacher = replace(arith.TEACHER, decompose=(1.0, 1.0), empty=0.0)  # long chains: always in steps
         problems = [arith.training_problem(options.seed, i) for i in range(options.limit)]
         return [
             Item(p, arith.chain(p, random.Random(f"chunk/{options.seed}/{p.id}"), teacher)) for p in problems
@@ -232,7 +236,7 @@ def load_items(options: Options) -> list[Item]:
     def item(fields: rows.Fields) -> list[Item]:
         problem = layouts.problem(
             fields, options.source, shuffle=False
-        )  # the chain names the options in the row's order
+        )  # the chain refers to the row's order of options
         response = fields.text("thought", "response")
         if not response:
             raise fields.error(
@@ -263,7 +267,7 @@ def load_tools(options: Options, prompts: Prompts, world: World) -> Tools:
 
 
 def annotate(items: Sequence[Item], tools: Tools, options: Options) -> list[dict]:
-    """One line of the part file per item: {"id", "item": …}, or {"id", "rejected": why, …}."""
+    """Make one line of the part file per item: {"id", "item": …} or {"id", "rejected": reason, …}."""
     by_id = {item.problem.id: item for item in items}
     asked = {i: messages(item.problem, suffix=options.suffix)[-1]["content"] for i, item in by_id.items()}
     chains = cut(by_id, tools, options)
@@ -276,7 +280,7 @@ def annotate(items: Sequence[Item], tools: Tools, options: Options) -> list[dict
         i: attempt(thoughts.segments, text, measured[i]["labels"], by_id[i].problem)
         for i, text in usable(texts).items()
     }
-    reached = chains | texts | talks  # of each item, the last stage that it came to
+    reached = chains | texts | talks  # each item's result of the last stage it reached
     return [line(item, measured.get(i, {}), asked[i], reached[i]) for i, item in by_id.items()]
 
 
@@ -285,7 +289,7 @@ def usable(results: dict) -> dict:
 
 
 def with_room(problem: Problem, chain: list[Thought], tools: Tools, options: Options) -> list[Thought]:
-    """The chain, if it leaves room for its rollouts. Raises Rejected."""
+    """Return the chain. Raises Rejected if its rollouts do not fit the context."""
     sampler = tools.sampler
     context = sampler.model.config.max_positions
     thoughts.require_chain(problem, chain, sampler.tokenizer, context, options.max_tokens, options.suffix)
@@ -295,7 +299,7 @@ def with_room(problem: Problem, chain: list[Thought], tools: Tools, options: Opt
 def measure(
     by_id: dict[int, Item], chains: dict[int, list[Thought]], tools: Tools, options: Options
 ) -> dict[int, dict]:
-    """Rollouts, importance and labels of each chain, as fields of its line."""
+    """Compute rollouts, importance and labels of each chain, as fields of its line."""
     tokenizer = tools.sampler.tokenizer
     rolled = thoughts.rollouts(
         tools.sampler,
@@ -333,7 +337,7 @@ def complete(
     tools: Tools,
     options: Options,
 ) -> dict[int, list[str] | Rejected]:
-    """The texts of each chain's segments, the short ones completed."""
+    """Texts of each chain's segments, the short ones completed."""
     if options.completer == "block":
         return {
             i: thoughts.complete_by_block(
@@ -357,7 +361,7 @@ def complete(
 
 
 def line(item: Item, measured: dict, asked: str, talk: list[str] | Rejected) -> dict:
-    """An item's line of the part file."""
+    """Make an item's line of the part file."""
     problem = item.problem
     row = {
         "question": problem.question,
@@ -373,7 +377,7 @@ def line(item: Item, measured: dict, asked: str, talk: list[str] | Rejected) -> 
 
 
 def cut(by_id: dict[int, Item], tools: Tools, options: Options) -> dict[int, list[Thought] | Rejected]:
-    """The thoughts of each chain. A row that has usable blocks is not chunked again."""
+    """Cut each chain into thoughts. A row with usable blocks is not chunked again."""
     if options.chunker != "llm":
         split = {"paragraphs": thoughts.paragraphs, "tags": thoughts.tags}[options.chunker]
         return {i: attempt(split, item.response) for i, item in by_id.items()}
@@ -395,7 +399,7 @@ def cut(by_id: dict[int, Item], tools: Tools, options: Options) -> dict[int, lis
 
 
 def attempt(function: Callable, *arguments):
-    """The function's result, or the reason why the item is rejected."""
+    """Call a function; return its result, or the Rejected that it raised."""
     try:
         return function(*arguments)
     except Rejected as reason:
@@ -403,7 +407,7 @@ def attempt(function: Callable, *arguments):
 
 
 def settings_of(options: Options, prompts: Prompts) -> dict:
-    """All that decides what is written of an item: the folder's config.json."""
+    """Settings that change items, for the folder's config.json."""
     settings = {key: value for key, value in asdict(options).items() if key not in FREE_TO_CHANGE}
     if options.data != "arith":
         settings["data_crc32"] = [zlib.crc32(path.read_bytes()) for path in rows.data_files(options.data)]
@@ -413,9 +417,7 @@ def settings_of(options: Options, prompts: Prompts) -> dict:
 
 
 def open_folder(folder: Path, settings: dict, world: World) -> set[int]:
-    """Ids of the finished items, on the main rank. Raises UserError if they were made with other options,
-    data or requests.
-    """
+    """Ids of the finished items, on rank 0. Raises UserError if they were made with other settings."""
     if not world.main:
         return set()
     open_out(folder, settings)
@@ -423,9 +425,7 @@ def open_folder(folder: Path, settings: dict, world: World) -> set[int]:
 
 
 def merge(folder: Path, count: int, prompts: Prompts, draw: bool) -> None:
-    """From the parts to the files that a user wants. Raises UserError, after writing them, if no item is
-    usable.
-    """
+    """Write the final files from the parts. Raises UserError, after writing them, if no item is usable."""
     lines = sorted((line for line in read_parts(folder) if line["id"] < count), key=lambda line: line["id"])
     items = [{"id": line["id"], **line["item"]} for line in lines if "item" in line]
     rejects = [line for line in lines if "rejected" in line]

@@ -1,15 +1,16 @@
 """Answer a prompt, chat, measure a policy, or compare two:
 
-    python sample.py                                                              a chat, on a terminal
+
+    python sample.py                                                        a chat, on a terminal
     torchrun --nproc_per_node=1 sample.py --prompt "374*6?"
-    torchrun --nproc_per_node=2 -- sample.py --data FILE --n 8 --out DIR          "--", or torchrun reads --n itself
-    python sample.py --compare RUN_A RUN_B                                        runs, or folders of --out
+    torchrun --nproc_per_node=2 -- sample.py --data FILE --n 8 --out DIR    "--", or torchrun reads --n itself
+    python sample.py --compare RUN_A RUN_B                                  runs, or folders of --out
 
---long DIR --short DIR instead of --model DIR: two policies, which answer in a conversation.
+With --long DIR --short DIR instead of --model DIR, two policies answer in a conversation.
 
---data prints accuracy with a 95 % interval, tokens, pass@k and maj@k, all and by level; with --budgets accuracy with
-thinking cut off; with --base the comparison with that model on the same problems. --out keeps every attempt: a killed
-evaluation goes on with the same command (thinkrl/tools/evaluation.py).
+--data prints accuracy with a 95 % interval, tokens, pass@k and maj@k, overall and by level; with --budgets
+also accuracy with thinking cut off, with --base a comparison with another model on the same problems. --out
+keeps every attempt, so that the same command continues a killed evaluation (thinkrl/tools/evaluation.py).
 """
 
 import sys
@@ -26,13 +27,14 @@ class Options:
     model: str = option(
         "tiny", "Hugging Face folder, owner/name[@revision] of the hub, or 'tiny', the embedded model"
     )
-    long: str = option("", "folder of the long-thought policy: together with --short, a conversation")
+    long: str = option("", "folder of the long-thought policy; with --short, for a conversation")
     short: str = option("", "folder of the short-thought policy")
-    base: str = option("", "model to compare with on --data, asked in the same way")
+    base: str = option("", "model to compare with on --data, with the same options")
     prompt: str = option("", "answer this and print it")
     data: str = option(
         "",
-        "evaluate on: 'arith' or gym:TASK (held out) | FILE | hub:owner/name[:config][:split]; several joined by +",
+        "evaluate on: 'arith' or gym:TASK (held out) | FILE | hub:owner/name[:config][:split]; several "
+        "joined by +",
     )
     compare: tuple = option(
         (),
@@ -41,19 +43,20 @@ class Options:
     )
     source: str = option(
         "",
-        "grading rule, whatever rows name: arith | gsm8k | last_number | math; its instruction follows a --prompt too",
+        "grading rule, which overrides the rows': arith | gsm8k | last_number | math; its instruction also "
+        "follows a --prompt",
     )
     columns: str = option("", "which column holds what, for a layout of your own: problem=NAME,answer=NAME")
-    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and say how many")
+    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and print how many")
     limit: int = option(0, "at most this many problems; 0: all", low=0)
-    system: str = option("", "system message; left out: that of the training, for a model trained here")
-    suffix: str = option("", "text appended to every question; left out: that of the training")
+    system: str = option("", "system message; if not given: as in training, for a model trained here")
+    suffix: str = option("", "text appended to every question; if not given: as in training")
     _how = group("How")
     n: int = option(1, "completions per problem", low=1)
     max_tokens: int = option(
         0,
-        "completion length limit, per turn of a conversation; 0: as in training, or 200 for the embedded model, else "
-        "2048 or half of the context",
+        "completion length limit, per turn of a conversation; 0: as in training, or 200 for the embedded "
+        "model, else 2048 or half of the context",
         low=0,
     )
     max_turns: int = option(5, "exchanges (one long and one short turn) per conversation", low=1)
@@ -61,11 +64,12 @@ class Options:
         "", "JSON file with the two role prompts; empty: the long model folder's, else the built-in ones"
     )
     temperature: float = option(
-        1.0, "sampling temperature; 0 is greedy; if it is left out, as in training or 1", low=0
+        1.0, "sampling temperature, 0: greedy; if not given: as in training, or 1", low=0
     )
     budgets: str = option(
         "",
-        "comma-separated: also measure accuracy with thinking cut off after so many tokens, the answer forced",
+        "comma-separated token counts: also measure accuracy with thinking cut off there and the answer "
+        "forced",
     )
     probe_prefix: str = option("", "text that forces an answer for --budgets; empty: the grading rule's")
     probe_suffix: str = option("", "text that ends it; empty: the grading rule's")
@@ -79,12 +83,15 @@ class Options:
     )
 
 
-# What an evaluation that goes on may change.
+# Options that may change when an evaluation is continued.
 FREE_TO_CHANGE = ("given", "prompt", "compare", "base", "out", "device")
 
 
 def parse_options(argv: list[str]) -> Options:
-    usage = "torchrun --nproc_per_node=N -- sample.py [--prompt TEXT | --data FILE | --compare A B] [--key value …]"
+    usage = (
+        "torchrun --nproc_per_node=N -- sample.py [--prompt TEXT | --data FILE | --compare A B] [--key value "
+        "…]"
+    )
     options = parse_as(Options, argv, usage)
     tasks = [f"--{name}" for name in ("prompt", "data", "compare") if getattr(options, name)]
     if len(tasks) > 1:
@@ -147,7 +154,7 @@ def policy(options: Options, world: World) -> OnePolicy | TwoPolicies:
 
 
 def as_trained(options: Options, world: World) -> Options:
-    """Options that were not given become what the policy was sampled with in training, if its folder says so."""
+    """Set options that were not given to those of the policy's training, if its folder has them."""
     saved = read_sampling(model_path(options.long or options.model, "--long" if options.long else "--model"))
     taken = {key: value for key, value in saved.items() if key not in options.given and value != ""}
     if taken and world.main:
@@ -157,7 +164,7 @@ def as_trained(options: Options, world: World) -> Options:
 
 
 def answer(options: Options, world: World) -> None:
-    """One prompt, n answers, as they came; a conversation turn by turn."""
+    """Print n answers to one prompt, or conversations turn by turn."""
     for text in policy(options, world).answers(question(options, options.prompt)) if world.main else []:
         say(text)
 
@@ -170,17 +177,17 @@ def talk(options: Options, world: World) -> None:
 
 
 def evaluate(options: Options, world: World) -> None:
-    """Measure, print and write; then the same for --base, with no other model in memory."""
+    """Measure the policy, then --base after freeing the first model."""
     base = replace(options, model=options.base, long="", short="") if options.base else None
     out = Path(options.out) if options.out else None
     if base:
-        model_path(options.base, "--base")  # what would fail in the end fails now
+        model_path(options.base, "--base")  # raises now, not at the end
     problems = held_out_problems(options.data, options.data, **reading(options))
     every = max(1, len(problems) // (options.limit or len(problems)))
     problems = problems[::every][: options.limit or len(problems)]
     records = measure(options, problems, world, out)
     if base:
-        gc.collect()  # a sampler's layers refer to themselves: the first model is still there
+        gc.collect()  # a sampler has reference cycles, which keep the first model in memory
         torch.cuda.empty_cache()
         others = measure(base, problems, world, out and out / "base")
         if world.main:
@@ -188,7 +195,7 @@ def evaluate(options: Options, world: World) -> None:
 
 
 def measure(options: Options, problems: list[Problem], world: World, out: Path | None) -> list[dict]:
-    """The records of the attempts, see `evaluation.evaluate`; the main rank prints and writes what they say."""
+    """Records of the attempts, see `evaluation.evaluate`; rank 0 prints and writes their summary."""
     paths = model_paths(options)
     decisive = {key: value for key, value in asdict(options).items() if key not in FREE_TO_CHANGE}
     decisive["max_tokens"] = limit(paths[0], options)
@@ -231,7 +238,7 @@ def show_comparison(results: dict[str, dict], out: Path | None) -> None:
 
 
 def say(text: str) -> None:
-    """Print at once. A reader that has left, as `| head` does, is no mistake: nothing more is printed."""
+    """Print and flush. If the reader has closed the pipe, as `| head` does, print nothing more."""
     try:
         print(text, flush=True)
     except BrokenPipeError:

@@ -45,7 +45,8 @@ setup(
         "dev": [
             "pytest",
             "pytest-xdist",
-            "numpy<2.4",  # Triton 3.6's interpreter, in which tests run kernels, fails with 2.4 (triton issue 9171)
+            # Triton 3.6's interpreter, in which tests run kernels, fails with 2.4 (triton issue 9171)
+            "numpy<2.4",
             "ruff",
             "mypy",
             "hypothesis",

@@ -2,17 +2,19 @@
 
 One step of reinforcement learning, whatever the preset, is `train_step`:
 
-    problems -> rollout -> reward -> advantages -> samples -> packs -> loss -> optimizer step -> sync the sampler
+    problems -> rollout -> reward -> advantages -> samples -> packs -> loss -> optimizer step -> weights to
+    sampler
 
-A preset decides how trajectories are generated, how they are rewarded and how advantages are computed. Nothing
-below the samples knows which one is running. (sft and prm train on other losses: thinkrl/sft.py,
+
+A preset decides how trajectories are generated and rewarded, and how advantages are computed; from the
+samples on, the code is the same for all. (sft and prm have other losses: thinkrl/sft.py,
 thinkrl/l2t/prm_training.py.)
 """
 
 from thinkrl.config import parse
 from thinkrl.options import command_line
 
-if __name__ == "__main__":  # before torch is imported: --help and misspelt options answer at once
+if __name__ == "__main__":  # before torch is imported, so --help and wrong options are fast
     CONFIG = command_line("train.py", parse)
 
 from collections.abc import Sequence
@@ -43,7 +45,7 @@ from thinkrl.update import Diverged, Mismatched, pack_evenly, require_finite, up
 
 
 def method(preset: str, name: str = "") -> type[Preset]:
-    """The class of a preset, or of --method. A paper's folder is imported only here, and only when it is asked for."""
+    """Import the class of a preset, or of --method. A paper's folder is imported only if it is used."""
     if name == "s-grpo":
         from thinkrl.l2t.exits import SGrpo
 
@@ -60,7 +62,7 @@ def method(preset: str, name: str = "") -> type[Preset]:
 
 
 def token_budgets() -> ModuleType:
-    """The forced answers of an evaluation with --eval_budgets are probes of the first paper's."""
+    """Import the module of --eval_budgets, whose forced answers are L2T's probes."""
     from thinkrl.l2t import budgets
 
     return budgets
@@ -74,23 +76,23 @@ def train_step(
     tally: Tally,
     spare: Sequence[list[Problem]] = (),
 ) -> tuple[Sequence[Trajectory], list[Tensor], dict[str, float]]:
-    """One step of reinforcement learning on this rank's problems. Collective.
+    """Run one step of reinforcement learning on this rank's problems. Collective.
 
-    spare: for each round of dynamic sampling, a problem that can take the place of each of these.
-    Returns the trajectories, their advantages, and the numbers of the update: loss, grad_norm, lr.
+    spare: for each round of dynamic sampling, a replacement of each problem. Returns the trajectories, their
+    advantages, and the numbers of the update: loss, grad_norm, lr.
     """
     config, clock = preset.config, Stopwatch()
     learner, lr = preset.begin_step(step), preset.learning_rate(step)
-    trajectories, replaced = sample_differences(  # sampled and graded; sets loss mask and log-probs
+    trajectories, replaced = sample_differences(  # sampled and graded, with loss mask and log-probs
         lambda problems: preset.rollout(problems, step, tally), [problems, *spare], config.group_size
     )
     for each in preset.learners.values():
-        each.sampler.release_pool()  # the memory of the KV pages is the backward's now
+        each.sampler.release_pool()  # frees the KV pages for the backward
     tally.add("rollout_seconds", clock.seconds)
     if spare:
         tally.add("resampled", len(replaced) / config.group_size, len(problems))
         tally.add_sum("sampled_tokens", sum(t.tokens for t in replaced))
-    preset.reward(trajectories, step, tally)  # the outcome plus what the method adds
+    preset.reward(trajectories, step, tally)  # the outcome plus the method's part
     advantages = preset.advantages(trajectories, step, tally)  # per trajectory, a value per trained token
     samples = preset.samples(trajectories, advantages, step)  # (prompt, completion) pairs
     packs = pack_evenly(samples, config, world)  # many samples in one row, as many rows on every rank
@@ -120,7 +122,7 @@ def train(config: Config, world: World) -> Run:
                 evaluate(preset, held_out, session, preset.name(step), step)
 
         evaluate(preset, held_out, session, "before", session.first)
-        evaluate_after(session.first)  # a kill may have come between a step and its evaluation
+        evaluate_after(session.first)  # the run may have been killed between a step and its evaluation
         for step in session.steps():
             tally = Tally()
             problems, *spare = stream.take_rounds(
@@ -163,7 +165,7 @@ def evaluate(preset: Preset, problems: list[Problem], session: Session, when: st
 
 
 def train_sft(config: Config, world: World) -> Run:
-    """Supervised fine-tuning; rows of the Long⊗Short cold start are encoded as its conversations are."""
+    """Supervised fine-tuning; rows of the Long⊗Short cold start are encoded like its conversations."""
     parts = sft.load_parts(config)
     rows = [row for part in parts for row in part]
     if not any(row.conversation for row in rows):
@@ -175,14 +177,14 @@ def train_sft(config: Config, world: World) -> Run:
 
 
 def train_prm(config: Config, world: World) -> Run:
-    """The step reward model of `l2t --gain prm`."""
+    """Train the step reward model of `l2t --gain prm`."""
     from thinkrl.l2t.prm_training import train
 
     return train(config, world, write_report)
 
 
 def write_report(folder: Path) -> Path:
-    """The page of a run. Nothing else of tools is needed to train."""
+    """Write the report of a run. Training needs nothing else of tools."""
     from thinkrl.tools import report
 
     return report.write_report(folder)

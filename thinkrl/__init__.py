@@ -1,4 +1,4 @@
-"""thinkrl: reinforcement learning of efficient reasoning, from scratch, to be read. Start with train.py."""
+"""thinkrl: readable reinforcement learning of efficient reasoning. Start with train.py."""
 
 import importlib.util
 import os
@@ -6,21 +6,20 @@ from pathlib import Path
 
 __version__ = "0.2.0"
 
-# The sampler's KV pool is freed for every backward: in fixed segments, whatever is allocated meanwhile would
-# keep its memory from it for good. Read when torch first allocates, so this comes before torch.
+# The sampler's KV pool is freed for every backward. With the allocator's fixed segments, later allocations
+# would block its memory; expandable segments avoid that. Read when torch first allocates, so set before
+# torch.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one sentence that says what, where, and what instead. Entry points print it
-    and exit 2.
+    """Mistake of the user: one sentence that says what, where, and what instead. Programs print it and exit
+    2.
     """
 
 
 def require_own_kernels() -> None:
-    """`kernels` is also the name of a package on PyPI that transformers looks for: refuse to run with the
-    wrong one.
-    """
+    """Raise UserError if Python finds another package `kernels`; one of that name is on PyPI."""
     spec = importlib.util.find_spec("kernels")
     found = Path(spec.origin).resolve().parent if spec and spec.origin else None
     ours = Path(__file__).resolve().parent.parent / "kernels"

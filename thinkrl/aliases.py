@@ -1,8 +1,8 @@
-"""Names of TRL and verl for the options of train.py: for error messages, and for the table in docs/options.md."""
+"""TRL's and verl's names for the options of train.py, for error messages and the table in docs/options.md."""
 
 from __future__ import annotations
 
-# A row: what to write here, TRL's names (GRPOConfig), verl's names (the end of a dotted path).
+# A row: our option, TRL's names (GRPOConfig), verl's names (the end of a dotted path).
 ELSEWHERE: list[tuple[str, str, str]] = [
     ("--model", "model_name_or_path", "model.path"),
     ("--data", "dataset_name", "data.train_files"),
@@ -68,14 +68,14 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     ("--system", "system_prompt", ""),
 ]
 FULL_DISTRIBUTION = (
-    ": training samples from the whole distribution, because the log-probs of a truncated one are not the policy's; "
-    "use --temperature"
+    ": training samples from the whole distribution, because the log-probs of a truncated one are not the "
+    "policy's; use --temperature"
 )
 REFUSED = dict.fromkeys(("top_p", "top_k", "min_p"), FULL_DISTRIBUTION)
 
 
 def elsewhere(name: str) -> str:
-    """ ": TRL's num_generations is --group_size here", or "" for a name that is not in `ELSEWHERE`."""
+    """Hint for an unknown option, such as ": TRL's num_generations is --group_size here", or ""."""
     if name in REFUSED:
         return REFUSED[name]
     for here, *theirs in ELSEWHERE:

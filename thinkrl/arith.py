@@ -1,19 +1,20 @@
-"""The built-in task: products whose hard cases are unreliable at a glance and reliable step by step.
+"""The built-in task: products. Hard ones are often wrong if answered at once, and right if computed in steps.
 
-A problem is `a*b?`, with a of one to three digits and b from 2 to 9. A small teacher writes chains for it, on
-purpose not efficient ones:
+A problem is `a*b?`, with a of one to three digits and b from 2 to 9. A scripted teacher writes its chains,
+which are not efficient on purpose:
 
-    at a glance     374*6?<think><episode_1>374*6=2244</episode_1></think><answer>2244</answer>
+    at once         374*6?<think><episode_1>374*6=2244</episode_1></think><answer>2244</answer>
     step by step    374*6?<think><episode_1>300*6=1800</episode_1><episode_2>70*6=420</episode_2>
                     <episode_3>1800+420=2220</episode_3><episode_4>4*6=24</episode_4>
-                    <episode_5>2220+24=2244</episode_5></think><answer>2244</answer>              (in one line)
+                    <episode_5>2220+24=2244</episode_5></think><answer>2244</answer>              (in one
+                    line)
 
-between which it recalls the question, restates and checks what it has, says `wait` and starts again. Which of
-the two ways it takes depends on the parity of b and not on the difficulty; a glance at a hard product is
-often wrong. So there is something to learn besides writing less: where thinking helps, how much of it, and
-what of it earns nothing.
+Between these steps it recalls the question, restates and checks results, or writes `wait` and starts again.
+The parity of b, not the difficulty, decides whether it computes at once or in steps; a hard product computed
+at once is often wrong. So a policy can learn more than brevity: for which problems steps help, how many, and
+which are useless.
 
-Everything here is a function of its arguments: problem i of seed s is the same on every rank and machine.
+All functions depend on their arguments only: problem i of seed s is the same on every rank and machine.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from thinkrl.types import Problem, UserError
 
 LEVELS = ("1 digit", "2 digits", "3 digits")
-SHARES = (0.05, 0.45, 0.50)  # of the training stream, and of heldout() as far as there are that many products
+SHARES = (0.05, 0.45, 0.50)  # of levels in training, and in heldout() if it has enough products
 MAX_EPISODES = 20  # the vocabulary has no higher number
 LONGEST_CHAIN = 15  # episodes the teacher writes at most, so that no trace comes near 200 tokens
 HELD_OUT = 4  # one product in four is never trained on
@@ -35,28 +36,24 @@ HELD_OUT = 4  # one product in four is never trained on
 
 @dataclass(frozen=True)
 class Teacher:
-    """The habits of the chain writer, as probabilities. Tuples over levels or parities say so."""
+    """Probabilities of the chain writer. Tuples are by level or by parity, as their comments say."""
 
     decompose: tuple[float, float] = (
         0.45,
         0.70,
     )  # for odd b, for even b: greedy decoding decomposes half of the problems
-    misjudge: tuple[float, ...] = (
-        0.0,
-        0.30,
-        0.45,
-    )  # by level: a glance is wrong, and stays unreliable even greedily
-    slip: float = 0.03  # a step is wrong
-    notice: float = 0.5  # and is noticed at once: "check … no", then the right step
-    empty: float = 0.05  # no thinking at all, the answer is a guess
+    misjudge: tuple[float, ...] = (0.0, 0.30, 0.45)  # by level: computing at once goes wrong, even greedily
+    slip: float = 0.03  # a step is wrong …
+    notice: float = 0.5  # … and corrected at once: "check … no", then the right step
+    empty: float = 0.05  # no thinking, the answer is a guess
     opening: float = 0.40  # recall the question first
     idle_middle: float = 0.60  # recall, restate or check after a step; again after that (geometric)
-    idle_last: float = 0.30  # the same after the result; small, or greedy decoding never closes its thinking
+    idle_last: float = 0.30  # the same after the result; small, or greedy decoding never ends its thinking
     again_glance: float = 0.20  # wait, and then step by step
     again_steps: float = 0.12
     force: float = 0.35  # of the SFT rows: thinking cut after some episode, the answer demanded
     force_empty: float = (
-        0.12  # of those: before the first episode; few, because they teach to answer at a glance
+        0.12  # of those: before the first episode; few, because they teach answers without steps
     )
 
 
@@ -64,14 +61,12 @@ TEACHER = Teacher()
 
 
 def is_heldout(a: int, b: int) -> bool:
-    """Whether the product a*b belongs to the evaluation set. As a step inside a chain it may still occur:
-    7*8=56 is known.
-    """
+    """Whether the product a*b belongs to the held-out set. It may still occur as a step inside a chain."""
     return zlib.crc32(f"{a}*{b}".encode()) % HELD_OUT == 0
 
 
 def training_problem(seed: int, index: int) -> Problem:
-    """Problem `index` of the endless training stream `seed`; never a held-out one."""
+    """Problem `index` of the endless training stream with this seed; never a held-out one."""
     rng = random.Random(f"arith/{seed}/{index}")
     level = rng.choices(range(len(LEVELS)), SHARES)[0]
     while True:
@@ -81,7 +76,7 @@ def training_problem(seed: int, index: int) -> Problem:
 
 
 def heldout(n: int = 500) -> list[Problem]:
-    """n distinct problems that training never produces: `SHARES` of the levels, as far as there are that many. Always the same.
+    """Return n distinct held-out problems, always the same, by level in `SHARES` as far as there are enough.
 
     Raises UserError if fewer than n products are held out.
     """
@@ -92,23 +87,23 @@ def heldout(n: int = 500) -> list[Problem]:
     if not 0 <= n <= (most := sum(map(len, pools))):
         raise UserError(f"the built-in task has {most} held-out problems, asked for {n}")
     counts = [min(round(n * share), len(pool)) for share, pool in zip(SHARES, pools)]
-    for level in reversed(range(len(LEVELS))):  # what the small levels cannot fill comes from the large ones
+    for level in reversed(range(len(LEVELS))):  # what small levels cannot fill comes from larger ones
         counts[level] += max(min(n - sum(counts), len(pools[level]) - counts[level]), -counts[level])
     chosen = [pair for count, pool in zip(counts, pools) for pair in pool[:count]]
     return [_problem(i, a, b) for i, (a, b) in enumerate(chosen)]
 
 
 def operands(problem: Problem) -> tuple[int, int]:
-    """(374, 6) of the question "374*6?"."""
+    """Operands (374, 6) of the question "374*6?"."""
     a, b = problem.question.rstrip("?").split("*")
     return int(a), int(b)
 
 
 def episodes(problem: Problem, rng: random.Random, teacher: Teacher = TEACHER) -> tuple[list[str], str]:
-    """One verbose chain as (contents of its episodes, the answer it comes to). At most LONGEST_CHAIN, possibly none.
+    """Write one verbose chain: the texts of at most LONGEST_CHAIN episodes, and the answer.
 
-    A step `x=y` may be wrong, by `misjudge` and `slip`; "check x=y ok" never is, and "check x=y no" always
-    is.
+    A step `x=y` may be wrong, by `misjudge` and `slip`. In "check x=y ok" it is always right, in "check x=y
+    no" always wrong.
     """
     a, b = operands(problem)
     level = LEVELS.index(problem.level)
@@ -139,7 +134,7 @@ def holds(step: str) -> bool:
 
 
 def thinking(thoughts: list[str]) -> str:
-    """`<think>` and the numbered episodes, thinking still open."""
+    """Format `<think>` and numbered episodes, without the closing tag."""
     return "<think>" + "".join(f"<episode_{k}>{t}</episode_{k}>" for k, t in enumerate(thoughts, start=1))
 
 
@@ -152,9 +147,9 @@ def chain(problem: Problem, rng: random.Random, teacher: Teacher = TEACHER) -> s
 def sft_rows(seed: int, count: int, teacher: Teacher = TEACHER) -> Iterator[dict[str, str]]:
     """Rows {"problem", "response"} for next-token training.
 
-    A share `teacher.force` has its thinking cut after some of its episodes and closed, and the *gold* answer
-    as the response; what precedes it is in the prompt and so outside the loss. This puts the answer-forcing
-    probe, and with it the predicted correctness J_k, into what the policy has been trained on.
+    In a share `teacher.force` of the rows, thinking is cut after some episodes and closed, and the response
+    is the *gold* answer; the thinking is in the prompt and not in the loss. So the policy is trained on
+    forced answers, which the predicted correctness J_k uses.
     """
     for index in range(count):
         problem = training_problem(seed, index)
@@ -188,7 +183,7 @@ def _glance(value: int, level: int, rng: random.Random, teacher: Teacher) -> int
 
 
 def _misread(value: int, rng: random.Random) -> int:
-    """A wrong number that looks like the right one: another digit in one place, and no leading zero."""
+    """Wrong number that differs from `value` in one digit, without a leading zero."""
     digits = list(str(value))
     place = rng.randrange(len(digits))
     digits[place] = rng.choice([d for d in "0123456789" if d != digits[place] and (d != "0" or place > 0)])
@@ -196,7 +191,7 @@ def _misread(value: int, rng: random.Random) -> int:
 
 
 def _write_steps(thoughts: list[str], a: int, b: int, rng: random.Random, teacher: Teacher) -> int:
-    """Append the partial products from the left, each added to what stands, idling in between. Returns the
+    """Append the partial products from the left and their sums, with idle episodes between. Returns the
     result.
     """
     digits = str(a)
@@ -217,9 +212,7 @@ def _write_steps(thoughts: list[str], a: int, b: int, rng: random.Random, teache
 def _write_step(
     thoughts: list[str], expression: str, value: int, rng: random.Random, teacher: Teacher
 ) -> int:
-    """Append `expression=value`, or by a slip a wrong value, which is noticed and put right or stays.
-    Returns what stands.
-    """
+    """Append `expression=value`, or by a slip a wrong value, which may be corrected. Returns the result."""
     if rng.random() < teacher.slip:
         wrong = _misread(value, rng)
         thoughts.append(f"{expression}={wrong}")
@@ -231,7 +224,7 @@ def _write_step(
 
 
 def _idle(thoughts: list[str], rate: float, a: int, b: int, rng: random.Random) -> None:
-    """Append nothing, or with probability `rate` an episode that adds nothing to the last step, and so on."""
+    """Append useless episodes: one with probability `rate`, then another with that probability, and so on."""
     step = thoughts[-1]
     value = step.split("=")[1]
     while rng.random() < rate:

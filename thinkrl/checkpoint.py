@@ -1,11 +1,11 @@
-"""Weights in and out: Hugging Face folders (config.json + safetensors). Checkpoints of a run are in resume.py.
+"""Read and write Hugging Face folders (config.json + safetensors). resume.py has the checkpoints of a run.
 
-A parameter of ours is one Hugging Face tensor, or several stacked along their rows (`hf_layout` is the whole
-mapping), so reading is a copy into rows and writing is a split of rows. Reading streams: parameters are
-allocated once, every tensor is mapped from its file, checked and copied, and nothing is held twice. Writing
-gathers one parameter at a time and holds one file's worth of them.
+A parameter of ours is one Hugging Face tensor, or several stacked along their rows (`hf_layout` is the
+mapping), so reading copies into rows and writing splits rows. Reading allocates the parameters once; every
+tensor is mapped from its file, checked and copied. Writing gathers one parameter at a time and holds at most
+one file's tensors.
 
-Whatever is written appears by a rename, whole or not at all.
+A folder is written under a temporary name, then renamed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from thinkrl.run.files import read_json, write_json
 Layout = dict[
     str, list[tuple[str, tuple[int, ...]]]
 ]  # our parameter -> the Hugging Face tensors that are its rows
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors spells them; anything else is quantised
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # in safetensors' spelling; other dtypes are quantised
 
 
 def hf_layout(config: ModelConfig) -> Layout:
-    """Our parameter name -> the Hugging Face tensors (name, shape) that are its rows, top to bottom."""
+    """Map each parameter name to the Hugging Face tensors (name, shape) that are its rows, top to bottom."""
     D, F, Dh = config.width, config.mlp_width, config.head_dim
     q_rows, kv_rows = config.heads * Dh, config.kv_heads * Dh
     layout: Layout = {"embed.weight": [("model.embed_tokens.weight", (config.vocab_size, D))]}
@@ -69,7 +69,7 @@ def hf_layout(config: ModelConfig) -> Layout:
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The config.json of a Hugging Face folder."""
+    """Read config.json of a Hugging Face folder. Raises UserError."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(
@@ -83,7 +83,7 @@ def load_model(
 ) -> Transformer:
     """Read a Hugging Face folder: config.json and model.safetensors, or its shards and their index.
 
-    Raises UserError, naming file, tensor and shapes, for whatever is missing, damaged, quantised or of
+    Raises UserError, naming file, tensor and shapes, for tensors that are missing, damaged, quantised or of
     another shape.
     """
     path = Path(path)
@@ -95,9 +95,10 @@ def load_model(
     for name in files.keys() - wanted:
         if name != "lm_head.weight" and not name.endswith(
             "rotary_emb.inv_freq"
-        ):  # a tied head and tables: derived
+        ):  # derived: a tied head, rotary tables
             raise UserError(
-                f"{files[name]}: tensor {name} is unknown to {config.architecture} as config.json describes it"
+                f"{files[name]}: tensor {name} is unknown to {config.architecture} as config.json describes "
+                "it"
             )
 
     assert dict(model.named_parameters()).keys() == layout.keys()
@@ -118,8 +119,7 @@ def fill(model: nn.Module, path: Path, files: dict[str, Path], layout: Layout) -
                 raise UserError(
                     f"{path}: tensor {name} of shape {list(shape)} is missing from the safetensors files"
                 )
-            # Opened anew for each tensor: while a file stays mapped, all that was read of it stays in memory
-            # too.
+            # Reopened for each tensor: while a file is mapped, the parts that were read stay in memory.
             with _open(files[name]) as shard:
                 parameters[ours][row : row + shape[0]].copy_(_read(shard, files[name], name, shape))
             row += shape[0]
@@ -132,9 +132,9 @@ def save_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 4 << 30,
 ) -> None:
-    """Write a Hugging Face folder that transformers loads with equal weights. Under FSDP every rank must call it.
+    """Write a Hugging Face folder that transformers loads with equal weights. Collective.
 
-    tokenizer    what can `.save(folder)` its files; None leaves them out
+    tokenizer    object with `.save(folder)`, which writes its files; None: without them
     dtype        of the written tensors; None: that of the parameters
     shard_bytes  files above this size are split; rank 0 holds at most about one of them in memory
     """
@@ -154,7 +154,7 @@ def save_hf(
                 try:
                     save_file(tensors, folder / file, metadata={"format": "pt"})
                 except (OSError, SafetensorError) as error:
-                    failed = error  # raised below: other ranks wait in the next file's gathering
+                    failed = error  # raised below: other ranks wait in the next file's gather
                 weight_map |= dict.fromkeys(tensors, file)
                 total += sum(tensor.nbytes for tensor in tensors.values())
         if failed:
@@ -185,8 +185,9 @@ def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
 def hf_tensors(
     state: Mapping[str, Any], layout: Layout, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The Hugging Face tensors of the parameters that `layout` names, gathered from all ranks to rank 0's host
-    memory; {} on other ranks. Collective. dtype: None keeps the parameters' own.
+    """Gather parameters as Hugging Face tensors to rank 0's host memory; {} on other ranks. Collective.
+
+    layout: the parameters and their tensors. dtype: None keeps the parameters' dtype.
     """
     tensors: dict[str, Tensor] = {}
     for ours, rows in layout.items():
@@ -199,9 +200,10 @@ def hf_tensors(
 
 @contextlib.contextmanager
 def atomic_dir(path: Path) -> Iterator[Path | None]:
-    """A folder to fill under a temporary name, flushed to disk and renamed to `path` once all ranks are done; None on
-    ranks other than 0. Collective. A disk that is full or cannot be written is a UserError on all ranks, and `path` is
-    as it was; so whoever fills it must fail, if at all, after the last collective.
+    """Make a temporary folder that is flushed to disk and renamed to `path` at the end. Collective.
+
+    Yields the folder on rank 0, None on others. If it cannot be written, UserError is raised on all ranks and
+    `path` is unchanged; therefore code that fills it must raise only after its last collective.
     """
     folder, error = temporary(path), ""
 
@@ -225,7 +227,7 @@ def atomic_dir(path: Path) -> Iterator[Path | None]:
     on_main(begin)
     try:
         yield folder if rank() == 0 else None
-    except CheckpointException as failed:  # of a rank, raised on all
+    except CheckpointException as failed:  # of one rank, raised on all
         error = str(min(failed.failures.items())[1][0])
     except (OSError, SafetensorError) as failed:
         error = str(failed)
@@ -237,7 +239,7 @@ def temporary(path: Path) -> Path:
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
+    """Map each tensor name to its file."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.exists():
         with _open(single) as shard:

@@ -1,4 +1,4 @@
-"""The console commands thinkrl-train, thinkrl-sample and thinkrl-chunk: train.py, sample.py and chunk.py from any folder.
+"""Console commands thinkrl-train, thinkrl-sample and thinkrl-chunk, which run in any folder.
 
     torchrun --nproc_per_node=8 --no-python thinkrl-train l2t --model DIR --data FILE
 
@@ -8,7 +8,7 @@ Outside the repository `python -m chunk` would start a module of Python's own (u
 import runpy
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent  # where train.py lies
+ROOT = Path(__file__).resolve().parent.parent  # folder of train.py
 
 
 def train() -> None:

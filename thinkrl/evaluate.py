@@ -1,4 +1,4 @@
-"""Evaluation: accuracy against tokens of graded attempts, as numbers, records and a table. intervals.py has the statistics."""
+"""Results of evaluations: accuracy and tokens of graded attempts. intervals.py has the statistics."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Trajectory
 from thinkrl.visible import visible
 
-RIGHT = "right"  # every right answer's vote, however it is spelled
+RIGHT = "right"  # vote of every right answer, in any spelling
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What is counted of a graded attempt at a problem."""
+    """Results of one graded attempt at a problem."""
 
     problem: int
     level: str
     correct: bool
     tokens: int  # sampled, all turns and roles
-    truncated: bool  # with a turn that was cut at the token limit
-    vote: Hashable | None  # its answer, for maj@k; None: it has none
+    truncated: bool  # whether a turn reached the token limit
+    vote: Hashable | None  # its answer, for maj@k; None: no answer
 
 
 def attempt_of(t: Trajectory) -> Attempt:
@@ -38,7 +38,7 @@ def attempt_of(t: Trajectory) -> Attempt:
 
 
 def recorded_attempt(record: dict) -> Attempt:
-    """The same from a `held_out_record`."""
+    """Make an Attempt from a `held_out_record`."""
     correct = record["outcome_reward"] > 0.5
     tokens = sum(turn["tokens"] for turn in record["turns"])
     truncated = any(turn["finish_reason"] == "length" for turn in record["turns"])
@@ -54,17 +54,17 @@ def _vote(correct: bool, answer: str | None, source: str) -> Hashable | None:
 
 
 def summarise(trajectories: Sequence[Trajectory]) -> dict:
-    """Numbers for summary.json, see `summary_of`."""
+    """Compute the entries of summary.json, see `summary_of`."""
     return summary_of([attempt_of(t) for t in trajectories])
 
 
 def summary_of(attempts: Sequence[Attempt]) -> dict:
-    """Accuracy and cost of equally many attempts at each of some problems.
+    """Accuracy and tokens of attempts, equally many per problem.
 
     problems, completions    how many; completions are attempts
-    accuracy            share that is right; accuracy_interval its 95 % interval, clustered by problem
-    tokens              mean sampled tokens of an attempt, all turns and roles; tokens_median, tokens_95, the 95th
-                        percentile, and tokens_max, the most
+    accuracy            share of right attempts; accuracy_interval its 95 % interval, clustered by problem
+    tokens              mean sampled tokens of an attempt, all turns and roles; tokens_median, tokens_95 (95th
+                        percentile) and tokens_max
     truncated           share with a turn that was cut at the token limit
     tokens_per_correct  all tokens / right answers; None if there are none
     pass@k, maj@k       for k = 2, 4, 8, … and all attempts at a problem, averaged over problems
@@ -129,11 +129,12 @@ def tally_outcomes(tally: Tally, trajectories: Sequence[Trajectory], group_size:
 
 
 def held_out_record(t: Trajectory, tokenizer: Tokenizer) -> dict:
-    """One line of evaluations.jsonl, to which "step", "when" (the key in summary.json) and "decoding" are added.
+    """One line of evaluations.jsonl, to which "step", "when" (the key in summary.json) and "decoding" are
+    added.
 
-    problem, sample           address: the problem's id, the place in its group
+    problem, sample           the problem's id, the index in its group
     question, gold, source, level    of the problem
-    answer, outcome_reward    as extracted (null: none found), and 1 if it is the gold one
+    answer, outcome_reward    as extracted (null: none found), and 1 if it is right
     turns                     role, text, tokens and finish_reason of each turn
     """
     turns = [
@@ -159,9 +160,7 @@ def held_out_record(t: Trajectory, tokenizer: Tokenizer) -> dict:
 
 
 def summary_table(summary: dict) -> str:
-    """The run's summary.json as text: accuracy and mean tokens, before and after, sampled and greedy, by
-    level.
-    """
+    """Format summary.json as a table: accuracy and mean tokens before and after, by decoding and level."""
     columns = [when for when in ("before", "after") if "accuracy" in summary.get(when, {})]
     if not columns:
         return "nothing was evaluated: no held-out problems (--eval_data)"

@@ -1,8 +1,9 @@
-"""The end of a run: its models under stable paths, each with a model card, without what only a resume needs.
+"""The end of a run: move its models to stable paths, write model cards, remove files that only a resume
+needs.
 
-runs/NAME/hf                      the policy, as others load it (longshort: hf_long and hf_short; prm: prm)
+runs/NAME/hf                      the policy as a Hugging Face folder (longshort: hf_long, hf_short; prm: prm)
 runs/NAME/hf/README.md            the model card
-runs/NAME/checkpoints/step_N/hf   leads to runs/NAME/hf
+runs/NAME/checkpoints/step_N/hf   link to runs/NAME/hf
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from thinkrl.run.folder import FREE_TO_CHANGE, Run
 
 
 def finish(run: Run, config: Config) -> list[Path]:
-    """Put the models of the last checkpoint where they stay, write their cards, and drop weights and optimizer states
-    that a resume would read, unless --keep_optimizer. Rank 0 only. Returns the models' folders.
+    """Move the models of the last checkpoint and write their cards; return their folders. Rank 0 only.
+
+    Without --keep_optimizer, removes the weights and optimizer states for a resume.
     """
     if "after" not in run.summary:  # nothing was evaluated
         run.update_summary(
@@ -29,7 +31,7 @@ def finish(run: Run, config: Config) -> list[Path]:
     for saved in sorted(path.parent for path in (checkpoints / f"step_{config.steps}").glob("*/config.json")):
         folder = run.folder / saved.name
         if not saved.is_symlink():
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier end of this run, which was then resumed
+            shutil.rmtree(folder, ignore_errors=True)  # from an earlier end of a run that was resumed
             saved.rename(folder)
             saved.symlink_to(Path("..", "..", saved.name))
         (folder / "README.md").write_text(model_card(run, config, folder), encoding="utf-8")
@@ -46,14 +48,14 @@ def finish(run: Run, config: Config) -> list[Path]:
 
 
 def push(folders: list[Path], config: Config) -> None:
-    """Upload what `finish` left to --push_to_hub: the policy under that name, two with their roles behind it."""
+    """Upload the folders of `finish` to --push_to_hub; two policies get their roles as suffixes."""
     for folder in folders:
         role = folder.name.removeprefix("hf").replace("_", "-") if len(folders) > 1 else ""
         upload(folder, config.push_to_hub + role)
 
 
 def model_card(run: Run, config: Config, folder: Path) -> str:
-    """README.md of a model's folder, as the hub shows it."""
+    """Write the text of a model's README.md, the hub's model card."""
     start = config[folder.name.removeprefix("hf_")] if folder.name.startswith("hf_") else ""
     start = start or config.model
     front = ["library_name: transformers", f"tags: [thinkrl, {config.preset}]"]
@@ -83,7 +85,7 @@ def model_card(run: Run, config: Config, folder: Path) -> str:
 
 
 def _results(summary: dict, config: Config) -> list[str]:
-    """A table of accuracy and tokens before and after; the loss where nothing was evaluated; else nothing."""
+    """Table of accuracy and tokens before and after; or the loss if nothing was evaluated."""
     columns = [when for when in ("before", "after") if "accuracy" in summary.get(when, {})]
     if not columns:
         return (

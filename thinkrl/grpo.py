@@ -1,27 +1,26 @@
-"""GRPO: advantages from a group of answers to one problem, and the one policy loss that every preset trains with.
+"""GRPO: group advantages, and the policy loss of every preset.
 
     A_pg    = (r_pg - mean_g r_p) / (std_g r_p + eps)                                           DSMath §4.1.2
     ratio_t = exp(logprob_t - old_logprob_t)
     l_t     = -weight_t surrogate_t + kl_coef k3_t
-    loss    = sum_t l_t                          / tokens of the step         aggregate="token"      DAPO Eq. 8
-              sum_s 1/n_s sum_{t in s} l_t       / sequences of the step      aggregate="sequence"   DSMath Eq. 3
-              sum_t l_t                          / a constant                 aggregate="constant"   Dr.GRPO
+    loss    = sum_t l_t                          / tokens of the step      aggregate="token"      DAPO Eq. 8
+              sum_s 1/n_s sum_{t in s} l_t       / sequences of the step   aggregate="sequence"   DSMath Eq. 3
+              sum_t l_t                          / a constant              aggregate="constant"   Dr.GRPO
 
     surrogate_t, where sg stops the gradient and p = exp(logprob):
-    "clip"    min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)                          DSMath Eq. 3
-    "cispo"   sg(clip(ratio, 1 - clip_low, 1 + clip_high)) A logprob                            CISPO, 2506.13585
-    "sapo"    4 / tau sigmoid(tau (ratio - 1)) A,   tau = 1 if A > 0 else 1.05                  SAPO, 2511.20347
-    "dppo"    ratio A, or 0 where p - p_old > clip_high (A > 0) or < -clip_low (A < 0)          DPPO, 2602.04879
+    "clip"    min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)                       DSMath Eq. 3
+    "cispo"   sg(clip(ratio, 1 - clip_low, 1 + clip_high)) A logprob                         CISPO, 2506.13585
+    "sapo"    4 / tau sigmoid(tau (ratio - 1)) A,   tau = 1 if A > 0 else 1.05               SAPO, 2511.20347
+    "dppo"    ratio A, or 0 where p - p_old > clip_high (A > 0) or < -clip_low (A < 0)       DPPO, 2602.04879
 
-Choices, first: 1. A loss is a sum over a denominator. The caller counts the denominator once per optimizer
-step, over all packs and all
-   ranks (`loss_count`), so that gradients depend neither on the micro-batch size nor on the number of ranks.
-2. The advantage is one number per token. GRPO fills a sequence with one value, L2T does not; nothing here
-knows which. 3. k3 is computed by expm1: exp(d) - d - 1 in fp32 is negative for some per cent of all small d.
-4. Log-ratios are clamped at +-20, ratio and KL alike: beyond it (a factor of 5e8) the gradient is zero, not
-infinite. 5. Columns with mask 0 never enter, whatever they hold: they are replaced by zeros before the first
-operation, since
-   NaN * 0 is NaN.
+Choices:
+
+1. A loss is a sum over a denominator. The caller counts the denominator once per optimizer step, over all
+   packs and ranks (`loss_count`), so gradients do not depend on the micro-batch size or the number of ranks.
+2. There is one advantage per token: GRPO's are equal in a sequence, L2T's are not.
+3. k3 is computed with expm1: exp(d) - d - 1 in fp32 is negative for some per cent of small d.
+4. Log-ratios are clamped at ±20, for ratio and KL. Beyond that (a factor of 5e8) the gradient is zero.
+5. Values with mask 0 have no effect. They are replaced by zeros first, since NaN * 0 is NaN.
 
 Letters: T tokens of S sequences in one row, P problems, G attempts at each.
 """
@@ -45,22 +44,22 @@ def group_advantages(
     eps: float = 1e-6,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Tensor:
-    """Advantage of each attempt over its group's mean, reward [P, G] -> [P, G] in the reward's dtype. DSMath §4.1.2.
+    """Advantage of each attempt relative to its group, [P, G] -> [P, G] in the reward's dtype. DSMath §4.1.2
 
-    std: what the difference is divided by, plus eps:
+    std: the divisor of the difference to the group's mean, plus eps:
         "sample"       the group's std over G - 1, as in verl and TRL
         "population"   the group's std over G
         "none"         nothing (Dr.GRPO)
-        "batch"        one std for all groups, that of the differences over P G - 1 (DLER, REINFORCE++-baseline). TRL's
-                       scale_rewards="batch" is another: the std of the rewards themselves
-        "mean"         the group's mean, without eps, for rewards of at least 0 (MaxRL, 2602.02710); 0 where the mean is 0
+        "batch"        one std for all groups, of the differences over P G - 1 (DLER, REINFORCE++-baseline);
+                       TRL's scale_rewards="batch" uses the std of the rewards themselves
+        "mean"         the group's mean, without eps, for rewards of at least 0 (MaxRL, 2602.02710); 0 where
+                       the mean is 0
     reduce sums a tensor over ranks; only "batch" calls it, and every rank must.
 
-    Statistics are taken in fp64, and a group whose max - min is within 1e-6 of its largest |reward| gets exactly 0:
-    a difference that small is rounding, and dividing by its std would turn it into a full-sized reward. NaN is a
-    reward that could not be given: its advantage is 0, and every statistic is that of the rest. Raises ValueError for
-    a group of one where a statistic is divided by (its differences are 0 whatever the reward), and for "mean" with a
-    negative reward.
+    Statistics are in fp64. A group whose max - min is within 1e-6 of its largest |reward| gets exactly 0:
+    such a difference is rounding, and dividing by its std would make it as large as a real one. NaN means no
+    reward: its advantage is 0, and statistics are those of the others. Raises ValueError for a group of one
+    that is divided by a statistic, and for "mean" with a negative reward.
     """
     if std not in ADVANTAGE_STD:
         raise ValueError(f"std must be one of {', '.join(ADVANTAGE_STD)}, not {std!r}")
@@ -90,7 +89,7 @@ def group_advantages(
 
 
 def batch_std(centred: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
-    """Sample std of values whose groups are centred, [P, G] -> scalar fp64, over all ranks that `reduce` sums over."""
+    """Sample std over all ranks of values centred in their groups, [P, G] -> scalar fp64."""
     values = centred.double()
     squares, count = reduce(
         torch.stack([values.square().sum(), torch.tensor(float(values.numel())).double()])
@@ -104,12 +103,12 @@ def gdpo_advantages(
     eps: float = 1e-6,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Tensor:
-    """Several rewards, each normalised in its group before they are added: [P, G] each -> [P, G] fp64. GDPO, 2601.05242.
+    """Advantages from several rewards [P, G], each normalised in its group: [P, G] fp64. GDPO, 2601.05242
 
         A = a / (std a + eps),   a = sum_k weights_k group_advantages(rewards_k),   std over the batch
 
-    A reward of small spread then counts as much as its weight says, and is not drowned by a larger one. As TRL's
-    "normalize_then_sum" (there eps = 1e-4); verl takes the batch's mean and std over tokens, so that long answers weigh more.
+    A reward with a small std then counts as much as its weight says. As TRL's "normalize_then_sum" (there eps
+    = 1e-4); verl takes the batch's mean and std over tokens, so that long answers weigh more.
     """
     if len(rewards) != len(weights):
         raise ValueError(f"{len(rewards)} rewards need as many weights, not {len(weights)}")
@@ -119,21 +118,22 @@ def gdpo_advantages(
 
 
 def kl_k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
-    """k3 estimate of KL(policy || reference) per token, [T] -> [T]: exp(d) - 1 - d with d = ref_logprob - logprob.
+    """k3 estimate of KL(policy || reference) per token: exp(d) - 1 - d, d = ref_logprob - logprob, [T].
 
-    Never negative, unbiased under samples of the policy. d is clamped at +-20.
+    Never negative, and unbiased for samples of the policy. d is clamped at ±20.
     """
     d = (ref_logprob - logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return (torch.expm1(d) - d).clamp(min=0)  # expm1 may be one ulp low, where the value is below fp32 anyway
+    return (torch.expm1(d) - d).clamp(min=0)  # expm1 may be low by one ulp
 
 
 def importance_weight(
     logprob_trainer: Tensor, logprob_sampler: Tensor, cap: float, low: float = 0.0
 ) -> Tensor:
-    """Importance weights trainer / sampler [T], without gradient: truncated, min(w, cap), or masked.
+    """Importance weights trainer / sampler [T], without gradient: min(w, cap), or masked.
 
-    They correct the loss for a sampler whose numerics differ from the trainer's. Both at the sampling
-    temperature. With `low` above 0 they are IcePop's (2510.18855): w where low <= w <= cap, 0 elsewhere.
+    They correct the loss for a sampler whose numerics differ from the trainer's. Both log-probs are at the
+    sampling temperature. With `low` above 0 they are IcePop's (2510.18855): w where low <= w <= cap, 0
+    elsewhere.
     """
     weight = (logprob_trainer - logprob_sampler).detach().exp()
     if low > 0:
@@ -142,9 +142,9 @@ def importance_weight(
 
 
 def loss_count(mask: Tensor, cu_seqlens: Tensor, aggregate: str = "token") -> Tensor:
-    """Count that one row adds to the step's denominator: its unmasked tokens, or its sequences with any. Scalar fp32.
+    """Count one row's tokens with mask 1, or its sequences with any, for the denominator. Scalar fp32.
 
-    Raises ValueError for "constant", whose denominator is the caller's own.
+    Raises ValueError for "constant", whose denominator the caller knows.
     """
     if aggregate == "token":
         return (mask > 0).sum().float()
@@ -170,20 +170,21 @@ def policy_loss(
     surrogate: str = "clip",
     denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Policy loss of one packed row, to be minimised, and its statistics.
+    """Compute the policy loss of one packed row, and its statistics.
 
     logprob, old_logprob, advantage, mask, ref_logprob, weight: [T] fp32 or fp64; cu_seqlens: int32 [S+1].
-    old_logprob    the policy before its first update on this rollout; None: it has not moved, ratio exactly 1
-    weight         importance weights (`importance_weight`): they multiply the surrogate, never the KL
-    surrogate      "clip", "cispo", "sapo" or "dppo", as above. The clips bound the ratio; under "dppo" the change of
-                   probability; sapo has none. TRL's CISPO has no lower bound and caps at epsilon_high: clip_low=1,
-                   clip_high=epsilon_high - 1
-    level          "token", or "sequence" for GSPO: the geometric mean of a sequence's ratios stands in for each of them
-    denominator    the whole step's count over all packs and ranks; None: this row's own. Taken as at least 1
-    Returns (loss, stats), stats = {name: (sum, count)}, both scalar tensors to be added over packs and ranks:
-    ratio, advantage_abs, clip_fraction (tokens whose gradient the clip removed, or bounded under "cispo"), kl_old (k3
-    against old_logprob) and, with a reference, kl. Raises ValueError for an unknown option, for a KL without a
-    reference, and for ratios per sequence without the clip.
+    old_logprob    by the policy before its first update on this rollout; None: unchanged, ratio exactly 1
+    weight         importance weights (`importance_weight`), which multiply the surrogate, not the KL
+    surrogate      "clip", "cispo", "sapo" or "dppo", as above. The clips bound the ratio, under "dppo" the
+                   change of probability; sapo has none. TRL's CISPO has no lower bound and caps at epsilon_high:
+                   clip_low=1, clip_high=epsilon_high - 1
+    level          "token", or "sequence" for GSPO: the geometric mean of a sequence's ratios replaces each
+    denominator    the step's count over all packs and ranks, at least 1; None: this row's own
+
+    Returns (loss, stats), stats = {name: (sum, count)}, scalar tensors to be added over packs and ranks:
+    ratio, advantage_abs, clip_fraction (tokens whose gradient the clip removed, or bounded under "cispo"),
+    kl_old (k3 against old_logprob) and, with a reference, kl. Raises ValueError for an unknown option, for a
+    KL without a reference, and for ratios per sequence without the clip.
     """
     if level not in ("token", "sequence"):
         raise ValueError(f'level must be "token" or "sequence", not {level!r}')
@@ -209,7 +210,7 @@ def policy_loss(
     own_tokens = _sequence_sums(unmasked.to(logprob.dtype), cu_seqlens).clamp(min=1)
     if level == "sequence":
         mean = _sequence_sums(log_ratio.detach(), cu_seqlens) / own_tokens
-        # GSPO Eq. 14: the value is the sequence's ratio, the gradient flows through each token's own log-prob
+        # GSPO Eq. 14: the value is the sequence's ratio, the gradient is that of each token's log-prob
         log_ratio = own(_to_tokens(mean, cu_seqlens, len(mask))) + logprob - logprob.detach()
     ratio = log_ratio.exp()
     if surrogate == "clip":
@@ -253,15 +254,15 @@ def policy_loss(
 
 
 def divisor(denominator: Tensor | float) -> Tensor | float:
-    """A step's count, at least 1. A number stays one: as a tensor it would have to be copied to the device."""
+    """Clamp a step's count to at least 1. A number stays a number, to avoid a copy to the device."""
     return denominator.clamp(min=1) if isinstance(denominator, Tensor) else max(denominator, 1.0)
 
 
 def _sequence_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[T] -> [S]. Repeatable on a GPU, where scattered additions are not."""
+    """Sum each sequence, [T] -> [S]. Deterministic on a GPU, unlike scattered additions."""
     return torch.segment_reduce(x, "sum", offsets=cu_seqlens.long())
 
 
 def _to_tokens(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """[S] -> [T]. Naming T spares a GPU the wait for its lengths."""
+    """Repeat each sequence's value on its tokens, [S] -> [T]. With T given, no lengths are read back."""
     return x.repeat_interleave(cu_seqlens.diff(), output_size=total)

@@ -2,12 +2,12 @@
 
     gym:chain_sum,min_terms=3,max_digits=2          keys are those of the task's own configuration
 
-Training never ends. The held-out set is apart: a question belongs to one of the two by its checksum. The answer
-is graded by the task's own scorer, full marks or wrong, because many tasks have several right answers. A scorer
-that might run the answer as Python is refused: a model's text is data.
+The training stream is endless. A question's checksum decides whether it is for training or held out. The
+answer is graded by the task's own scorer, because many tasks have several right answers; only score 1 is
+right. A scorer that might run the answer as Python is refused.
 
-A problem's `source` is its task and its place, "gym:chain_sum#7.3" (block 7, row 3), from which the scorer's entry
-is made again.
+A problem's `source` is its task and position, "gym:chain_sum#7.3" (block 7, row 3), from which the scorer's
+entry is generated again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import fields
 from thinkrl import UserError, require_extra
 from thinkrl.types import Problem
 
-BLOCK = 100  # rows that are made together: some tasks prepare all of their rows at once
+BLOCK = 100  # rows that are generated together: some tasks prepare all of their rows at once
 HELD_OUT = 8  # one question in so many is held out
 TRIES = 200  # draws for one problem before the task is said to have too few questions
 _RUNS_TEXT = re.compile(r"(?<![\w.])(?:eval|exec)\(|\b(?:parse_expr|sympify)\(")
@@ -36,7 +36,7 @@ def training_problem(task: str, seed: int, index: int) -> Problem:
 
 
 def heldout(task: str, count: int = 500) -> list[Problem]:
-    """Held-out problems, of different questions; fewer than `count` if the task has no more."""
+    """Held-out problems with different questions; fewer than `count` if the task has no more."""
     problems: dict[str, Problem] = {}
     for index in range(count):
         try:
@@ -48,12 +48,12 @@ def heldout(task: str, count: int = 500) -> list[Problem]:
 
 
 class TooFew(UserError):
-    """A task has not enough different questions."""
+    """Error of a task that has too few different questions."""
 
 
 def _draw(task: str, stream: str, index: int, id: int, held_out: bool) -> Problem:
-    """The first question of the address (stream, index) that is on this side of the division."""
-    _configuration(task)  # a mistake is said before anything is made
+    """Draw the first question at (stream, index) that is held out, or not, as asked."""
+    _configuration(task)  # raises for a wrong task before generating
     block, row = divmod(index, BLOCK)
     for attempt in range(TRIES):
         number = zlib.crc32(f"{stream}/{attempt}/{block}".encode()) >> 1
@@ -66,19 +66,19 @@ def _draw(task: str, stream: str, index: int, id: int, held_out: bool) -> Proble
 
 
 def right(answer: str, source: str) -> bool:
-    """Whether the task's scorer gives an answer to the problem with this source full marks."""
+    """Whether the task's scorer gives this answer to the source's problem score 1."""
     task, _, place = source.rpartition("#")
     number, row = map(int, place.split("."))
     dataset = _block(task, number)
     try:
         return float(dataset.score_answer(answer, dataset[row])) >= 1.0
-    except Exception:  # whatever a model's text does to the scorer, it has not been shown to be right
+    except Exception:  # an error of the scorer is not a right answer
         return False
 
 
 @functools.lru_cache(maxsize=64)
 def _block(task: str, number: int):
-    """The task's rows with this number as their seed."""
+    """Generate the task's rows with this number as seed."""
     from reasoning_gym.factory import create_dataset
 
     name, values = _configuration(task)
@@ -117,7 +117,7 @@ def _configuration(task: str) -> tuple[str, dict]:
 
 
 def _value(text: str):
-    """A number, true, false or [list] as JSON has it, else the text."""
+    """Parse a number, true, false or [list] as JSON, else return the text."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The Hugging Face hub (extra [hub]): models and datasets fetched, trained models uploaded."""
+"""The Hugging Face hub (extra [hub]): download models and datasets, upload trained models."""
 
 from __future__ import annotations
 
@@ -18,20 +18,15 @@ MODEL_FILES = [
     "sampling.json",
     *FILES,
 ]
-KINDS = (
-    ".parquet",
-    ".jsonl",
-    ".json",
-    ".csv",
-    ".tsv",
-)  # in this order, where a dataset has a split in several
+KINDS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")  # in order of preference
 SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 
 
 def fetch_model(name: str, option: str = "--model") -> Path:
-    """The folder of owner/name[@revision]: config, tokenizer and safetensors, downloaded or from the cache.
+    """Download owner/name[@revision] (config, tokenizer, safetensors) or find it in the cache; return its
+    folder.
 
-    Every rank may call it: on one machine they wait for the one that downloads. Raises UserError.
+    Every rank may call it: on one machine the others wait for the rank that downloads. Raises UserError.
     """
     require_extra("huggingface_hub", "hub", f"{option} {name}: no such folder, and to fetch it from the hub")
     import huggingface_hub
@@ -50,7 +45,9 @@ def fetch_model(name: str, option: str = "--model") -> Path:
 
 
 def require_upload(name: str) -> None:
-    """Make owner/name on the hub, if it is not there, so that a missing login is noticed before training. UserError."""
+    """Create owner/name on the hub if it is missing. Raises UserError, so a missing login is noticed before
+    training.
+    """
     if not HUB_NAME.fullmatch(name) or "@" in name:
         raise UserError(f"--push_to_hub is '{name}': it must be owner/name")
     require_extra("huggingface_hub", "hub", f"--push_to_hub {name}")
@@ -60,7 +57,8 @@ def require_upload(name: str) -> None:
         huggingface_hub.create_repo(name, exist_ok=True)
     except Exception as error:
         raise UserError(
-            f"--push_to_hub {name}: cannot be created or written; log in with `hf auth login` ({reason(error)})"
+            f"--push_to_hub {name}: cannot be created or written; log in with `hf auth login` "
+            f"({reason(error)})"
         ) from None
 
 
@@ -73,17 +71,18 @@ def upload(folder: Path, name: str) -> None:
         huggingface_hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Trained with thinkrl")
     except Exception as error:
         raise UserError(
-            f"the run is complete, but {folder} could not be uploaded ({reason(error)}): `hf upload {name} {folder}`"
+            f"the run is complete, but {folder} could not be uploaded ({reason(error)}): `hf upload {name} "
+            f"{folder}`"
         ) from None
 
 
 def reason(error: Exception) -> str:
-    """The kind of an error and the first line of its text."""
+    """Type of an error and the first line of its text."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def fetch_dataset(spec: str) -> list[Path]:
-    """The files of hub:owner/name[:config][:split], downloaded. Raises UserError, also where it cannot be reached."""
+    """Download the files of hub:owner/name[:config][:split] and return their paths. Raises UserError."""
     require_extra("huggingface_hub", "hub", spec)
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
@@ -106,12 +105,12 @@ def fetch_dataset(spec: str) -> list[Path]:
 
 
 def choose_files(files: list[str], configs: list[dict], wanted: list[str], spec: str) -> list[str]:
-    """Which files of a dataset make [config][, split], as `wanted` after the dataset's name.
+    """Choose the files of a dataset's [config][, split], given as `wanted`. Raises UserError, naming the
+    choices.
 
-    files: all in the repository. configs: what its card says of them, as in the card's YAML; without it, a folder
-    is a configuration and a file's name begins with its split, or the folder holds only one. A configuration that
-    is not named is the card's default, or "default", or "main", or the only one that has the split.
-    Raises UserError, naming the choices.
+    files: all in the repository. configs: those of its card's YAML. Without them a folder is a configuration,
+    and a file's name begins with its split, unless the folder has only one. The default configuration is the
+    card's, or "default", or "main", or the only one that has the split.
     """
     table = _splits_of_card(files, configs) if configs else _splits_of_names(files)
     if not table:
@@ -137,14 +136,14 @@ def choose_files(files: list[str], configs: list[dict], wanted: list[str], spec:
 
 
 def _kind(file: str) -> str:
-    """ ".jsonl" of "a/b.jsonl.gz"; "" of a file that holds no rows."""
+    """File type, such as ".jsonl" for "a/b.jsonl.gz"; "" if the file has no rows."""
     name = file.rpartition("/")[2]
     kind = Path(name.removesuffix(".gz")).suffix
     return kind if kind in KINDS and not name.startswith(("dataset_info", ".")) else ""
 
 
 def _splits_of_card(files: list[str], configs: list[dict]) -> dict[str, dict[str, list[str]]]:
-    """{configuration: {split: files}}; a card gives patterns, or patterns per split."""
+    """Map {configuration: {split: files}} from a card's patterns, which may be per split."""
     table: dict[str, dict[str, list[str]]] = {}
     for config in configs:
         entries = config.get("data_files") or []
@@ -158,7 +157,7 @@ def _splits_of_card(files: list[str], configs: list[dict]) -> dict[str, dict[str
 
 
 def _splits_of_names(files: list[str]) -> dict[str, dict[str, list[str]]]:
-    """The same from the files' names alone."""
+    """Map {configuration: {split: files}} from the names of files and folders."""
     table: dict[str, dict[str, list[str]]] = {}
     for file in filter(_kind, files):
         folder, _, name = file.rpartition("/")
@@ -172,6 +171,6 @@ def _splits_of_names(files: list[str]) -> dict[str, dict[str, list[str]]]:
             file
         )
     for splits in table.values():
-        if not set(splits) & set(SPLITS):  # no name says which split it is: all are for training
+        if not set(splits) & set(SPLITS):  # no split in the names: all files are for training
             splits["train"] = [file for part in splits.values() for file in part]
     return table

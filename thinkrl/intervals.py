@@ -1,21 +1,21 @@
-"""What graded attempts say about a policy, and how far that can be trusted. Pure functions of numbers.
+"""Statistics of graded attempts: pass@k, maj@k, AES, and confidence intervals.
 
-    pass@k   = 1 - C(n - c, k) / C(n, k)            chance that k of n samples, c of them right, hold a right one
-    maj@k    = E[the commonest answer of k samples is the gold one]
+    pass@k   = 1 - C(n - c, k) / C(n, k)            probability of a right one among k of n, c right
+    maj@k    = E[the most frequent answer of k samples is right]
     AES      = dL + 3 dA  if dA >= 0,  else  dL - 5 |dA|
                dA = (accuracy - base accuracy) / base accuracy,  dL = (base tokens - tokens) / base tokens
 
     clustered_interval    of one policy's accuracy
-    paired_bootstrap      of the difference of two, on the same problems and seeds
-    aes_interval          of AES, likewise
+    paired_bootstrap      of the difference of two policies, on the same problems and seeds
+    aes_interval          of AES, on the same problems and seeds
 
-Intervals hold 95 %. Their unit is the problem: several samples of one are alike, so they are no independent
-observations of how the policy does on other problems. Resampling draws problems with replacement, and with several
-seeds also seeds, the same ones for both policies.
+Intervals are at 95 %. Their unit is the problem: samples of one problem are correlated, so they are not
+independent observations of other problems. The bootstrap draws problems with replacement, and seeds if there
+are several, the same ones for both policies.
 
 Departures: the Long⊗Short paper prints a coefficient of -5 for a negative dA, which would reward a loss of
-accuracy; its own table follows -5 |dA|, as here. pass@k and maj@k are means over all subsets of k of the n
-samples, not over the first k.
+accuracy; its table uses -5 |dA|, as here. pass@k and maj@k are means over all subsets of k of the n samples,
+not over the first k.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike
 
-Z = 1.959964  # 97.5 % of a standard normal lie below it
+Z = 1.959964  # 97.5 % quantile of the standard normal
 DRAWS = 10_000
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, from n samples of which c are. Chen et al. 2021, Eq. 1.
+    """Unbiased probability that one of k samples is right, from n samples with c right. Chen et al. 2021, Eq.
+    1
 
     Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
@@ -43,11 +44,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def maj_at_k(answers: Sequence[Hashable | None], gold: Hashable, k: int) -> float:
-    """Expected accuracy of the majority vote among k of these answers, over all subsets of k. Exact.
+    """Exact expected accuracy of the majority vote among k of these answers, over all subsets of k.
 
-    Answers are compared by ==, so they should be canonical (`grading.canonical`); None is no answer and has
-    no vote. When m answers share the lead, each wins with chance 1/m. Raises ValueError unless 1 <= k <=
-    len(answers).
+    Answers are compared by ==, so they should be canonical (`grading.canonical`); None has no vote. If m
+    answers tie, each wins with probability 1/m. Raises ValueError unless 1 <= k <= len(answers).
     """
     n = len(answers)
     if not 1 <= k <= n:
@@ -56,7 +56,7 @@ def maj_at_k(answers: Sequence[Hashable | None], gold: Hashable, k: int) -> floa
     silent = n - rivals.total()
     right = rivals.pop(gold, 0)
     wins = Fraction(0)
-    for lead in range(1, min(right, k) + 1):  # the gold answer has this many votes, and nobody has more
+    for lead in range(1, min(right, k) + 1):  # the gold answer has so many votes, and no answer has more
         subsets = Counter(
             {(k - lead, 1): math.comb(right, lead)}
         )  # (members left to draw, leaders) -> how many subsets
@@ -73,9 +73,9 @@ def maj_at_k(answers: Sequence[Hashable | None], gold: Hashable, k: int) -> floa
 
 
 def aes(accuracy: float, tokens: float, base_accuracy: float, base_tokens: float) -> float:
-    """Accuracy-Efficiency Score against a base model (O1-Pruner). Accuracies in the same unit, tokens per answer.
+    """Accuracy-Efficiency Score relative to a base model (O1-Pruner), from accuracies and mean tokens.
 
-    Raises ValueError for a base without accuracy or tokens, to which nothing can be relative.
+    Raises ValueError if the base's accuracy or tokens are 0.
     """
     if base_accuracy <= 0 or base_tokens <= 0:
         raise ValueError(f"AES is relative to a base: {base_accuracy=} and {base_tokens=} must be above 0")
@@ -85,12 +85,12 @@ def aes(accuracy: float, tokens: float, base_accuracy: float, base_tokens: float
 
 
 def clustered_interval(correct: ArrayLike) -> tuple[float, float, float]:
-    """(accuracy, low, high) of outcomes [P, N] in [0, 1]: N samples at each of P problems. [P] is one sample each.
+    """Accuracy, low, high from outcomes [P, N] in [0, 1], N samples for each of P problems ([P]: one each).
 
-    Wilson's interval for p observed in n independent samples, with n = p (1 - p) / SE², the number of independent samples
-    that would have the standard error of the P problem means, SE² = sum (m_i - p)² / P². That is P if a problem's samples
-    are all alike, and at most PN. Where nothing shows how alike they are, n = P: with a single problem, and where all
-    samples are right or all wrong. Unlike p ± 2 SE it never leaves [0, 1], and 10 right of 10 is no certainty.
+    Wilson's interval for p in n independent samples. n = p (1 - p) / SE² is the number of independent samples
+    with the standard error of the P problem means, SE² = sum (m_i - p)² / P²: it is P if the samples of a
+    problem are all equal, and at most PN. With a single problem, and if all samples are right or all wrong, n
+    = P. Unlike p ± 2 SE the interval stays in [0, 1], and does not have length 0 for 10 right of 10.
     """
     outcomes = np.asarray(correct, dtype=np.float64)
     outcomes = outcomes.reshape(len(outcomes), -1)
@@ -111,10 +111,11 @@ def clustered_interval(correct: ArrayLike) -> tuple[float, float, float]:
 def paired_bootstrap(
     a: ArrayLike, b: ArrayLike, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float, float]:
-    """(mean a - mean b, low, high) for values per problem, [P], or per seed and problem, [S, P].
+    """Mean a - mean b, low, high from values per problem, [P], or per seed and problem, [S, P].
 
-    Entry by entry, a and b are the same problem and the same seed. Percentiles of resampled differences. Of few seeds
-    the interval is too narrow: resampling S values sees (S - 1) / S of their variance.
+    Entries of a and b at the same index are of the same problem and seed. The interval is percentiles of
+    resampled differences. With few seeds it is too narrow: resampling S values has (S - 1) / S of their
+    variance.
     """
     a, b = _paired(a, b)
     differences = [x - y for x, y in _resampled_means((a, b), draws, seed)]
@@ -129,10 +130,10 @@ def aes_interval(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """(AES, low, high) from values per problem, [P], or per seed and problem, [S, P], paired as in `paired_bootstrap`.
+    """AES, low, high from values [P] or [S, P] as in `paired_bootstrap`.
 
-    A draw in which the base model is never right has no AES and may lie anywhere: it counts as -inf for the lower and as
-    +inf for the upper end, which are infinite if 2.5 % of the draws are such. Raises ValueError as `aes` does.
+    A draw in which the base model is never right has no AES: it counts as -inf for the lower end and as +inf
+    for the upper end, so an end is infinite if 2.5 % of the draws are such. Raises ValueError as `aes` does.
     """
     measured = _paired(accuracy, tokens, base_accuracy, base_tokens)
     score = aes(*(float(values.mean()) for values in measured))
@@ -141,7 +142,7 @@ def aes_interval(
 
 
 def _paired(*arrays: ArrayLike) -> list[np.ndarray]:
-    """Each as [S, P] fp64. Raises ValueError unless all have the same shape."""
+    """Convert each to [S, P] fp64. Raises ValueError unless all have the same shape."""
     measured = [np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in arrays]
     shapes = {values.shape for values in measured}
     if len(shapes) > 1 or measured[0].size == 0 or measured[0].ndim > 2:
@@ -150,7 +151,9 @@ def _paired(*arrays: ArrayLike) -> list[np.ndarray]:
 
 
 def _resampled_means(measured: Sequence[np.ndarray], draws: int, seed: int) -> list[list[float]]:
-    """Per draw, the mean of each [S, P] array over S seeds and P problems, drawn with replacement, the same for all."""
+    """Means of each [S, P] array in every draw, over seeds and problems drawn with replacement, the same for
+    all.
+    """
     random = np.random.default_rng(seed)
     seeds, problems = measured[0].shape
     means = []
@@ -161,7 +164,7 @@ def _resampled_means(measured: Sequence[np.ndarray], draws: int, seed: int) -> l
 
 
 def _percentiles(values: Sequence[float]) -> tuple[float, float]:
-    """The 2.5th, with NaN taken as -inf, and the 97.5th, with NaN as +inf: values that were drawn, none in between."""
+    """Percentiles 2.5 (NaN counts as -inf) and 97.5 (NaN as +inf), without interpolation."""
     drawn = np.asarray(values)
     low, high = (np.where(np.isnan(drawn), end, drawn) for end in (-np.inf, np.inf))
     return float(np.quantile(low, 0.025, method="lower")), float(np.quantile(high, 0.975, method="higher"))

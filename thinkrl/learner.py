@@ -1,4 +1,4 @@
-"""A policy with what its training needs, how it starts, how it is saved, and how it is found again."""
+"""A policy with its optimizer, reference and sampler: creation, checkpoints, restoring."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 @dataclass
 class Learner(Generic[M]):
-    """A model that is trained: a policy, or a step reward model."""
+    """Model that is trained: a policy, or a step reward model."""
 
     policy: M  # sharded; fp32 master weights
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
     reference: M | None = None  # frozen start policy, sharded; None without a KL term
-    files: dict[str, str] = field(default_factory=dict)  # name -> text of files saved beside its weights
+    files: dict[str, str] = field(default_factory=dict)  # name -> text of files saved with its weights
 
     def move_moments(self, device: torch.device) -> None:
-        """Move AdamW's moments, half of what a policy keeps on its device, which only its own steps need."""
+        """Move AdamW's moments, half of a policy's memory, which only its own steps need."""
         for state in self.optimizer.state.values():
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = state[name].to(device)
 
     def reset_reference(self) -> None:
-        """Make the reference equal to the policy as it is now."""
+        """Copy the policy's current weights to the reference."""
         if self.reference is not None:
             with torch.no_grad():
                 for kept, moving in zip(self.reference.parameters(), self.policy.parameters()):
@@ -54,14 +54,15 @@ class Learner(Generic[M]):
 
 @dataclass(kw_only=True)
 class Actor(Learner[Transformer]):
-    """A policy that is trained on what it samples."""
+    """Policy that is trained on its own samples."""
 
     sampler: Sampler  # this rank's full copy of the weights in the compute dtype
 
 
 def model_path(model: str, option: str = "--model") -> Path:
-    """The checkpoint folder: 'tiny' is the embedded model's; owner/name[@revision], if there is no such folder, is
-    fetched from the hub. Raises UserError if there is none.
+    """Find the folder of a model: a path, 'tiny' for the embedded model, or owner/name[@revision] of the hub.
+
+    Raises UserError if there is none.
     """
     path = TINY if model == "tiny" else Path(model)
     if path.is_dir():
@@ -69,12 +70,13 @@ def model_path(model: str, option: str = "--model") -> Path:
     if HUB_NAME.fullmatch(model):
         return fetch_model(model, option)
     raise UserError(
-        f"{option} {model}: no such folder; give a Hugging Face folder, owner/name[@revision] of the hub, or 'tiny'"
+        f"{option} {model}: no such folder; give a Hugging Face folder, owner/name[@revision] of the hub, or "
+        "'tiny'"
     )
 
 
 def fitted(config: Config, world: World) -> Config:
-    """`fit_to_context` for the model, or the smaller context of two; rank 0 says what was lowered."""
+    """Apply `fit_to_context` for the smallest context of the models; rank 0 prints what was lowered."""
     shortest = min(read_config(path).max_positions for path in _model_paths(config))
     config, line = fit_to_context(config, shortest)
     if line and world.main:
@@ -83,7 +85,7 @@ def fitted(config: Config, world: World) -> Config:
 
 
 def fitted_to_memory(config: Config, world: World) -> Config:
-    """`fit_to_memory` for the larger model of a run, the same on all ranks; rank 0 says what was chosen. Collective."""
+    """Apply `fit_to_memory` for the larger model, the same on all ranks; rank 0 prints it. Collective."""
     configs = [read_config(path) for path in _model_paths(config)]
     setting = Setting(
         ranks=world.size // config.replicate,
@@ -107,25 +109,25 @@ def _model_paths(config: Config) -> list[Path]:
 
 
 def compute_dtype(config: Config, world: World) -> torch.dtype:
-    """bf16 on CUDA, fp32 on CPU, unless the user says otherwise."""
+    """Resolve --dtype: auto is bf16 on CUDA, fp32 on CPU."""
     if config.dtype == "auto":
         return torch.bfloat16 if world.device.type == "cuda" else torch.float32
     return getattr(torch, config.dtype)
 
 
 def save_dtype(config: Config, world: World) -> torch.dtype:
-    """Of the weights in the exported folders."""
+    """Resolve --save_dtype, the dtype of exported weights."""
     return compute_dtype(config, world) if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
 
 
 def new_learner(
     path: Path, config: Config, world: World, tokenizer: Tokenizer, files: dict[str, str] | None = None
 ) -> Learner[Transformer]:
-    """A policy from a checkpoint folder, ready to train. files: see `Learner`."""
+    """Load a policy from a checkpoint folder for training. files: see `Learner`."""
     dtype = compute_dtype(config, world)
 
     def sharded() -> Transformer:
-        """Loaded to host memory first: sharding moves one block at a time, so a device never holds all fp32 weights."""
+        """Load to host memory and shard one block at a time, so a device never holds all fp32 weights."""
         return shard(
             load_model(path), world, dtype, config.replicate, config.activation_checkpointing, config.compile
         )
@@ -143,7 +145,7 @@ def new_actor(
     files: dict[str, str] | None = None,
     samplers: int = 1,
 ) -> Actor:
-    """`new_learner` with a sampler. samplers: how many share a device's memory for KV pages."""
+    """Make `new_learner` with a sampler. samplers: number that share a device's memory for KV pages."""
     sampler = Sampler(
         load_model(path, compute_dtype(config, world), world.device),
         tokenizer,
@@ -156,7 +158,7 @@ def new_actor(
 
 
 def new_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW, on CUDA in one kernel for many parameters; only matrices decay."""
+    """Make AdamW, fused on CUDA; only matrices have weight decay."""
     return torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -169,9 +171,7 @@ def new_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimiz
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
-    """Linear warm-up over a share of `steps`, then constant or a cosine to 0. Steps count from 0; the rate of
-    step 0 is above 0.
-    """
+    """Learning rate of a step, from 0: linear warm-up from above 0, then constant or a cosine to 0."""
     warmup = max(1, round(config.warmup * steps))
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -188,9 +188,9 @@ def save(
     config: Config,
     export: Callable = save_hf,
 ) -> None:
-    """Write checkpoints/step_N: all that a resume needs and, by `export`, a loadable folder per learner. Collective.
+    """Write checkpoints/step_N: the state for a resume and, by `export`, a folder per learner. Collective.
 
-    `latest` moves last: a run that is killed before is resumed from the checkpoint before.
+    `latest` is updated last, so a run that is killed before resumes from the previous checkpoint.
     """
     path = save_step(folder, step, _modules(learners), _optimizers(learners), state)
     for name, learner in learners.items():
@@ -201,9 +201,7 @@ def save(
 
 
 def restore(folder: Path, learners: Mapping[str, Learner]) -> tuple[int, dict]:
-    """Load the latest usable checkpoint into the learners, samplers included; (0, {}) if there is none.
-    Collective.
-    """
+    """Load the latest usable checkpoint into learners and samplers: (step, state), or (0, {}). Collective."""
     step, state = load_latest(folder, _modules(learners), _optimizers(learners))
     for learner in learners.values():
         if step and isinstance(learner, Actor):

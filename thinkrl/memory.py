@@ -1,10 +1,11 @@
-"""The memory that training takes, and the choices that make it fit.
+"""Memory of training: formulas, and the choice of options that fit.
 
-parameters, activation_bytes, update_bytes    the formulas of docs/gpu.md; `python -m thinkrl.tools.plan` prints them
-fit_to_memory                                 activation checkpointing and row size, from the memory that is free
+parameters, activation_bytes, update_bytes    formulas of docs/gpu.md; `python -m thinkrl.tools.plan` prints
+                                              results
+fit_to_memory                                 chooses activation checkpointing and row size by the free memory
 
-Letters: P parameters, N ranks that share them, L layers, D width, F MLP width, H and Hk query and key-value heads of
-Dh dimensions, V vocabulary, T tokens of a packed row, b bytes of the compute dtype.
+Letters: P parameters, N ranks that share them, L layers, D width, F MLP width, H and Hk query and key-value
+heads of Dh dimensions, V vocabulary, T tokens of a packed row, b bytes of the compute dtype.
 """
 
 from __future__ import annotations
@@ -17,18 +18,16 @@ from thinkrl.config import SAMPLING, Config
 from thinkrl.model import ModelConfig
 
 CHECKPOINTING = ("none", "selective", "full")  # from the most memory to the least
-SHARE = 0.8  # of the free memory that may be planned for: fragments and what has no formula take the rest
-FEWEST_TOKENS = (
-    4096  # of a row: shorter ones leave a device waiting for its weights, so checkpointing comes first
-)
+SHARE = 0.8  # of the free memory; the rest is for fragmentation and memory without a formula
+FEWEST_TOKENS = 4096  # of a row: shorter rows are bound by reading weights, so checkpointing comes first
 SMALLEST = 1024
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the memory of a rank depends on beside the model and the row."""
+    """Settings that a rank's memory depends on, besides the model and the row."""
 
-    ranks: int = 1  # N: that share weights, gradients and moments
+    ranks: int = 1  # N, which share weights, gradients and moments
     policies: int = 1  # 2 under longshort
     reference: bool = False
     sampler: bool = True
@@ -37,7 +36,7 @@ class Setting:
 
 
 def parameters(c: ModelConfig) -> tuple[int, int]:
-    """(P of a block, P of embedding, final norm and head)."""
+    """Number of parameters of a block, and of embedding, final norm and head together."""
     qkv = (c.heads + 2 * c.kv_heads) * c.head_dim
     block = c.width * (qkv + c.heads * c.head_dim + 3 * c.mlp_width + 2)
     block += qkv * c.qkv_bias + 2 * c.head_dim * c.qk_norm
@@ -45,13 +44,13 @@ def parameters(c: ModelConfig) -> tuple[int, int]:
 
 
 def activation_bytes(c: ModelConfig, checkpointing: str = "none", b: int = 2, cuda: bool = True) -> int:
-    """Bytes that the backward pass needs per token and layer.
+    """Bytes of activations for the backward pass, per token and layer.
 
-    MLP 4 F (gate, up, SiLU, product), residual and norms 4 D, attention (2 H + 2 Hk) Dh, in b bytes each; log-sum-exp
-    and statistics of norms in fp32; norms of q and k keep the row that they came from. "selective" leaves out the 4 F,
-    "full" all but D, the block's input.
+    MLP 4 F (gate, up, SiLU, product), residual and norms 4 D, attention (2 H + 2 Hk) Dh, in b bytes each;
+    log-sum-exp and statistics of norms in fp32; norms of q and k keep the row that they came from.
+    "selective" leaves out the 4 F, "full" all but D, the block's input.
 
-    cuda    norms keep their input. On a CPU they keep its normalized form too, and attention its output twice
+    cuda    norms keep their input. On a CPU also its normalised form, and attention keeps its output twice
     """
     if checkpointing == "full":
         return b * c.width
@@ -68,7 +67,7 @@ def activation_bytes(c: ModelConfig, checkpointing: str = "none", b: int = 2, cu
 def update_bytes(c: ModelConfig, tokens: int, checkpointing: str, s: Setting) -> dict[str, float]:
     """Bytes of a rank by part while it trains on rows of `tokens` tokens.
 
-    The moments of a policy that waits for its round are on the host.
+    The moments of a frozen policy are on the host.
     """
     block, root = parameters(c)
     P = c.layers * block + root
@@ -91,13 +90,15 @@ def update_bytes(c: ModelConfig, tokens: int, checkpointing: str, s: Setting) ->
 def fit_to_memory(
     config: Config, model: ModelConfig, setting: Setting, free: float, kept: dict | None = None
 ) -> tuple[Config, str]:
-    """Choose what --activation_checkpointing auto is and lower a default --micro_batch_tokens, so that an update fits
-    in SHARE of the `free` bytes of every rank. Returns the config, and a line that says what was chosen, or "".
+    """Resolve --activation_checkpointing auto and lower a default --micro_batch_tokens to fit the memory.
 
-    A longer row costs less than recomputing, and recomputing less than rows below FEWEST_TOKENS, so this is the order
-    in which memory is saved. A completion of --max_tokens has a row of its own: no row is taken to be shorter.
+    An update then fits in SHARE of the `free` bytes of every rank. Returns the config, and a line that
+    describes the choice, or "".
 
-    kept    what a run that is continued had chosen
+    Shorter rows are tried first, then recomputing, then rows below FEWEST_TOKENS, in the order of their cost
+    in time. A row is at least as long as a completion of --max_tokens.
+
+    kept    choices of the run that is resumed
     """
     choosing = {"activation_checkpointing"} if config.activation_checkpointing == "auto" else set()
     choosing |= {"micro_batch_tokens"} - config.given

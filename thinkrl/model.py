@@ -5,17 +5,17 @@
     x = x + down(silu(gate) * up)                     gate, up = split(gate_up(norm(x)))
     hidden = norm(x)        logits = hidden @ head.T
 
-The three differ in little: Qwen2 has a bias on q, k, v; Qwen3 normalises every head of q and k instead, and
-its head_dim is free of width / heads; Llama 3.x stretches the low RoPE frequencies.
+Qwen2 has a bias on q, k, v. Qwen3 normalises every head of q and k instead, and its head_dim need not be
+width / heads. Llama 3.x scales the low RoPE frequencies.
 
-Departures from the implementation in transformers, none of which changes a function value beyond rounding: -
-tokens are packed: T tokens of S sequences in one row, no padding and no batch dimension; - attention is
-passed in, so training, prefill, decoding and probes are one model; a block knows no cache and no mask; - q,
-k, v are one matrix, and gate, up another (checkpoint.py splits and merges them); - rotation and norms compute
-in fp32 also in a bf16 model, and round once.
+Departures from the implementation in transformers, none of which changes values beyond rounding:
 
-Nothing here knows about ranks: sharding, activation checkpointing and mixed precision come to `blocks` from
-outside.
+- tokens are packed: T tokens of S sequences in one row, without padding or batch dimension;
+- attention is an argument, so training, prefill, decoding and probes use one model without cache or mask;
+- q, k, v are one matrix, and gate, up another (checkpoint.py splits and merges them);
+- rotation and norms compute in fp32, also in a bf16 model, and round once.
+
+Sharding, activation checkpointing and mixed precision are applied to `blocks` from outside.
 """
 
 from __future__ import annotations
@@ -41,25 +41,21 @@ Rotate = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary frequencies: theta^(-2i/head_dim), stretched by `kind` for contexts longer than those of
-    pre-training.
-    """
+    """Rotary frequencies theta^(-2i/head_dim), scaled by `kind` for contexts longer than in pre-training."""
 
     theta: float = 10000.0
     kind: str = "default"  # default | linear | llama3
-    factor: float = 1.0  # linear: every frequency is divided by it; llama3: the low ones are
-    low_freq_factor: float = 1.0  # llama3: wavelengths above original / low are divided ...
+    factor: float = 1.0  # divides every frequency (linear) or the low ones (llama3)
+    low_freq_factor: float = 1.0  # llama3: frequencies with wavelengths above original / low are divided ...
     high_freq_factor: float = (
-        4.0  # ... those below original / high are kept, and in between the two are blended
+        4.0  # ... those below original / high are kept, and in between they are interpolated
     )
     original_max_positions: int = 8192
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and options of the decoder. `source` keeps the Hugging Face config.json it was
-    read from.
-    """
+    """Shape and options of the decoder. `source` is the Hugging Face config.json it was read from."""
 
     architecture: str
     vocab_size: int
@@ -85,9 +81,9 @@ class ModelConfig:
 
     @staticmethod
     def from_hf(raw: dict, where: str = "config.json") -> ModelConfig:
-        """Read a Hugging Face config.json, of the old layout (rope_theta, rope_scaling) or the new (rope_parameters).
+        """Read a Hugging Face config.json, with rope_theta and rope_scaling, or newer with rope_parameters.
 
-        Raises UserError, naming `where`, for an architecture or a variant whose numbers we would get wrong.
+        Raises UserError, naming `where`, for an architecture or variant that is not supported.
         """
         architecture = (raw.get("architectures") or ["none"])[0]
         if architecture not in SUPPORTED:
@@ -120,7 +116,8 @@ class ModelConfig:
         head_dim = raw.get("head_dim") or (128 if architecture == "Qwen3ForCausalLM" else width // heads)
         if heads % kv_heads or head_dim % 2:
             raise UserError(
-                f"{where}: {heads} heads must be a multiple of {kv_heads} key-value heads, and head_dim {head_dim} even"
+                f"{where}: {heads} heads must be a multiple of {kv_heads} key-value heads, and head_dim "
+                f"{head_dim} even"
             )
         return ModelConfig(
             architecture=architecture,
@@ -139,7 +136,7 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict:
-        """The config.json that gives this model: what `source` said, overridden by what we know."""
+        """Make config.json of this model: `source`, updated by our fields."""
         rope = {"rope_type": self.rope.kind, "rope_theta": self.rope.theta}
         if self.rope.kind != "default":
             rope["factor"] = self.rope.factor
@@ -162,8 +159,7 @@ class ModelConfig:
             "tie_word_embeddings": self.tied,
             "hidden_act": "silu",
             "rope_parameters": rope,
-            # Both spellings, because readers written before rope_parameters would silently fall back to theta
-            # = 10,000.
+            # Both forms, because readers older than rope_parameters would silently use theta = 10,000.
             "rope_theta": self.rope.theta,
             "rope_scaling": None if self.rope.kind == "default" else rope,
         }
@@ -194,8 +190,7 @@ def _rope_from_hf(raw: dict, where: str) -> Rope:
 def inverse_frequencies(head_dim: int, rope: Rope, device: torch.device) -> Tensor:
     """Angle per position of each pair of dimensions, [head_dim / 2] fp32.
 
-    Derived from the config, not a buffer: a model made on the meta device, moved or cast keeps exact
-    frequencies.
+    Computed from the config, not a buffer, so that frequencies stay exact when a model is moved or cast.
     """
     frequency = 1.0 / rope.theta ** (
         torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
@@ -204,7 +199,7 @@ def inverse_frequencies(head_dim: int, rope: Rope, device: torch.device) -> Tens
         return frequency
     if rope.kind == "linear":
         return frequency / rope.factor
-    # llama3: turns completed within the original context decide; few turns = long wavelength = stretched.
+    # llama3: by the number of turns within the original context; few turns (long wavelength) are scaled.
     turns = rope.original_max_positions * frequency / (2 * math.pi)
     keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     return torch.lerp(frequency / rope.factor, frequency, keep.clamp(0.0, 1.0))
@@ -213,15 +208,15 @@ def inverse_frequencies(head_dim: int, rope: Rope, device: torch.device) -> Tens
 def sequence_positions(cu_seqlens: Tensor, T: int) -> Tensor:
     """Position of each of the T packed tokens in its own sequence: cu_seqlens [0 3 5] -> [0 1 2 0 1]."""
     row = torch.arange(T, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1  # right: an empty sequence owns no token
+    sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1  # right: an empty sequence has no token
     return row - cu_seqlens[sequence]
 
 
 def make_rotate(positions: Tensor, head_dim: int, rope: Rope) -> Rotate:
-    """RoPE as a function of heads [T, *, head_dim]: the pair (x_i, x_{i + head_dim/2}) turns by position * frequency_i.
+    """Make the RoPE function of heads [T, *, head_dim]: rotates (x_i, x_{i + head_dim/2}) by position *
+    frequency_i.
 
-    The tables reach the blocks inside this closure, in fp32: as arguments, mixed precision would round them
-    to bf16.
+    The tables are in the closure, in fp32: as arguments, mixed precision would round them to bf16.
     """
     angle = positions.float()[:, None, None] * inverse_frequencies(head_dim, rope, positions.device)
     cos, sin = angle.cos(), angle.sin()
@@ -234,10 +229,11 @@ def make_rotate(positions: Tensor, head_dim: int, rope: Rope) -> Rotate:
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, by oneDNN in inference mode on a CPU: torch's own fp32 product (MKL) takes twice as long on
-    AMD processors.
+    """Compute F.linear, by oneDNN in inference mode on a CPU: MKL's fp32 product takes twice as long on AMD
+    CPUs.
 
-    oneDNN's product has no derivative, and below 8 rows its set-up takes longer than it saves. Compiled blocks train.
+    oneDNN's product has no derivative, and for less than 8 rows it is not faster. It is not used in compiled
+    blocks, which are for training.
     """
     if (
         not torch.compiler.is_compiling()
@@ -252,7 +248,7 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 @functools.cache
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
-    """bf16 needs AVX-512."""
+    """Whether oneDNN has a fast product for the dtype; bf16 needs AVX-512."""
     return torch.backends.mkldnn.is_available() and (
         dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
@@ -289,7 +285,7 @@ class Block(nn.Module):
         return self.finish(x, attend(self.layer, q, k, v))
 
     def project(self, x: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor, Tensor]:
-        """What comes before attention: x [T, D] -> q [T, H, Dh], k and v [T, Hkv, Dh]."""
+        """Compute attention's inputs: x [T, D] -> q [T, H, Dh], k and v [T, Hkv, Dh]."""
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim))
         qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None:
@@ -297,11 +293,11 @@ class Block(nn.Module):
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         q, k = rotate(qk).split(
             [self.heads, self.kv_heads], dim=1
-        )  # one rotation: every operation of a decode step takes its launch time
+        )  # q and k together: fewer operations per decode step
         return q, k, v
 
     def finish(self, x: Tensor, o: Tensor) -> Tensor:
-        """What comes after attention: the residual stream x [T, D] and o [T, H, Dh] -> the next block's x."""
+        """Compute the next block's x from the residual stream x [T, D] and attention's o [T, H, Dh]."""
         x = x + self.o(o.flatten(1))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -311,9 +307,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder. Embedding, final norm and head are the root unit under FSDP, so `logits` comes after
-    `forward`.
-    """
+    """Decoder. Embedding, final norm and head are FSDP's root unit, so call `logits` after `forward`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -322,7 +316,7 @@ class Transformer(nn.Module):
         blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.blocks = cast(
             Sequence[Block], blocks
-        )  # a type checker takes what a ModuleList holds for any Module
+        )  # for type checkers, a ModuleList's elements are any Module
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
 
@@ -330,16 +324,14 @@ class Transformer(nn.Module):
     def empty(
         config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Transformer:
-        """Allocated but not filled in: no time spent on numbers that a checkpoint overwrites."""
+        """Make a model with allocated, uninitialized parameters, for a checkpoint to fill."""
         with torch.device("meta"):
             model = Transformer(config).to(dtype)
         return model.to_empty(device=device)
 
     @staticmethod
     def random(config: ModelConfig, seed: int = 0) -> Transformer:
-        """fp32 on the CPU: weights from N(0, 0.02²); o and down, which write to the residual, from N(0,
-        0.02²/2L).
-        """
+        """Make a random model, fp32 on the CPU: weights from N(0, 0.02²), o and down from N(0, 0.02²/2L)."""
         model = Transformer.empty(config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -363,14 +355,14 @@ class Transformer(nn.Module):
         attend: Attend | None = None,
         longest: int | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, [T, D], in the parameters' dtype.
+        """Compute hidden states after the final norm, [T, D], in the parameters' dtype.
 
         tokens      [T] int64, the tokens of S sequences in one row
         cu_seqlens  int32 [S+1]; may be None when both `positions` and `attend` are given
-        positions   [T] int64, each token's place in its sequence; None: counted from cu_seqlens
-        attend      (layer, q [T, H, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh]) -> o [T, H, Dh], after rotation and q/k norm;
-                    q, k and v are views into wider rows. None: causal attention within each sequence of
-                    cu_seqlens
+        positions   [T] int64, each token's position in its sequence; None: from cu_seqlens
+        attend      (layer, q [T, H, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh]) -> o [T, H, Dh], after rotation and
+                    q/k norm; q, k and v are views into wider rows. None: causal attention within each
+                    sequence of cu_seqlens
         longest     tokens of the longest sequence, for that attention; None: read back from cu_seqlens, once
         """
         if positions is None:
@@ -389,12 +381,13 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D], the embedding itself when tied."""
+        """Weight of the LM head, [V, D]; the embedding's if tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, D] -> [T, V]. In inference mode on CUDA in fp32, as the loss computes them: large bf16 logits are
-        0.1 apart, a few per cent of a probability.
+        """Compute logits, [T, D] -> [T, V]. In inference mode on CUDA in fp32, as in the loss.
+
+        Neighbouring bf16 values of large logits differ by 0.1, a few per cent of a probability.
         """
         if torch.is_inference_mode_enabled() and hidden.is_cuda and hidden.dtype.itemsize == 2:
             return torch.mm(hidden, self.head_weight.T, out_dtype=torch.float32)

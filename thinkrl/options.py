@@ -7,8 +7,8 @@
 
     options = parse_as(Options, sys.argv[1:], usage="torchrun sample.py [--key value …]")
 
-A field carries its help text and what its value must be, so that every program refuses a bad value in the same
-words. Nothing here imports torch: --help and mistakes answer at once.
+A field has its help text and the bounds of its value, so every program rejects a bad value with the same
+words. Nothing here imports torch, so --help and errors are fast.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def option(
     presets: tuple[str, ...] | None = None,
     words: int = 1,
 ) -> Any:
-    """A field of an options class.
+    """Define a field of an options class.
 
-    choices        the texts that it may be; "" is never shown
-    low, high      bounds that the value may equal
-    above, below   bounds that it may not equal
-    presets        those that read it; None: those of its group
-    words          how many texts follow the option: of more than one the value is a tuple of texts
+    choices        allowed texts; "" is not shown
+    low, high      inclusive bounds
+    above, below   exclusive bounds
+    presets        presets that read it; None: those of its group
+    words          number of texts after the option; if more than one, the value is a tuple of texts
     """
     return dataclasses.field(
         default=default,
@@ -66,10 +66,10 @@ def option(
 
 
 class Group(NamedTuple):
-    """A heading over the options that follow it: a class attribute without annotation, so not a field."""
+    """Heading of the options that follow it: a class attribute without annotation, so not a field."""
 
     title: str
-    presets: tuple[str, ...]  # that read its options, unless an option says otherwise; (): not by preset
+    presets: tuple[str, ...]  # that read its options, unless an option has its own; (): no presets
 
 
 def group(title: str, presets: tuple[str, ...] = ()) -> Group:
@@ -77,7 +77,7 @@ def group(title: str, presets: tuple[str, ...] = ()) -> Group:
 
 
 def groups(schema: type) -> Iterator[tuple[Group, list[dataclasses.Field]]]:
-    """Each heading of an options class with its options, in the order of the source."""
+    """Yield each heading of an options class with its options, in source order."""
     fields = {f.name: f for f in dataclasses.fields(schema) if f.metadata}
     title = group("")
     own: list[dataclasses.Field] = []
@@ -93,7 +93,7 @@ def groups(schema: type) -> Iterator[tuple[Group, list[dataclasses.Field]]]:
 
 
 def parse_as(schema: type[T], argv: list[str], usage: str, notes: Iterable[str] = ()) -> T:
-    """The options of a program that has no presets. --help prints usage, options and notes, and exits 0.
+    """Parse the options of a program without presets. --help prints usage, options and notes, and exits 0.
 
     A field `given` of the schema receives the names of the options that were given.
     """
@@ -112,9 +112,9 @@ def parse_as(schema: type[T], argv: list[str], usage: str, notes: Iterable[str] 
 def read_options(
     argv: list[str], schema: type, elsewhere: Callable[[str], str] = lambda name: ""
 ) -> dict[str, Any]:
-    """The values given as `--key value`, `--key=value` or, for a bool, `--key`. Dashes and underscores are the same.
+    """Parse `--key value`, `--key=value` or, for a bool, `--key`. Dashes and underscores are the same.
 
-    elsewhere    what to say about a name that is no option here, if it is known from another library
+    elsewhere    hint for an unknown name that is known from another library
     Raises UserError for an unknown option and for a value that its field does not allow.
     """
     fields = {f.name: f for f in dataclasses.fields(schema) if f.metadata}
@@ -148,7 +148,7 @@ def read_options(
 
 
 def _words(f: dataclasses.Field, queue: list[str]) -> tuple[tuple[str, ...], list[str]]:
-    """The texts of an option that takes several, and what follows them."""
+    """Split off the texts of an option that takes several."""
     count = f.metadata["words"]
     words = tuple(queue[:count])
     if len(words) < count or any(word.startswith("--") for word in words):
@@ -186,7 +186,7 @@ def within(f: dataclasses.Field, value) -> bool:
 
 
 def requirement(f: dataclasses.Field) -> str:
-    """The condition on a value, in words: "at least 0 and below 1", "one of token, sequence"; "" if anything goes."""
+    """Describe the condition on a value: "at least 0 and below 1", "one of token, sequence", or ""."""
     if f.metadata["choices"]:
         return "one of " + ", ".join(choice for choice in f.metadata["choices"] if choice)
     words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
@@ -200,13 +200,13 @@ def type_name(f: dataclasses.Field) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean 'X'?)' or ''."""
+    """Suggest the nearest known word: " (did you mean 'X'?)" or ""."""
     match = difflib.get_close_matches(word, [k for k in known if k], n=1)
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
 def help_line(f: dataclasses.Field, default: Any, tiny: Any = None) -> str:
-    """One option for --help. tiny: the embedded model's default, where it is another one."""
+    """Format one option for --help. tiny: the embedded model's default, if different."""
     choices = f.metadata["choices"]
     parts = [f.metadata["help"]]
     if choices:
@@ -218,7 +218,7 @@ def help_line(f: dataclasses.Field, default: Any, tiny: Any = None) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it is typed, in quotes if it is empty or has spaces; a long text is cut."""
+    """Format a value as it is typed, in quotes if it is empty or has spaces; a long text is cut."""
     if isinstance(value, bool):
         return str(value).lower()
     text = str(value) if len(str(value)) <= 40 else f"{value[:37]}…"
@@ -230,23 +230,23 @@ def asks_for_help(argv: list[str]) -> bool:
 
 
 def show_help(text: str) -> NoReturn:
-    """Print it once, whatever the number of ranks, and exit 0."""
+    """Print a text on rank 0 and exit with status 0."""
     if os.environ.get("RANK", "0") == "0":
         print(text)
     sys.exit(0)
 
 
 def exit_with_error(program: str, mistake: Exception, status: int = 2) -> NoReturn:
-    """Print one sentence, from rank 0 if it can, without a traceback, and exit; status 2 is a user's mistake."""
+    """Print an error without a traceback, once if rank 0 has it too, and exit; 2 is a user's mistake."""
     if os.environ.get("RANK", "0") != "0":
-        # if rank 0 saw the same, it prints and exits now, and torchrun ends this rank before it prints too
+        # if rank 0 has the same error, it prints and exits now, and torchrun ends this rank before it prints
         time.sleep(30)
     print(f"{program}: {visible(mistake)}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def command_line(program: str, parse: Callable[[list[str]], T]) -> T:
-    """The options that the program was started with. Entry points call it before they import torch."""
+    """Parse sys.argv; exit with an error for a user's mistake. Programs call it before they import torch."""
     try:
         return parse(sys.argv[1:])
     except UserError as mistake:

@@ -1,12 +1,13 @@
-"""Presets: the protocol that a method implements to be trained by train.py, and the plainest one, Grpo.
+"""Presets: the protocol of a method that train.py trains, and the simplest one, Grpo.
 
-To write your own, write a class with the members of `Preset` and name it in `train.method`. Members with a body
-here are inherited, and a method whose attempts are single completions can inherit `OnePolicy`.
-tests/example_method.py is a complete method. Nothing below the samples knows which method is running: packing,
-the loss, the optimizer step, logging and checkpoints are the same for all.
+To write your own, write a class with the members of `Preset` and name it in `train.method`. Members with a
+body here are inherited, and a method whose attempts are single completions can inherit `OnePolicy`.
+tests/example_method.py is a complete method. Packing, the loss, the optimizer step, logging and checkpoints
+are the same for all methods.
 
-    Grpo                          one completion per attempt, its graded outcome, one advantage for all its tokens
-    l2t.preset.L2T                the same completions, rewarded per episode
+    Grpo                          one completion per attempt, rewarded by its outcome; one advantage for all
+                                  its tokens
+    l2t.preset.L2T                the same completions with a reward per episode
     longshort.preset.LongShort    two policies write a conversation in turns; each round trains one of them
 """
 
@@ -33,26 +34,26 @@ from thinkrl.run.metrics import Tally
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Sample, Trajectory
 
-T = TypeVar("T", bound=Trajectory)  # the kind of trajectory that a method makes
+T = TypeVar("T", bound=Trajectory)  # the method's type of trajectory
 
 
 class Preset(Protocol[T]):
-    """A method, called by train.py in the order below; the middle part is `train.train_step`.
+    """Method, called by train.py in the order below; the middle part is `train.train_step`.
 
-    It keeps state between steps only in its learners and in what `state_dict` returns, so that a resumed run is
-    the same run. A `tally` takes numbers for metrics.jsonl; their names are defined in metrics.DEFINITIONS.
+    Its state between steps is in its learners and in `state_dict`, so that a resumed run is the same run. A
+    `tally` takes numbers for metrics.jsonl; metrics.DEFINITIONS defines their names.
     """
 
     config: Config
     learners: dict[str, Actor]
-    """The policies, by name: trained, saved (as hf/ for "policy", else hf_NAME/) and restored."""
+    """Policies by name, which are trained, saved (as hf/ for "policy", else hf_NAME/) and restored."""
 
     # once, before the run folder exists
 
     def __init__(self, config: Config, world: World): ...
 
     def require_room(self, problems: list[Problem], training: bool) -> None:
-        """Raise UserError if a problem and what will be sampled after it exceed the model's context."""
+        """Raise UserError if a prompt and the tokens sampled after it exceed the model's context."""
         ...
 
     # every step, in this order
@@ -62,25 +63,26 @@ class Preset(Protocol[T]):
         ...
 
     def rollout(self, problems: list[Problem], step: int, tally: Tally) -> Sequence[T]:
-        """Sample `group_size` graded attempts at each problem, groups contiguous. `reward` is the outcome so far.
+        """Sample `group_size` graded attempts at each problem, groups contiguous, with `reward` their
+        outcome.
 
-        Randomness is drawn at the address (TRAINING, step), so that it is the same on any number of ranks.
+        Random numbers have keys that begin (TRAINING, step), so they do not depend on the number of ranks.
         """
         ...
 
     def reward(self, trajectories: Sequence[T], step: int, tally: Tally) -> None:
-        """Set each trajectory's `reward` and fill in what else `advantages` will read. Without a body: the outcome."""
+        """Set each trajectory's `reward` and other fields that `advantages` reads. By default the outcome."""
 
     def advantages(self, trajectories: Sequence[T], step: int, tally: Tally) -> list[Tensor]:
-        """Per trajectory, one fp32 number for each of its tokens that is trained on, in order."""
+        """Advantages of each trajectory's trained tokens, in order: a list of [tokens] fp32."""
         ...
 
     def samples(self, trajectories: Sequence[T], advantages: Sequence[Tensor], step: int) -> list[Sample]:
-        """The (prompt, completion) pairs that enter the loss: all turns, unless a method says otherwise."""
+        """Samples (prompt, completion) for the loss; by default all turns."""
         return turn_samples(trajectories, advantages)
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of this step."""
+        """Learning rate of this step."""
         return learning_rate(step, self.config.steps, self.config)
 
     # evaluation on held-out problems
@@ -88,31 +90,31 @@ class Preset(Protocol[T]):
     def attempt(
         self, problems: list[Problem], n: int, temperature: float, address: tuple[int, ...]
     ) -> Sequence[Trajectory]:
-        """n graded attempts at each problem as the method would answer it, their randomness at `address`."""
+        """Sample n graded attempts at each problem; keys of random numbers begin with `address`."""
         ...
 
     def summarise(self, trajectories: Sequence[T]) -> dict:
-        """Numbers for summary.json from held-out attempts."""
+        """Compute the entries of summary.json from held-out attempts."""
         return summarise(trajectories)
 
     def name(self, step: int) -> str:
-        """The key in summary.json of an evaluation after `step` steps."""
+        """Key in summary.json of an evaluation after `step` steps."""
         return f"step_{step}"
 
     # checkpoints
 
     def state_dict(self) -> dict:
-        """State that a resumed run needs beside the learners: nested dicts and lists of tensors, numbers and strings."""
+        """State for a resume besides the learners: nested dicts, lists, tensors, numbers and strings."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take what `state_dict` returned; {} at the start of a new run."""
+        """Restore the result of `state_dict`; {} at the start of a new run."""
 
 
 def turn_samples(
     trajectories: Sequence[Trajectory], advantages: Sequence[Tensor], role: str = ""
 ) -> list[Sample]:
-    """Every turn, or every turn of one role, as a (prompt, completion) sample.
+    """Make a sample (prompt, completion) of every turn, or of every turn of one role.
 
     advantages: per trajectory, one value per token of these turns in order, [tokens] fp32.
     """
@@ -127,7 +129,7 @@ def turn_samples(
 
 
 class OnePolicy(Preset[T]):
-    """The part that Grpo and L2T share: one policy, whose attempts are single completions."""
+    """Common part of Grpo and L2T: one policy, whose attempts are single completions."""
 
     def __init__(self, config: Config, world: World):
         self.config = config
@@ -146,8 +148,9 @@ class OnePolicy(Preset[T]):
             require_columns(self.rewards, problems)
 
     def base_rewards(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """What --reward gives for each trajectory, NaN where it gives none; by default the graded outcome. Sets
-        `rewards`, what each function of several gives.
+        """Reward of each trajectory by --reward, by default the outcome; NaN without a reward.
+
+        Sets `rewards`, the value of each of several functions.
         """
         c = self.config
         for t, values in zip(
@@ -179,9 +182,7 @@ class OnePolicy(Preset[T]):
 
 
 class Grpo(OnePolicy[Trajectory]):
-    """The baseline: the graded outcome is the reward, or what --length makes of it; one advantage for all tokens of a
-    completion.
-    """
+    """Baseline: the reward is the outcome, or that of --length; a completion's tokens share one advantage."""
 
     def require_room(self, problems: list[Problem], training: bool, more: int = 0) -> None:
         super().require_room([with_target(problem, self.config) for problem in problems], training, more)
@@ -196,7 +197,7 @@ class Grpo(OnePolicy[Trajectory]):
         return self.attempt(problems, self.config.group_size, self.config.temperature, (TRAINING, step))
 
     def reward(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> None:
-        """What --reward gives, or what --length makes of outcome and tokens."""
+        """Set the reward of --reward, or of --length from outcome and tokens."""
         if self.config.length in ("", "gfpo"):  # gfpo's function returns advantages
             rewards = self.base_rewards(trajectories)
         else:
@@ -214,14 +215,16 @@ class Grpo(OnePolicy[Trajectory]):
         return [value.expand(t.tokens) for value, t in zip(scalars, trajectories)]
 
     def _each_reward(self, trajectories: Sequence[Trajectory]) -> Tensor:
-        """GDPO: one fp32 number per trajectory from its rewards, each compared on its own. Collective."""
+        """Advantages of GDPO, one fp32 number per trajectory from several rewards. Collective."""
         columns = torch.tensor([t.rewards for t in trajectories], dtype=torch.float64).unbind(1)
         groups = [column.view(-1, self.config.group_size) for column in columns]
         weights = [reward.weight for reward in self.rewards]
         return gdpo_advantages(groups, weights, reduce=global_sum).flatten().float()
 
     def _by_length(self, trajectories: Sequence[Trajectory]) -> Tensor:
-        """The function of thinkrl/length.py that --length names, on this rank's groups: [P, G] fp64. Collective."""
+        """Apply the function of thinkrl/length.py that --length names to this rank's groups: [P, G] fp64.
+        Collective.
+        """
         c = self.config
         options = {
             key.removeprefix("length_"): c[key]
@@ -236,7 +239,7 @@ class Grpo(OnePolicy[Trajectory]):
             del options["prompt"]
             targets = [target_tokens(t.problem, c) for t in trajectories[:: c.group_size]]
             options["target"] = torch.tensor(targets, dtype=torch.float64)[:, None]
-        if c.length == "laser_d":  # the step's groups of all ranks stand in for the paper's monitored set
+        if c.length == "laser_d":  # the step's groups of all ranks replace the paper's monitored set
             everywhere = gather((correct, tokens))
             sixteenths = torch.arange(1, 17) * c.max_tokens / 16
             all_correct, all_tokens = (torch.cat(parts) for parts in zip(*everywhere))
@@ -247,7 +250,7 @@ class Grpo(OnePolicy[Trajectory]):
 
 
 def with_target(problem: Problem, config: Config) -> Problem:
-    """The problem with the length that L1 asks for behind its question; the problem itself under other methods."""
+    """Append the length request of L1 to the question; other methods return the problem unchanged."""
     if not config.length_target:
         return problem
     target = config.length_prompt.replace("{target}", str(target_tokens(problem, config)))
@@ -255,11 +258,11 @@ def with_target(problem: Problem, config: Config) -> Problem:
 
 
 def target_tokens(problem: Problem, config: Config) -> int:
-    """The length that L1 asks for in this problem's prompt: drawn once per problem, as in its data preparation."""
+    """Length that L1's prompt asks for, drawn once per problem, as in its data preparation."""
     return random.Random(f"target/{config.seed}/{problem.id}").randint(*target_range(config.length_target))
 
 
 def grpo_advantages(trajectories: Sequence[Trajectory], config: Config) -> Tensor:
-    """One fp32 number per trajectory, from its group's raw rewards. Collective under --advantage_std batch."""
+    """Advantage of each trajectory in its group, fp32. Collective with --advantage_std batch."""
     reward = torch.tensor([t.reward for t in trajectories], dtype=torch.float64).view(-1, config.group_size)
     return group_advantages(reward, config.advantage_std, reduce=global_sum).flatten().float()

@@ -1,17 +1,19 @@
-"""What a run resumes from: weights, optimizer states and everything else after a step.
+"""Checkpoints of a run: weights, optimizer states and other state after a step.
 
     runs/NAME/checkpoints/step_N/   dcp/: parameters and optimizer states as safetensors, each rank its shards
                                     (torch.distributed.checkpoint, so another number of ranks can read them)
-                                    extra.pt: everything else, from rank 0, read with weights_only
+                                    extra.pt: other state, from rank 0, read with weights_only
                                     files.json: the size of each of these files
     runs/NAME/latest                "step_N"
 
-No file is unpickled: torch's own reader of sharded checkpoints would unpickle its index, `.metadata`, and every value
-that is not a tensor. Here the index is the JSON header of the safetensors files, and dcp/ holds tensors only.
-extra.pt is read by torch's restricted unpickler, which builds tensors and plain containers and calls nothing else.
+Reading runs no code from a file. torch's reader of sharded checkpoints would unpickle its index, `.metadata`,
+and every value that is not a tensor. Here the index is the JSON header of the safetensors files, and dcp/ has
+tensors only. extra.pt is read by torch's restricted unpickler, which only builds tensors and plain
+containers.
 
-A checkpoint appears by a rename, whole or not at all; `latest` moves last, and only then older ones go. What does not
-have its size, or cannot be read, is passed over at a resume: the checkpoint before it is taken.
+A checkpoint is written under a temporary name, then renamed; `latest` is updated last, and then older
+checkpoints are removed. A resume skips a checkpoint with files of the wrong size or that cannot be read, and
+takes the one before it.
 """
 
 from __future__ import annotations
@@ -49,19 +51,19 @@ def save_step(
     optimizers: dict[str, Optimizer],
     extra: dict,
 ) -> Path:
-    """Write checkpoints/step_N, which is returned. Every rank must call it. Raises UserError where it cannot be written.
+    """Write checkpoints/step_N and return its path. Collective. Raises UserError if it cannot be written.
 
-    extra  nested dicts and lists of tensors, numbers and strings: data cursor, random states, what a preset carries along;
-           rank 0's is the one that is saved, so it must not differ between ranks
+    extra  nested dicts and lists of tensors, numbers and strings, such as a preset's state; rank 0's is
+           saved, so it must be the same on all ranks
     """
     path = Path(run_dir) / "checkpoints" / f"step_{step}"
-    # asking an optimizer that has not stepped for its state makes it take a step of its own
+    # reading the state of an optimizer without steps makes torch take one
     stepped = {name: optimizer for name, optimizer in optimizers.items() if optimizer.state}
     with atomic_dir(path) as folder:
         tensors, states = _state(modules, stepped)
         shards = temporary(path) / "dcp"
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(shards), save_distributed=True))
-        # each rank speaks of its own files: another machine may not see them at once
+        # each rank reports its own files: another machine may not see them immediately
         own = shards.glob(f"shard-{dist.get_rank() + 1:05}-*")
         files = {f"dcp/{file.name}": file.stat().st_size for file in own}
         files = {name: size for part in gather(files) for name, size in part.items()}
@@ -75,9 +77,7 @@ def save_step(
 
 
 def point_latest(run_dir: str | Path, step: int, keep: int = 2) -> None:
-    """Name checkpoints/step_N the one to resume from, and remove all but the newest `keep`. Every rank
-    must call it.
-    """
+    """Set `latest` to checkpoints/step_N, and remove all but the newest `keep` checkpoints. Collective."""
     run_dir = Path(run_dir)
 
     def point() -> None:
@@ -94,10 +94,9 @@ def point_latest(run_dir: str | Path, step: int, keep: int = 2) -> None:
 def load_latest(
     run_dir: str | Path, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]
 ) -> tuple[int, dict]:
-    """Restore the newest usable checkpoint, as `load_step` does: its step and its `extra`; (0, {}) for a run that has
-    none yet. Every rank must call it.
+    """Restore the newest usable checkpoint: its (step, extra), or (0, {}) if there is none. Collective.
 
-    A damaged one is passed over, and renamed to step_N.damaged. Raises UserError if all are.
+    Damaged ones are skipped, and renamed to step_N.damaged. Raises UserError if all are damaged.
     """
     run_dir, reason = Path(run_dir), ""
     newest = on_main(_latest, run_dir)
@@ -119,10 +118,10 @@ def load_latest(
 
 
 def load_step(path: str | Path, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> dict:
-    """Restore modules and optimizers in place from a checkpoints/step_N folder, bit for bit; returns `extra`.
+    """Restore modules and optimizers in place, bit for bit, from a checkpoint; returns `extra`. Collective.
 
-    Every rank must call it; the number of ranks may differ from the one that saved.
-    Raises UserError where the folder is incomplete or holds something else than these modules and optimizers.
+    The number of ranks may differ from that at saving. Raises UserError if the folder is incomplete or does
+    not fit these modules and optimizers.
     """
     path = Path(path)
     saved = on_main(_read_extra, path)
@@ -148,7 +147,7 @@ def load_step(path: str | Path, modules: dict[str, nn.Module], optimizers: dict[
 
 
 def _read_extra(path: Path) -> dict:
-    """Content of extra.pt, if all files of the checkpoint have their sizes. Raises UserError."""
+    """Read extra.pt, after checking the sizes of all files of the checkpoint. Raises UserError."""
     if not (path / "files.json").exists():
         raise UserError(f"{path / 'files.json'}: file not found, so {path} is not a complete checkpoint")
     for name, size in read_json(path / "files.json").items():
@@ -158,7 +157,7 @@ def _read_extra(path: Path) -> dict:
             raise UserError(f"{path / name}: {what}, so {path} is not a complete checkpoint")
     try:
         return torch.load(path / "extra.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged archive does to its reader, it is not usable
+    except Exception as error:  # the reader may raise anything for a damaged archive
         first = str(error).partition("\n")[0]
         raise UserError(
             f"{path / 'extra.pt'}: damaged, or holds more than tensors and numbers ({first})"
@@ -166,8 +165,8 @@ def _read_extra(path: Path) -> dict:
 
 
 def _pass_over(run_dir: Path, step: int, newest: int, reason: str) -> None:
-    """Say that a resume takes step N although there were newer ones, and put these out of the way."""
-    print(f"{reason}: passed over, the checkpoint before it is taken")
+    """Print why newer checkpoints than step N are skipped, and rename them."""
+    print(f"{reason}: skipped, the previous checkpoint is used")
     for damaged in _saved(run_dir):
         if step < damaged <= newest:
             target = run_dir / "checkpoints" / f"step_{damaged}.damaged"
@@ -176,7 +175,7 @@ def _pass_over(run_dir: Path, step: int, newest: int, reason: str) -> None:
 
 
 def _latest(run_dir: Path) -> int | None:
-    """The step that `latest` names, None before the first checkpoint."""
+    """Step that `latest` names, None before the first checkpoint."""
     latest = run_dir / "latest"
     if not latest.exists():
         return None
@@ -198,8 +197,9 @@ def _folder(run_dir: Path, step: int) -> Path:
 def _state(
     modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Every tensor to save or to fill, sharded, under a name that does not depend on how a module was wrapped; and the
-    optimizers' state dicts, whose tensors these are. An optimizer has its module's name.
+    """Sharded tensors to save or to fill, by names without wrappers, and the optimizers' state dicts.
+
+    The state dicts refer to the same tensors. An optimizer has its module's name.
     """
     states: dict[str, Any] = {
         name: get_optimizer_state_dict(modules[name], x) for name, x in optimizers.items()

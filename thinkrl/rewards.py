@@ -1,16 +1,17 @@
-"""Rewards written elsewhere, for TRL or for verl:  --reward module:function, several joined by +
+"""Reward functions in TRL's or verl's form:  --reward module:function, several joined by +
 
     TRL    fn(prompts, completions, **columns) -> one number or None per completion
-    verl   compute_score(data_source, solution_str, ground_truth, extra_info) -> a number, or {"score": a number, …}
+    verl   compute_score(data_source, solution_str, ground_truth, extra_info) -> a number, or {"score": a
+           number, …}
 
-The parameters decide which of the two a function is. The module is found as Python finds it, or in the current folder.
-"outcome" is this project's own grade, 1 or 0. A trajectory's reward is the sum of what the functions give, each times
-its weight. None is no reward: it adds nothing, and where every function gives None the reward is NaN, which
-`group_advantages` keeps out of the group's statistics.
+A function's parameters decide which form it has. The module is imported by Python, or from the current
+folder. "outcome" is the graded outcome, 1 or 0. A trajectory's reward is the weighted sum of the functions'
+values. None adds nothing; if all functions return None, the reward is NaN, which `group_advantages` leaves
+out of the group's statistics.
 
-What a function is given is what it would be given there. Columns are those of the row that the problem came from; for
-problems of a generator, and where the row has no such column: question, answer, solution, source, level. Prompts and
-completions are lists of messages if the row's own prompt is one, else texts; as in TRL.
+A function gets the same arguments as in its library. Columns are those of the problem's row; question,
+answer, solution, source and level are added if the row has no such column. As in TRL, prompts and completions
+are lists of messages if the row's prompt is one, else texts.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Reward(NamedTuple):
 
 
 def load_rewards(spec: str, weights: str = "") -> list[Reward]:
-    """The rewards that `--reward` and `--reward_weights` name; weights 1 where there are none. Raises UserError."""
+    """Load the functions of `--reward`, with `--reward_weights` or weights of 1. Raises UserError."""
     names = [name.strip() for name in spec.split("+")]
     try:
         numbers = [float(word) for word in weights.split(",")] if weights else [1.0] * len(names)
@@ -84,10 +85,10 @@ def each(
     system: str = "",
     suffix: str = "",
 ) -> list[list[float]]:
-    """What each function gives each trajectory, [trajectory][function], unweighted; NaN where it gives None.
+    """Call each function: unweighted values [trajectory][function], NaN for None.
 
-    The text of a completion is without its stop token. system, suffix: what the prompts were asked with. Raises
-    UserError, naming the function, if it fails or returns anything else than it should.
+    A completion's text has no stop token. system, suffix: as in the prompts. Raises UserError, naming the
+    function, if it fails or returns something else than numbers or None.
     """
     texts = [_text(t, tokenizer) for t in trajectories]
     asked = [messages(t.problem, system, suffix) for t in trajectories]
@@ -96,7 +97,7 @@ def each(
 
 
 def weighted_sum(rewards: Sequence[Reward], values: Sequence[float]) -> float:
-    """The reward of a trajectory from what each function gave it; NaN where none gave one."""
+    """Weighted sum of a trajectory's values without NaN; NaN if all are."""
     known = [reward.weight * value for reward, value in zip(rewards, values) if not math.isnan(value)]
     return math.fsum(known) if known else math.nan
 
@@ -109,7 +110,7 @@ def _text(t: Trajectory, tokenizer: Tokenizer) -> str:
 def _given(
     reward: Reward, trajectories: Sequence[Trajectory], texts: list[str], asked: list[list[dict]]
 ) -> list[float | None]:
-    """What one function gives for each trajectory."""
+    """Call one function for all trajectories."""
     if reward.function is None:
         return [t.outcome_reward for t in trajectories]
     if not trajectories:
@@ -122,10 +123,11 @@ def _given(
             values = _call(reward, **_trl_arguments(trajectories, texts, asked))
     except UserError:
         raise
-    except Exception as error:  # whatever a user's function may raise
+    except Exception as error:  # a user's function may raise anything
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
-            f"--reward {reward.name} failed with {type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+            f"--reward {reward.name} failed with {type(error).__name__}: {error} "
+            f"({where.filename}:{where.lineno})"
         ) from error
     values = list(values) if isinstance(values, Iterable) else []
     if len(values) != len(trajectories):
@@ -134,7 +136,7 @@ def _given(
 
 
 def _number(reward: Reward, value: object, t: Trajectory) -> float | None:
-    """The value as a float; NaN is None."""
+    """Convert a value to float; None for None or NaN."""
     try:
         number = None if value is None else float(value)
     except (TypeError, ValueError):
@@ -150,7 +152,7 @@ def _number(reward: Reward, value: object, t: Trajectory) -> float | None:
 
 
 def _call(reward: Reward, **arguments):
-    """The function on those of the arguments that it takes."""
+    """Call the function with those arguments that it takes."""
     parameters = inspect.signature(reward.function).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         arguments = {name: value for name, value in arguments.items() if name in parameters}
@@ -158,7 +160,7 @@ def _call(reward: Reward, **arguments):
 
 
 def require_columns(rewards: Sequence[Reward], problems: Sequence[Problem]) -> None:
-    """Raise UserError if a function wants a column that no row has."""
+    """Raise UserError if a function needs a column that no row has."""
     for reward in rewards:
         if reward.function is None:
             continue
@@ -177,19 +179,19 @@ def require_columns(rewards: Sequence[Reward], problems: Sequence[Problem]) -> N
         ]
         if missing:
             raise UserError(
-                f"--reward {reward.name} wants {', '.join(missing)}, and --data has no such column: there are "
-                + ", ".join(known)
+                f"--reward {reward.name} wants {', '.join(missing)}, and --data has no such column: there "
+                "are " + ", ".join(known)
             )
 
 
 def _columns(problem: Problem) -> dict:
-    """The row's columns, and what we know under names that it does not use."""
+    """Columns of the row, plus our fields under names that the row does not use."""
     known = ("question", "answer", "solution", "source", "level")
     return {name: getattr(problem, name) for name in known} | (problem.row or {})
 
 
 def _is_chat(problem: Problem) -> bool:
-    """Whether the row's own prompt is a list of messages."""
+    """Whether the row's prompt is a list of messages."""
     row = problem.row or {}
     return isinstance(row.get("prompt", row.get("messages")), list)
 

@@ -1,7 +1,7 @@
-"""The act of a rollout: problems in, graded trajectories out. Training, evaluation and sample.py all come through here.
+"""Rollouts: sample and grade attempts at problems, for training, evaluation and sample.py.
 
-Each attempt's randomness has an address: (seed, *address, problem, sample). The same attempt comes out at any
-world size.
+An attempt's random numbers have the key (seed, *address, problem, sample), so it is the same at any world
+size.
 """
 
 from __future__ import annotations
@@ -22,23 +22,21 @@ from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Problem, Trajectory, Turn
 
-TRAINING, EVALUATION, PROBE, LABELS = range(
-    4
-)  # first part of an address: no two purposes draw the same numbers
+TRAINING, EVALUATION, PROBE, LABELS = range(4)  # first number of a key, different for each purpose
 
 
-SAMPLING_FILE = "sampling.json"  # beside a policy's weights: how it was sampled in training
+SAMPLING_FILE = "sampling.json"  # in a policy's folder: its sampling options in training
 SAMPLING_KEYS = ("system", "suffix", "max_tokens", "temperature")
 
 
 def sampling_file(config: Config) -> dict[str, str]:
-    """The file that says how a policy is sampled in this run, name -> text: sample.py does it the same way."""
+    """Make the file, {name: text}, with this run's sampling options, which sample.py uses as defaults."""
     values = {key: config[key] for key in SAMPLING_KEYS if config.preset in readers(key)}
     return {SAMPLING_FILE: json.dumps(values, indent=2, ensure_ascii=False) + "\n"}
 
 
 def read_sampling(folder: Path) -> dict:
-    """What `sampling_file` wrote beside a policy's weights; {} for a model that was not trained here."""
+    """Read the file of `sampling_file` from a policy's folder; {} for a model that was not trained here."""
     values = read_json(folder / SAMPLING_FILE, missing={})
     return {key: values[key] for key in SAMPLING_KEYS if key in values}
 
@@ -47,9 +45,9 @@ def read_sampling(folder: Path) -> dict:
 def completions_bar(
     samplers: Iterable[Sampler], total: int | None, what: str, shown: bool, delay: float = 3
 ) -> Iterator[tqdm]:
-    """A bar that moves with every completion of a prompt. On a terminal only, and after `delay` seconds; it leaves nothing.
+    """Show a progress bar of completions, only on a terminal and after `delay` seconds; removed at the end.
 
-    total: None where it is not known.
+    total: None if unknown.
     """
     samplers = list(samplers)
     with tqdm(
@@ -81,14 +79,15 @@ def require_room(
     max_tokens: int,
     option: str = "--max_tokens",
 ) -> None:
-    """Raise UserError before the first step if a problem's prompt leaves no room for max_tokens more in the model's
-    context. option: the one that sets them.
+    """Raise UserError if a prompt and max_tokens more exceed the model's context. option: its name for the
+    error.
     """
     for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) + max_tokens > context:
             raise UserError(
-                f"problem {problem.id} (counted from 0): a prompt of {len(prompt)} tokens and {max_tokens} more, sampled "
-                f"or probed, exceed the model's context of {context}; lower {option}, or leave the problem out"
+                f"problem {problem.id} (counted from 0): a prompt of {len(prompt)} tokens and {max_tokens} "
+                f"more, sampled or probed, exceed the model's context of {context}; lower {option}, or leave "
+                "the problem out"
             )
 
 
@@ -107,9 +106,7 @@ def rollout(
     on_finish: Callable | None = None,
     return_hidden: bool = False,
 ) -> list[Trajectory]:
-    """`group_size` attempts at each problem, groups contiguous, each graded: `outcome_reward` and `reward`
-    are 0 or 1.
-    """
+    """Sample and grade `group_size` attempts at each problem, groups contiguous; rewards are 0 or 1."""
     prompts = [prompt_ids(problem, tokenizer, system, suffix) for problem in problems]
     keys = [(*address, problem.id, sample) for problem in problems for sample in range(group_size)]
     groups = sampler.generate(
@@ -134,7 +131,7 @@ def rollout(
 
 
 def graded(problem: Problem, sample: int, turn: Turn, text: str) -> Trajectory:
-    """One attempt that ends with this turn; text is what is graded."""
+    """Grade `text` and make the trajectory of one turn."""
     outcome = float(grade(text, problem.answer, problem.source))
     return Trajectory(problem, sample, [turn], text, extract(text, problem.source), outcome, outcome)
 
@@ -142,11 +139,11 @@ def graded(problem: Problem, sample: int, turn: Turn, text: str) -> Trajectory:
 def sample_differences(
     sample: Callable[[list[Problem]], Sequence[Trajectory]], rounds: list[list[Problem]], group_size: int
 ) -> tuple[list[Trajectory], list[Trajectory]]:
-    """DAPO's dynamic sampling: groups that are all right or all wrong make place for other problems'. DAPO (2503.14476) §3.2
+    """Sample groups; replace those that are all right or all wrong by other problems'. DAPO (2503.14476) §3.2
 
-    sample attempts problems, groups of `group_size` contiguous. rounds: the problems, then the spare ones of each
-    further round, slot by slot. A group that still has no differences after the last round stays. Returns the
-    trajectories that are trained on, as many as without, and those that were replaced.
+    sample: attempts problems, groups of `group_size` contiguous. rounds: the problems, then the spare ones of
+    each further round, slot by slot. A group without differences after the last round stays. Returns the
+    trajectories to train on, always the same number, and the replaced ones.
     """
 
     def groups_of(problems: list[Problem]) -> list[list[Trajectory]]:

@@ -1,15 +1,16 @@
-"""Sampling: continuous batching over KV pages. Samples of a group share their prompt; probes fork the pages of what was sampled.
+"""Sampling with continuous batching over KV pages.
 
-`Sampler` is what a caller sees: generate, prefill, score, load_weights. The folder decode/ has what is
-behind it: the pages, the forwards of many tokens, the loop behind generate.
+`Sampler` has four operations: generate, prefill, score, load_weights. Samples of a group share their prompt's
+pages, and probes fork pages of completions. The folder decode/ has the parts: pages, packed forwards, decode
+loop.
 
-The key of a completion (seed, step, problem, sample, …) and the position of a token in the completion hash to
-the number that draws the token. So a trajectory does not depend on the rest of the batch, on preemption or
-on the world size, up to floating-point ties.
+The key of a completion (seed, step, problem, sample, …) and the position of a token hash to the random number
+that draws the token. So a trajectory does not depend on the rest of the batch, on preemption or on the world
+size, up to floating-point ties.
 
-Log-probs are those of the distribution sampled from, log softmax(logits / temperature); greedy decoding
-(temperature 0) reports them at temperature 1. There is no top-p or top-k: a policy trained on truncated
-samples would be scored by a distribution it was not sampled from.
+Log-probs are those of the sampled distribution, log softmax(logits / temperature); greedy decoding
+(temperature 0) returns them at temperature 1. There is no top-p or top-k, because the trainer's log-probs are
+those of the whole distribution.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ from thinkrl.model import Transformer
 from thinkrl.tokenizer import StopStrings, Tokenizer
 from thinkrl.types import UserError
 
-Choice = tuple[int, tuple[int, ...]]  # a place, and the ids that may stand there
+Choice = tuple[int, tuple[int, ...]]  # an index in a suffix, and the ids that may be there
 
 
 class Sampler:
-    """Writes completions with `model`, which it may own alone (`load_weights`) or share with the caller.
+    """Sampler of completions with `model`, which may be its own copy (`load_weights`) or shared with the
+    caller.
 
-    num_pages       KV pages of `page_size` tokens; None: what max_rows contexts can use, within a share of the free
-                    memory
+    num_pages       number of KV pages of `page_size` tokens; None: as many as max_rows contexts can use, in a
+                    share of the free memory
     max_rows        completions that decode at the same time
-    max_tokens_per_forward   prefill and probes are cut into forwards of this size
+    max_tokens_per_forward   prefill and probes are split into forwards of this size
     memory_share    share of the free CUDA memory for the pages (on a CPU: a quarter of the host's memory)
     cuda_graphs     record the decode step and replay it, on CUDA
     """
@@ -71,7 +73,7 @@ class Sampler:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises UserError if the sampler was made without one."""
+        """Tokenizer of the model. Raises UserError if the sampler was made without one."""
         if self._tokenizer is None:
             raise UserError("stop strings and texts need the tokenizer: Sampler(model, tokenizer)")
         return self._tokenizer
@@ -82,7 +84,7 @@ class Sampler:
 
     @property
     def paged(self) -> PagedModel:
-        """The model with its KV pages, which are created when first used."""
+        """Model with its KV pages, which are allocated on first use."""
         if self._paged is None:
             config, dtype = self.model.config, self.model.embed.weight.dtype
             count = self._default_pages() if self.num_pages is None else self.num_pages
@@ -99,13 +101,14 @@ class Sampler:
 
     @property
     def idle(self) -> WeakSet[Pages]:
-        """Forks that their owner keeps for later and adds here: they lose their pages when nothing else can be
-        preempted, and are recomputed from their tokens when they are used.
+        """Forks that their owner added here: they lose their pages if nothing else can be preempted.
+
+        When used they are recomputed from their tokens.
         """
         return self.pool.idle
 
     def _default_pages(self) -> int:
-        """Pages that max_rows contexts can use, within the share of the free memory."""
+        """Number of pages that max_rows contexts can use, within the share of the free memory."""
         config = self.model.config
         page_bytes = 2 * config.layers * self.page_size * config.kv_heads * config.head_dim
         page_bytes *= self.model.embed.weight.dtype.itemsize
@@ -116,7 +119,7 @@ class Sampler:
         return min(self.max_rows * -(-config.max_positions // self.page_size), room // page_bytes)
 
     def release_pool(self) -> None:
-        """Free the memory of the KV pages, before a backward that needs it. The next call creates them anew."""
+        """Free the memory of the KV pages for a backward. The next call allocates them again."""
         if self._paged is not None:
             held = len(self.pool.handles)
             assert held == 0, f"{held} sequences still hold pages: release the forks first"
@@ -126,18 +129,19 @@ class Sampler:
     def load_weights(self, policy: nn.Module) -> None:
         """Copy the policy's parameters into the sampler's own, in place. Collective when they are sharded.
 
-        One parameter is gathered at a time, so the copy never needs a second model. K/V of the old weights is
-        worthless from here on, so nothing may hold pages.
+        One parameter is gathered at a time, so no second full copy exists. No sequence may hold pages, whose
+        K/V would be of the old weights.
         """
         assert self._paged is None or not self.pool.handles, "sequences of the old weights still hold pages"
         own = dict(self.model.named_parameters())
         theirs = dict(policy.named_parameters())
         if own.keys() != theirs.keys():
             raise UserError(
-                f"the policy is not of the sampler's architecture: {sorted(own.keys() ^ theirs.keys())[:3]} differ"
+                f"the policy is not of the sampler's architecture: {sorted(own.keys() ^ theirs.keys())[:3]} "
+                "differ"
             )
         for name, parameter in own.items():
-            parameter.copy_(whole(theirs[name].to(parameter.dtype)))  # rounded first: half the bytes in bf16
+            parameter.copy_(whole(theirs[name].to(parameter.dtype)))  # cast first: half the bytes in bf16
 
     @torch.inference_mode()
     def generate(
@@ -155,23 +159,24 @@ class Sampler:
         prefix: Sequence[Pages] | None = None,
         return_hidden: bool = False,
     ) -> list[list[Completion]]:
-        """n completions of every prompt, in the order asked for.
+        """Sample n completions of every prompt; returns a list of n per prompt.
 
         temperature    0 is greedy
-        stop           strings; the completion ends with the token whose text completes one; needs the tokenizer
-        stop_ids       None: the tokenizer's own; the sampled stop id is part of the completion
-        keys           one tuple of ints per completion, prompt by prompt: the key of its random numbers; None gives
-                       (prompt, sample)
-        on_finish      called with each completion before its pages are freed. It may fork them, score forks, sample
-                       from forks, and keep forks beyond the call (a kept fork holds its pages until released,
-                       or idle)
-        on_tokens      called with (prompt, sample, tokens so far) of every live completion whenever the host looks at
-                       them: to show a text while it is written
-        prefix         one sequence per prompt, from `prefill` or a fork: prompts[i], which may then be empty, continues
-                       prefix[i] on its pages. The prefix stays the caller's, to be released by the caller
-        return_hidden  keep the hidden state behind every log-prob, len(tokens) × D numbers per completion
+        stop           stop strings; a completion ends with the token whose text completes one
+        stop_ids       None: the tokenizer's; a sampled stop id is part of the completion
+        keys           one tuple of ints per completion, prompt by prompt, the key of its random numbers;
+                       None: (prompt, sample)
+        on_finish      called with each completion and its pages before they are freed. It may fork them,
+                       score forks, sample from forks, and keep forks after the call (a kept fork holds its
+                       pages until it is released, or idle)
+        on_tokens      called with (prompt, sample, tokens so far) of every live completion whenever the host
+                       reads them, to show text during decoding
+        prefix         one sequence per prompt, from `prefill` or a fork: prompts[i], which may then be empty,
+                       continues prefix[i] on its pages. The caller still owns prefix[i] and releases it
+        return_hidden  keep the hidden state of every log-prob, [len(tokens), D] per completion
 
-        When anything raises, every page taken since the call began is free again.
+        If the call raises, all pages that it took are freed. Raises UserError for invalid arguments, and for
+        a sequence that does not fit the context or the pages.
         """
         stop = [stop] if isinstance(stop, str) else list(stop)
         if stop_ids is None:
@@ -182,7 +187,7 @@ class Sampler:
             for i, (prompt, source) in enumerate(zip(prompts, sources, strict=True))
         ]
         hidden = None
-        if return_hidden:  # first of all, because the pool takes a share of what is free
+        if return_hidden:  # first, because the pool takes a share of the free memory
             shape = min(len(prompts) * n, self.max_rows) * (max_tokens + 1), self.model.config.width
             hidden = torch.zeros(shape, dtype=self.model.embed.weight.dtype, device=self.device)
         before = set(self.pool.handles)
@@ -207,7 +212,9 @@ class Sampler:
 
     @torch.inference_mode()
     def prefill(self, tokens: list[int], prefix: Pages | None = None) -> Pages:
-        """The K/V of `tokens`, behind `prefix` if one is given, as a sequence that the caller forks and releases."""
+        """Compute K/V of `tokens`, after `prefix` if given. Returns a sequence, which the caller must
+        release.
+        """
         pages = prefix.fork() if prefix else self.pool.new([])
         pages.tokens = pages.tokens + list(tokens)
         try:
@@ -226,13 +233,14 @@ class Sampler:
         suffixes: Sequence[list[int]],
         choices: Sequence[Sequence[Choice]] | None = None,
     ) -> list[Tensor]:
-        """Log-probs (temperature 1) of each suffix behind its fork, teacher-forced: a list of [len(suffix)] fp32.
+        """Score each suffix after its fork, teacher-forced, at temperature 1: log-probs, a list of
+        [len(suffix)] fp32.
 
-        choices   per suffix, (i, ids): also the log of the probability that one of `ids` stands in the place of its
-                  token i. They follow the suffix's own: [len(suffix) + len(choices)]
+        choices   per suffix, pairs (i, ids): also the log-probability that its token i is one of `ids`. These
+                  follow the suffix's log-probs: [len(suffix) + len(choices)]
 
-        All suffixes go through the model in one packed forward, as far as max_tokens_per_forward and the free
-        pages allow. The forks are released.
+        All suffixes are in one packed forward, as far as max_tokens_per_forward and the free pages allow. The
+        forks are released.
         """
         results: list[Tensor] = []
         if choices is None:
@@ -245,7 +253,7 @@ class Sampler:
                 size = 0
                 for fork, suffix in zip(forks[len(results) :], suffixes[len(results) :]):
                     self.idle.discard(fork)
-                    fed = fork.unfed + suffix[:-1]  # the prediction behind the suffix is not needed
+                    fed = fork.unfed + suffix[:-1]  # the prediction after the suffix is not needed
                     if batch and size + len(fed) > self.max_tokens_per_forward:
                         break
                     try:
@@ -282,21 +290,21 @@ class Sampler:
             return [torch.cat(pair) for pair in zip(own, chosen)]
 
     def _choose(self, hidden: Tensor, asked: list[Choice]) -> Tensor:
-        """Log of the summed probability of `ids` behind a row of hidden, per (row, ids) asked: [len(asked)] fp32."""
-        places: dict[tuple[int, ...], list[int]] = {}  # the same ids are asked for behind many rows
+        """Log of the summed probability of `ids` after a hidden row, for each (row, ids): [len(asked)]."""
+        places: dict[tuple[int, ...], list[int]] = {}  # many rows have the same ids
         for place, (_, ids) in enumerate(asked):
             places.setdefault(ids, []).append(place)
         chosen = hidden.new_empty(len(asked), dtype=torch.float32)
         for ids, where in places.items():
             wanted = torch.tensor(ids, device=self.device)
-            for at in torch.tensor(where, device=self.device).split(64):  # bounds the logits held at once
+            for at in torch.tensor(where, device=self.device).split(64):  # bounds the memory of logits
                 states = hidden[[asked[place][0] for place in at.tolist()]]
                 logits = self.model.logits(states).float()
                 chosen[at] = logits[:, wanted].logsumexp(-1) - logits.logsumexp(-1)
         return chosen
 
     def _stop_strings(self, stop: list[str]) -> StopStrings | None:
-        """The matcher for these strings, kept because making it reads the text of the whole vocabulary."""
+        """Matcher of these strings, cached because it is built from the text of the whole vocabulary."""
         if not stop:
             return None
         if tuple(stop) not in self._matchers:
@@ -313,7 +321,8 @@ class Sampler:
             raise UserError(f"stop_ids {list(stop_ids)} are not all in the vocabulary of {vocab}")
         if keys is not None and (len(keys) != len(groups) * n or len({len(key) for key in keys}) > 1):
             raise UserError(
-                f"{len(keys)} keys for {len(groups)} prompts × {n} samples: give each completion one tuple, all as long"
+                f"{len(keys)} keys for {len(groups)} prompts × {n} samples: give each completion one tuple, "
+                "all as long"
             )
         for group in groups:
             if not group.tokens:

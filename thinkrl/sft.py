@@ -1,11 +1,11 @@
-"""Supervised fine-tuning: next-token loss on the completions of rows, over the same packs as reinforcement learning.
+"""Supervised fine-tuning: next-token loss on the completions of rows, with the same packs as in RL.
 
     loss = -sum_t m_t log pi(token_t | tokens before) / tokens of the step
 
-A row is a chat and the completion that follows it; `chats` says how files write them. The chat goes through the
-checkpoint's template; prompt and completion are encoded apart, as they are when the policy samples, and the
-completion ends with the token that ends a turn. Prompt tokens have mask 0. Rows whose prompt is not a chat have
-a function of their own that encodes it (longshort.cold_start).
+A row is a chat and the completion that follows it; `chats` reads them from files. The checkpoint's template
+renders the chat. Prompt and completion are encoded separately, as in sampling, and the completion ends with
+the token that ends a turn. Prompt tokens have mask 0. Rows whose prompt is not a chat are encoded by a
+function of their own (longshort.cold_start).
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Row(NamedTuple):
 
 
 def load_rows(spec: str | Path, columns: str = "", skip_bad_rows: bool = False) -> list[Row]:
-    """Rows of files and datasets in any layout of `chats`: one for each message of the assistant, as it would be
-    sampled after those before it. columns, skip_bad_rows: as in `rows.load`. Raises UserError with file, row
-    and field.
+    """Load rows of files and datasets in any layout of `chats`, one for each message of the assistant.
+
+    columns, skip_bad_rows: as in `rows.load`. Raises UserError with file, row and field.
     """
 
     def make(fields: Fields) -> list[Row]:
@@ -61,7 +61,7 @@ def load_rows(spec: str | Path, columns: str = "", skip_bad_rows: bool = False) 
 
 
 def load_parts(config: Config) -> list[list[Row]]:
-    """The rows of each part of `--data`, if --data_weights gives the parts shares; else those of all in one list."""
+    """Load the rows of each part of `--data` if --data_weights weights the parts, else all in one list."""
     specs = split_spec(config.data) if config.data_weights else [config.data]
     return [load_rows(spec, config.columns, config.skip_bad_rows) for spec in specs]
 
@@ -77,9 +77,9 @@ Encode = Callable[[Row, Tokenizer], list[int]]
 def samples(
     rows: list[Row], tokenizer: Tokenizer, context: int | None = None, encode: Encode = chat_prompt
 ) -> list[Sample]:
-    """Rows as ids, ready to pack. The advantage is unused and 0; ids are places in `rows`, from 0.
+    """Encode rows as samples to pack. Advantages are unused and 0; ids are indices in `rows`.
 
-    context    the model's; raises UserError for a row that is longer
+    context    of the model, in tokens; raises UserError for a longer row
     encode     makes a row's prompt ids
     """
     out = []
@@ -89,15 +89,15 @@ def samples(
         out.append(Sample(encode(row, tokenizer), completion, zeros, zeros, str(i)))
         if context is not None and len(out[-1]) > context:
             raise UserError(
-                f"{row.where}: prompt and completion have {len(out[-1])} tokens, more than the model's context of "
-                f"{context}: shorten the row, or leave it out"
+                f"{row.where}: prompt and completion have {len(out[-1])} tokens, more than the model's "
+                f"context of {context}: shorten the row, or leave it out"
             )
     return out
 
 
 def nll_loss(logprob: Tensor, mask: Tensor, denominator: Tensor | float) -> Tensor:
-    """-sum of logprob [T] where mask [T] is 1, over the step's own token count on all ranks (taken as at
-    least 1). Scalar.
+    """Sum of -logprob [T] where mask [T] is 1, divided by the step's token count on all ranks (at least 1).
+    Scalar.
     """
     total = -torch.where(mask > 0, logprob, 0.0).sum()
     return total / divisor(denominator)
@@ -115,7 +115,7 @@ def sft_objective(policy: Transformer, packs: Sequence[Pack]) -> Callable[[Pack]
 
 
 def with_steps(config: Config, rows: int) -> Config:
-    """The config with the `steps` that --epochs passes over so many rows take; as it is without --epochs.
+    """Set `steps` to those of --epochs passes over so many rows; without --epochs the config is unchanged.
 
     Each pass leaves out the few rows that do not fill a step, as `Stream` does.
     """
@@ -132,9 +132,11 @@ def train(
     files: dict[str, str] | None = None,
     report: Callable[[Path], object] | None = None,
 ) -> Run:
-    """Train for `steps` optimizer steps, or `epochs`, of `problems_per_step` rows, of each part its share. Collective.
+    """Train for `steps` optimizer steps, or `epochs`, of `problems_per_step` rows, a share of each part.
+    Collective.
 
-    parts: as `load_parts` gives them. `encode` as in `samples`, `files` as in `Learner`, `report` as in `Session`.
+    parts: as `load_parts` gives them. `encode` as in `samples`, `files` as in `Learner`, `report` as in
+    `Session`.
     """
     config = with_steps(config, sum(map(len, parts)))
     path = model_path(config.model)

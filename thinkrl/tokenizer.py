@@ -1,17 +1,17 @@
-"""Text <-> ids, the model's own chat template, and what must be read off ids while they are being sampled.
+"""Encode and decode text, render chat templates, and find stop strings during sampling.
 
-`tokenizers` does the encoding. The chat template is the checkpoint's own Jinja source, rendered in a sandbox
-set up as transformers sets up its own, so that rendered text and ids equal `apply_chat_template`.
+`tokenizers` does the encoding. The chat template is the checkpoint's Jinja source, rendered in a sandbox with
+the same settings as in transformers, so that rendered text and ids equal `apply_chat_template`.
 
 Stop strings are matched on text, because in a real vocabulary they are not a fixed sequence of ids:
 "</think>\\n\\n" ends in one token that holds ">\\n\\n", and one character may be spread over several tokens.
-Reading text for each new token of each running sequence would cost more than a small model's forward pass, so
-it is avoided twice:
+Decoding text for each new token of each running sequence would cost more than a small model's forward, so it
+is avoided in two ways:
 
-    StopStrings.endings    the ids whose text could be the end of a stop string: a table over the vocabulary, made once.
-                           Any other token costs one look-up.
-    window                 when such a token does come, only the last `window` tokens are decoded: a token is at least one
-                           byte, so no stop string of n bytes can reach further back than n tokens.
+    StopStrings.endings    ids whose text may be the end of a stop string: a table over the vocabulary, made
+                           once. Any other token costs one look-up.
+    window                 after such a token, only the last `window` tokens are decoded: a token is at least
+                           one byte, so a stop string of n bytes is in the last n tokens.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "generation_config.json",
-    "prompts.json",  # how the two roles are addressed, where a checkpoint was taught its own way
+    "prompts.json",  # role prompts of a checkpoint
 )
-UNFINISHED = "\ufffd"  # decoding gives this for bytes that are not, or not yet, a character
-PARTIAL = 3  # at most 3 bytes of a UTF-8 character can be waiting for the rest of it
+UNFINISHED = "\ufffd"  # decoded from bytes that are not, or not yet, a character
+PARTIAL = 3  # a UTF-8 character may lack its last byte after at most 3
 
 
 class Tokenizer:
-    """The tokenizer of a Hugging Face folder.
+    """Tokenizer of a Hugging Face folder.
 
-    Nothing is ever added to what is encoded: the beginning-of-sequence token and turn markers come from the
-    chat template, once. `eos_token`, `bos_token` and the like are those of tokenizer_config.json.
+    Encoding adds nothing: the beginning-of-sequence token and turn markers come from the chat template.
+    `eos_token`, `bos_token` and the like are those of tokenizer_config.json.
     """
 
     def __init__(self, path: str | Path):
@@ -62,7 +62,7 @@ class Tokenizer:
             raise UserError(f"{file}: file not found; the fast tokenizer's tokenizer.json is needed")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the Rust side raises nothing narrower
+        except Exception as error:  # tokenizers raises no narrower type
             raise UserError(f"{file}: not a readable tokenizer ({error})") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -77,14 +77,12 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """One more than the highest id that stands for text; a model's own vocabulary is often padded
-        above it.
-        """
+        """Highest id of a text plus one; a model's vocabulary may be padded to more."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def eos_id(self) -> int:
-        """The id that ends a text in training data. Raises UserError if the folder names none."""
+        """Id that ends a text in training data. Raises UserError if the folder names none."""
         eos = self._tokenizer.token_to_id(self.special.get("eos_token", ""))
         if eos is None:
             raise UserError(
@@ -103,25 +101,21 @@ class Tokenizer:
         return sorted(ids - {None})
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with nothing added; a special token spelled out in the text becomes its one id."""
+        """Encode `text`, with nothing added; a special token in the text becomes its id."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens included. Bytes that are not a character come out as U+FFFD."""
+        """Decode `ids`, special tokens included. Bytes that are not a character become U+FFFD."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     @functools.cached_property
     def _anchor(self) -> tuple[list[int], int]:
-        """An id to stand before others, and the length of its text: some decoders drop a text's leading
-        space.
-        """
+        """An id to put before others, and its text's length, because some decoders drop a leading space."""
         words = ((i, self.decode([i])) for i in range(self.vocab_size))
         return next((([i], len(text)) for i, text in words if text.isalnum()), ([], 0))
 
     def continuation(self, ids: Sequence[int]) -> str:
-        """Text of `ids` as it reads when something stands before them, as a prompt does before a
-        completion.
-        """
+        """Decode `ids` as the continuation of other text, such as a completion after a prompt."""
         anchor, length = self._anchor
         return self.decode([*anchor, *ids])[length:]
 
@@ -154,11 +148,11 @@ class Tokenizer:
             raise UserError(f"{file}: the chat template is not valid Jinja ({error})") from None
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The conversation as the text the model was trained to continue.
+        """Render a conversation by the chat template. Raises UserError if the template refuses it.
 
-        messages: {"role": "system" | "user" | "assistant", "content": str}, ...
-        A checkpoint without a chat template, a base model, gets the contents joined by empty lines, after the
-        beginning-of-sequence token if its tokenizer is one that puts it first.
+        messages: {"role": "system" | "user" | "assistant", "content": str}, ... Without a chat template (a
+        base model), contents are joined by empty lines, after the beginning-of-sequence token if the
+        tokenizer adds one.
         """
         if not messages:
             raise UserError("a conversation needs at least one message")
@@ -173,13 +167,11 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **self.special,
             )
-        except Exception as error:  # a template is a program of the checkpoint's, and may fail in any way
+        except Exception as error:  # a template is a program and may raise anything
             raise UserError(f"{self.path}: the chat template refuses this conversation ({error})") from None
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of `render_chat`. The template has already written the beginning-of-sequence token, if there
-        is one.
-        """
+        """Encode `render_chat`, which includes the beginning-of-sequence token if there is one."""
         return self.encode(self.render_chat(messages, add_generation_prompt))
 
     def _first_token(self) -> str:
@@ -187,18 +179,14 @@ class Tokenizer:
         return bos if bos and bos in self._tokenizer.encode("", add_special_tokens=True).tokens else ""
 
     def save(self, path: str | Path) -> None:
-        """Copy every file of the tokenizer into the folder `path`, generation_config.json with its stop
-        ids included.
-        """
+        """Copy the tokenizer's files, with generation_config.json for its stop ids, into `path`."""
         for name in FILES:
             if (self.path / name).exists():
                 shutil.copyfile(self.path / name, Path(path) / name)
 
 
 def difference(a: Tokenizer, b: Tokenizer, text: str) -> str:
-    """Describe where two tokenizers read ids or cut `text` differently; empty where ids may
-    pass between them.
-    """
+    """Describe a difference of two tokenizers in decoding ids or in encoding `text`; "" if there is none."""
     if a.pieces != b.pieces:
         differing = (
             f"id {i} is {x!r} and {y!r}" for i, (x, y) in enumerate(zip(a.pieces, b.pieces)) if x != y
@@ -208,10 +196,10 @@ def difference(a: Tokenizer, b: Tokenizer, text: str) -> str:
 
 
 class StopStrings:
-    """Find where a completion ends, for a set of stop strings.
+    """Matcher of a set of stop strings in a completion.
 
-    The completion's own text counts, not the prompt's. The token whose text completes a stop string belongs
-    to the completion whole, with whatever follows the stop string inside it.
+    Only the completion's text counts, not the prompt's. The token whose text completes a stop string belongs
+    to the completion, with any text after the stop string in that token.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
@@ -223,13 +211,11 @@ class StopStrings:
 
     def _possible_endings(self, pieces: Sequence[str]) -> Iterator[int]:
         rests = tuple(stop[n:] for stop in self.stops for n in range(1, len(stop)))
-        wide = not all(
-            stop[-1].isascii() for stop in self.stops
-        )  # the last character may itself come in parts
+        wide = not all(stop[-1].isascii() for stop in self.stops)  # the last character may come in parts
         for i, piece in enumerate(pieces):
             whole = piece.lstrip(
                 UNFINISHED
-            )  # what follows the end of a character that began in an earlier token
+            )  # text after the end of a character that began in an earlier token
             if (
                 whole.startswith(rests)
                 or any(stop in piece for stop in self.stops)
@@ -238,8 +224,8 @@ class StopStrings:
                 yield i
 
     def find(self, tokens: Sequence[int], start: int = 0) -> int | None:
-        """Index of the first of tokens[start:] that completes a stop string; tokens is the completion from
-        its start.
+        """Index of the first token from `start` on that completes a stop string, or None. tokens: the
+        completion.
         """
         for i in range(start, len(tokens)):
             if tokens[i] in self.endings and self._ends_at(tokens, i):
@@ -251,7 +237,7 @@ class StopStrings:
         text = self.tokenizer.continuation(tokens[start : i + 1])
         for _ in range(
             PARTIAL
-        ):  # back to the start of a character: some decoders give up a whole run of bytes for one cut
+        ):  # back to the start of a character: some decoders replace a whole run of cut bytes
             if start and text.startswith(UNFINISHED):
                 start -= 1
                 text = self.tokenizer.continuation(tokens[start : i + 1])
@@ -260,17 +246,17 @@ class StopStrings:
 
 
 def find_stop_ref(tokenizer: Tokenizer, stops: Sequence[str], tokens: Sequence[int]) -> int | None:
-    """The specification of `StopStrings.find`: decode everything again after every token."""
+    """Specification of `StopStrings.find`: decode the whole completion after every token."""
     texts = (tokenizer.continuation(tokens[: i + 1]) for i in range(len(tokens)))
     return next((i for i, text in enumerate(texts) if any(stop in text for stop in stops)), None)
 
 
 class IncrementalText:
-    """The text of a sequence, token by token: the pushed parts, joined, are the text of all ids pushed so far.
+    """Incremental decoder: the concatenated results of `push` are the text of all ids so far.
 
-    A part is held back only while its last bytes are not yet a character. A push decodes one token, or the
-    few since the text last ended in a whole character. (Where bytes are not valid UTF-8, the number of U+FFFD
-    may differ from decode's.)
+    Text is held back only while its last bytes are not yet a character. A push decodes one token, or the few
+    since the text last ended in a whole character. For invalid UTF-8 the number of U+FFFD may differ from
+    decode's.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -279,10 +265,10 @@ class IncrementalText:
         self._given = 0  # characters of their text that were returned
 
     def push(self, token: int) -> str:
-        """The characters that `token` completes, possibly none."""
+        """Add a token and return the characters that it completes, possibly none."""
         self._pending.append(token)
         text = self.tokenizer.continuation(self._pending)
-        # What may still become a character is at the end, and at most PARTIAL bytes of it.
+        # Only the last PARTIAL bytes may still become a character.
         certain = max(self._given, len(text.rstrip(UNFINISHED)), len(text) - PARTIAL)
         new = text[self._given : certain]
         open_end = len(text) - certain
@@ -290,22 +276,22 @@ class IncrementalText:
             self._pending = []
         elif (
             len(self._pending) > 2 * PARTIAL
-        ):  # bytes that never become a character: their cost must not add up
+        ):  # bytes that never become a character must not be decoded again and again
             self._pending = self._pending[-PARTIAL:]
             text = self.tokenizer.continuation(self._pending)
         self._given = len(text) - open_end if self._pending else 0
         return new
 
     def flush(self) -> str:
-        """Text left at the end of the sequence: U+FFFD for bytes that never became a character."""
+        """Return the rest at the end of the sequence: U+FFFD for bytes that are not a character."""
         left = self.tokenizer.continuation(self._pending)[self._given :]
         self._pending, self._given = [], 0
         return left
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}: marks the assistant's words for other trainers; here it is
-    only a scope.
+    """Tag {% generation %} … {% endgeneration %}, which marks the assistant's text for other trainers; no
+    effect here.
     """
 
     tags = {"generation"}
@@ -319,7 +305,7 @@ class _Generation(jinja2.ext.Extension):
 
 @functools.cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment that templates on the hub expect: block trimming, loop controls, and three functions."""
+    """Make the Jinja environment that templates expect: block trimming, loop controls, three functions."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

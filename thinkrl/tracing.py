@@ -1,4 +1,4 @@
-"""Where the characters of a text come from: ids -> text, and how much of it is there after each id."""
+"""Map ids to text, with the number of characters after each id."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Protocol
 
 
 class Codec(Hashable, Protocol):
-    """The tokenizer methods that are used. Ids in its `stop_ids`, if it has any, end the thinking wherever they
-    appear.
-    """
+    """Tokenizer methods that are used. Ids in its `stop_ids`, if it has any, end the thinking."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -18,11 +16,10 @@ class Codec(Hashable, Protocol):
 
 
 def trace(tokens: list[int], tokenizer: Codec) -> tuple[str, list[int]]:
-    """The text of `tokens`, and how many of its characters are there after each token. Never decreasing.
+    """Text of `tokens`, and the number of its characters after each token, never decreasing.
 
-    Usually the tokens' own texts are the text, which one look-up per token finds out. Where they are not (a
-    character spread over several tokens, a decoder that treats a first space apart), it is decoded step by
-    step.
+    Usually the text is the concatenation of the tokens' texts, one look-up each. Otherwise (a character in
+    several tokens, a decoder that drops a first space) it is decoded step by step.
     """
     text = tokenizer.decode(tokens)
     pieces = [_piece(tokenizer, token) for token in tokens]
@@ -41,7 +38,8 @@ def _piece(tokenizer: Codec, token: int) -> str:
 
 
 def trace_ref(tokens: list[int], tokenizer: Codec) -> tuple[str, list[int]]:
-    """`trace` by incremental decoding: a token's text is what it adds to that of the few tokens before it.
+    """Specification of `trace`, by incremental decoding: the text that a token adds to a few tokens before
+    it.
 
     A character counts from the token that has its last byte.
     """

@@ -1,20 +1,20 @@
-"""The nouns: Problem -> Turn -> Trajectory -> Sample -> Pack.
+"""Data types: Problem -> Turn -> Trajectory -> Sample -> Pack.
 
 A worked example. The problem "2+3?" with gold "5" is attempted twice (a group of G = 2). With one id per
 character:
 
     Problem     question "2+3?", answer "5"
-    Turn        prompt [2 + 3 ?], completion [5 EOS], logprobs [-0.1 -0.2]        what the sampler returned, untouched
+    Turn        prompt [2 + 3 ?], completion [5 EOS], logprobs [-0.1 -0.2]     as the sampler returned them
     Trajectory  one turn (grpo, l2t) or several (longshort), its grade and its reward
-    Sample      prompt [2 + 3 ?], completion [5 EOS], advantage [0.7 0.7]         one row that enters the loss
-    Pack        tokens     [2 + 3 ? 5 EOS | 2 + 3 ? 6 EOS]                        many samples in one row, T = 12
+    Sample      prompt [2 + 3 ?], completion [5 EOS], advantage [0.7 0.7]      one sample of the loss
+    Pack        tokens     [2 + 3 ? 5 EOS | 2 + 3 ? 6 EOS]                     many samples in one row, T = 12
                 cu_seqlens [0 6 12]
-                mask       [0 0 0 0 1 1   | 0 0 0 0 1 1]                          1 = counts in the loss
-                advantage  [0 0 0 0 .7 .7 | 0 0 0 0 -.7 -.7]                      0 where the mask is 0
+                mask       [0 0 0 0 1 1   | 0 0 0 0 1 1]                       1 = counts in the loss
+                advantage  [0 0 0 0 .7 .7 | 0 0 0 0 -.7 -.7]                   0 where the mask is 0
 
 Column t is always about token t itself: `logprob[t]` is the log-probability of token t given the tokens
-before it. The sampler sets the mask: 0 for prompt tokens, 1 for sampled ones, whatever the token's value, so a
-sampled stop token counts.
+before it. The sampler sets the mask: 0 for prompt tokens, 1 for sampled ones, whatever the token's value, so
+a sampled stop token counts.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ __all__ = ["Pack", "Problem", "Sample", "Trajectory", "Turn", "UserError", "empt
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its gold answer."""
+    """Question with its gold answer."""
 
-    id: int  # its place in the source: part of the key of every random number drawn for it
+    id: int  # index in its source: part of the keys of its random numbers
     question: str
     answer: str  # gold
     source: str = "arith"  # selects the grading rule: arith | gsm8k | last_number | math
@@ -43,7 +43,7 @@ class Problem:
     solution: str = ""
     system: str = ""  # system message, if the row carries its own
     instruct: bool = True  # whether the instruction of the grading rule follows the question
-    # as read, for rewards that want its columns
+    # as read, for reward functions that need its columns
     row: dict | None = field(default=None, compare=False, repr=False)
 
 
@@ -61,8 +61,9 @@ class Turn:
 
 @dataclass
 class Trajectory:
-    """All turns of one attempt at a problem, with its grade and its reward. A method that measures more
-    adds fields in a dataclass of its own (l2t.preset.EpisodeTrajectory, longshort.protocol.Conversation).
+    """All turns of one attempt at a problem, with grade and reward.
+
+    A method adds fields in a subclass (l2t.preset.EpisodeTrajectory, longshort.protocol.Conversation).
     """
 
     problem: Problem
@@ -70,11 +71,9 @@ class Trajectory:
     turns: list[Turn]
     text: str = ""  # decoded completion of the last turn
     answer: str | None = None  # as extracted from the text
-    outcome_reward: float = 0.0  # 1 if the answer is the gold one
-    reward: float = (
-        0.0  # raw: outcome_reward plus what the preset adds per trajectory; NaN: none could be given
-    )
-    rewards: list[float] = field(default_factory=list)  # raw, by each function of --reward; NaN: it gave none
+    outcome_reward: float = 0.0  # 1 if the answer is right, else 0
+    reward: float = 0.0  # raw: outcome_reward plus what the preset adds; NaN: no reward
+    rewards: list[float] = field(default_factory=list)  # raw, by each function of --reward; NaN: no reward
 
     @property
     def correct(self) -> bool:
@@ -82,19 +81,20 @@ class Trajectory:
 
     @property
     def tokens(self) -> int:
-        """Sampled tokens of all turns and roles."""
+        """Number of sampled tokens of all turns and roles."""
         return sum(len(turn.completion) for turn in self.turns)
 
     def record(self, advantage: Tensor) -> dict:
-        """One line of samples.jsonl, to which the log adds "step". Here, and only here, tensors become lists.
+        """Make one line of samples.jsonl, to which the log adds "step"; tensors become lists.
 
-        problem, sample           the problem's id, the place in its group
+
+        problem, sample           the problem's id, the index in its group
         question, gold, level     of the problem
         answer, text              as extracted (null: none found), and the text it was extracted from
-        outcome_reward, reward    raw; reward null: --reward gave none
+        outcome_reward, reward    raw; reward null: no reward
         turns                     role, prompt and completion (token ids), finish_reason of each turn, and the
                                   sampler's log-probs of the completion, rounded to 4 decimals
-        advantage                 one number per token that was trained on, in order, rounded to 4 decimals
+        advantage                 one number per trained token, in order, rounded to 4 decimals
         """
         turns = [
             {
@@ -123,13 +123,13 @@ class Trajectory:
 
 @dataclass
 class Sample:
-    """One prompt + completion that enters the loss."""
+    """One prompt and completion for the loss."""
 
     prompt: list[int]
     completion: list[int]
     advantage: Tensor  # [len(completion)] fp32, one value per completion token
     sampler_logprob: Tensor  # [len(completion)] fp32
-    id: str = ""  # "problem/sample/turn", named when a loss is not finite
+    id: str = ""  # "problem/sample/turn", for the error if a loss is not finite
     label: Tensor | None = None  # [len(completion)] fp32, see Pack.label
 
     def __len__(self) -> int:
@@ -146,12 +146,12 @@ class Pack:
     advantage: Tensor  # [T] fp32
     sampler_logprob: Tensor  # [T] fp32, 0 where the mask is 0
     ids: list[str]
-    places: Tensor  # [N] int64, where the mask is 1; where it nowhere is, token 1 stands in
-    longest: int  # tokens of the longest sequence: known to the host, so that no layer waits for the device
-    old_logprob: Tensor | None = None  # [T], by the trainer before its first update; None: it has not moved
+    places: Tensor  # [N] int64, where the mask is 1; [1] if it is 0 everywhere
+    longest: int  # tokens of the longest sequence, on the host so that no layer synchronizes
+    old_logprob: Tensor | None = None  # [T], by the trainer before its first update; None: unchanged
     ref_logprob: Tensor | None = None  # [T], by the frozen reference
-    label: Tensor | None = None  # [T] fp32, what a reward model is to predict behind a token; NaN: nothing
-    labelled: Tensor | None = None  # [M] int64, where the label is a number
+    label: Tensor | None = None  # [T] fp32, target of a reward model at a token; NaN: none
+    labelled: Tensor | None = None  # [M] int64, where the label is not NaN
 
     def to(self, device: torch.device | str) -> Pack:
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -159,7 +159,7 @@ class Pack:
 
 
 def pack(samples: list[Sample], budget: int) -> list[Pack]:
-    """Fill packs of at most `budget` tokens, in order of length so that a pack's sequences are alike.
+    """Pack samples, sorted by length, into rows of at most `budget` tokens.
 
     A sample longer than the budget gets a pack of its own. An empty list gives an empty list.
     """
@@ -175,8 +175,8 @@ def pack(samples: list[Sample], budget: int) -> list[Pack]:
 
 
 def empty_pack() -> Pack:
-    """Two tokens that count for nothing: a rank with fewer packs than its peers runs this, to keep
-    collectives in step.
+    """Make a pack of two tokens with mask 0, for a rank with fewer packs, since every rank runs the same
+    number.
     """
     return _row(
         [Sample(prompt=[0, 0], completion=[], advantage=torch.zeros(0), sampler_logprob=torch.zeros(0))]
@@ -188,7 +188,7 @@ def _row(samples: list[Sample]) -> Pack:
     cu_seqlens = lengths.cumsum(0).to(torch.int32)
 
     def row(values: list[Tensor], prompt: float = 0.0) -> Tensor:
-        """[T]: each sample's values on its completion, `prompt` on its prompt."""
+        """Concatenate to [T]: each sample's values on its completion, `prompt` on its prompt."""
         parts = zip(samples, values, strict=True)
         return torch.cat([torch.cat([torch.full((len(s.prompt),), prompt), v.float()]) for s, v in parts])
 

@@ -1,6 +1,6 @@
-"""Text of models and of data as a terminal and a page may show it."""
+"""Make control characters in text visible, for terminals and pages."""
 
-# Control characters as their pictures; characters that change the direction of the text around them by name.
+# Control characters -> Unicode's control pictures; characters that change text direction -> their names.
 DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 VISIBLE = (
     {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
@@ -11,5 +11,5 @@ VISIBLE = (
 
 
 def visible(value) -> str:
-    """Any value as text without control characters, so that it cannot change how its surroundings are shown."""
+    """Convert a value to text without control characters, which could change how other text is shown."""
     return str(value).translate(VISIBLE)
