@@ -11,10 +11,10 @@ TEST   ?= -n auto --maxprocesses 8 --dist worksteal
 PYTEST := -m pytest -q $(TEST)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast test-gpu lint bench bench-gpu tiny compare longshort docs lines clean
+.PHONY: help train test test-fast test-gpu lint bench bench-gpu bench-kernels tiny compare longshort docs lines clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 .venv/done: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -55,7 +55,10 @@ bench: .venv/done ## kernels and sampler against their baselines, side by side, 
 	$(BIN)/python -m thinkrl.tools.bench sampler
 	$(BIN)/python -m thinkrl.tools.bench l2t
 
-bench-gpu: ## the same on a CUDA machine with torch and triton already installed
+bench-gpu: ## one table in under five minutes, on a CUDA machine with torch and triton already installed
+	$(PYTHON) -m thinkrl.tools.bench_gpu $(ARGS)
+
+bench-kernels: ## each kernel beside its slow twins, on such a machine
 	for op in fisher logprob attention sample norm gate rotary; do $(PYTHON) -m kernels.$$op; done
 
 tiny: .venv/done ## rebuild the embedded model from its problem generator

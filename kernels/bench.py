@@ -18,9 +18,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
-def milliseconds(*candidates: Callable[[], object], rounds: int = 10) -> list[float]:
+def milliseconds(*candidates: Callable[[], object], rounds: int = 10, device: str = DEVICE) -> list[float]:
     """Median time of each candidate, in ms. On a CPU they take turns, so other load affects all alike."""
-    if DEVICE == "cuda":
+    if device == "cuda":
         return [triton.testing.do_bench(candidate, return_mode="median") for candidate in candidates]
     times: list[list[float]] = [[] for _ in candidates]
     for _ in range(rounds + 1):
@@ -32,12 +32,12 @@ def milliseconds(*candidates: Callable[[], object], rounds: int = 10) -> list[fl
 
 
 @lru_cache
-def ceilings() -> tuple[float, float]:
-    """Measure FLOP/s of a large product in DTYPE, and bytes/s of a large copy."""
-    n, size = (8192, 1 << 29) if DEVICE == "cuda" else (1024, 1 << 24)
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
-    source, target = (torch.ones(size, device=DEVICE) for _ in range(2))
-    product, copy = milliseconds(lambda: a @ b, lambda: target.copy_(source))
+def ceilings(device: str = DEVICE) -> tuple[float, float]:
+    """Measure FLOP/s of a large product, in bf16 on CUDA and fp32 on a CPU, and bytes/s of a large copy."""
+    n, size, dtype = (8192, 1 << 29, torch.bfloat16) if device == "cuda" else (1024, 1 << 24, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    source, target = (torch.ones(size, device=device) for _ in range(2))
+    product, copy = milliseconds(lambda: a @ b, lambda: target.copy_(source), device=device)
     return 2 * n**3 / product * 1e3, 8 * size / copy * 1e3
 
 

@@ -88,7 +88,7 @@ def launches(layers: int, family: str, rows: int = 8, longest: int = 500, stops:
         paged = PagedModel(
             model, PagePool(layers, 100, 2, 8, 16, torch.bfloat16, CUDA), 4096, TokenForwards()
         )
-        waiting = deque(Row(Group(i, [1] * (longest - 20), None, 1), 0, i) for i in range(rows))
+        waiting = deque(Row(Group(i, [1] * (longest - 20), None, 1, 20), 0, i) for i in range(rows))
         loop = DecodeLoop(paged, waiting, Request(20, 1.0, [3], None, None), rows, 8)
         if stops:
             loop.may_end = torch.zeros_like(loop.is_stop)

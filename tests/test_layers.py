@@ -49,6 +49,7 @@ INSIDE = {
         "pipeline",
         "bench",
         "plan",
+        "bench_gpu",
     ],
 }
 # Within a layer, modules do not see each other, but for these.

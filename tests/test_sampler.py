@@ -84,6 +84,14 @@ def test_greedy_equals_transformers(family, tmp_path):
     )
 
 
+def test_a_limit_for_each_prompt(model):
+    whole, limits = Sampler(model, num_pages=100, max_rows=3), [1, 9, 4, 2, 20]
+    full = whole.generate(PROMPTS, n=2, max_tokens=20, stop_ids=[])
+    cut = Sampler(model, num_pages=100, max_rows=3).generate(PROMPTS, n=2, max_tokens=limits, stop_ids=[])
+    assert tokens_of(cut) == [[c.tokens[:most] for c in group] for group, most in zip(full, limits)]
+    assert {c.finish_reason for group in cut for c in group} == {"length"}
+
+
 def test_logprobs_and_hidden_states_are_those_of_a_packed_forward(model):
     groups = Sampler(model, num_pages=100).generate(
         PROMPTS, n=2, max_tokens=20, temperature=0.7, return_hidden=True

@@ -148,7 +148,7 @@ class Sampler:
         self,
         prompts: list[list[int]],
         n: int = 1,
-        max_tokens: int = 256,
+        max_tokens: int | Sequence[int] = 256,
         temperature: float = 1.0,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
@@ -161,6 +161,7 @@ class Sampler:
     ) -> list[list[Completion]]:
         """Sample n completions of every prompt; returns a list of n per prompt.
 
+        max_tokens     of every completion; or a limit for those of each prompt
         temperature    0 is greedy
         stop           stop strings; a completion ends with the token whose text completes one
         stop_ids       None: the tokenizer's; a sampled stop id is part of the completion
@@ -182,22 +183,24 @@ class Sampler:
         if stop_ids is None:
             stop_ids = self._tokenizer.stop_ids if self._tokenizer else ()
         sources: Sequence[Pages | None] = [None] * len(prompts) if prefix is None else prefix
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
         groups = [
-            Group(i, [*(source.tokens if source else ()), *prompt], source, n)
-            for i, (prompt, source) in enumerate(zip(prompts, sources, strict=True))
+            Group(i, [*(source.tokens if source else ()), *prompt], source, n, limit)
+            for i, (prompt, source, limit) in enumerate(zip(prompts, sources, limits, strict=True))
         ]
+        most = max(limits, default=1)
         hidden = None
         if return_hidden:  # first, because the pool takes a share of the free memory
-            shape = min(len(prompts) * n, self.max_rows) * (max_tokens + 1), self.model.config.width
+            shape = min(len(prompts) * n, self.max_rows) * (most + 1), self.model.config.width
             hidden = torch.zeros(shape, dtype=self.model.embed.weight.dtype, device=self.device)
         before = set(self.pool.handles)
-        self._check(groups, n, max_tokens, temperature, stop_ids, keys)
+        self._check(groups, n, temperature, stop_ids, keys)
         addresses = torch.tensor(
             keys if keys is not None else [(g.index, s) for g in groups for s in range(n)]
         )
         row_keys = hash_key(seed, *addresses.unbind(-1)).tolist() if prompts else []
         waiting = deque(Row(group, s, row_keys[group.index * n + s]) for group in groups for s in range(n))
-        request = Request(max_tokens, temperature, stop_ids, self._stop_strings(stop), on_finish, on_tokens)
+        request = Request(most, temperature, stop_ids, self._stop_strings(stop), on_finish, on_tokens)
         loop = DecodeLoop(self.paged, waiting, request, self.max_rows, self.look_every, self._step, hidden)
         results: dict[tuple[int, int], Completion] = {}
         try:
@@ -311,10 +314,11 @@ class Sampler:
             self._matchers[tuple(stop)] = StopStrings(self.tokenizer, stop)
         return self._matchers[tuple(stop)]
 
-    def _check(self, groups, n, max_tokens, temperature, stop_ids, keys) -> None:
+    def _check(self, groups: list[Group], n: int, temperature: float, stop_ids, keys) -> None:
         vocab = self.model.config.vocab_size
-        if n < 1 or max_tokens < 1:
-            raise UserError(f"n = {n} completions of max_tokens = {max_tokens}: both must be at least 1")
+        least = min((group.max_tokens for group in groups), default=1)
+        if n < 1 or least < 1:
+            raise UserError(f"n = {n} completions of max_tokens = {least}: both must be at least 1")
         if not temperature >= 0.0:
             raise UserError(f"temperature = {temperature}: it must be 0 (greedy) or more")
         if not all(0 <= token < vocab for token in stop_ids):
@@ -331,7 +335,7 @@ class Sampler:
                 )
             if not 0 <= min(group.tokens) <= max(group.tokens) < vocab:
                 raise UserError(f"prompt {group.index} has a token outside the vocabulary of {vocab}")
-            self._require(group.tokens, max_tokens, f"prompt {group.index}")
+            self._require(group.tokens, group.max_tokens, f"prompt {group.index}")
 
     def _require(self, tokens: list[int], more: int, what: str) -> None:
         longest = self.model.config.max_positions

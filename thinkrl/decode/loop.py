@@ -45,7 +45,7 @@ class Completion:
 class Request:
     """Settings of one call, the same for all its completions."""
 
-    max_tokens: int
+    max_tokens: int  # the most that any completion may have
     temperature: float
     stop_ids: Sequence[int]
     stops: StopStrings | None
@@ -61,6 +61,7 @@ class Group:
     tokens: list[int]  # prefix and prompt
     source: Pages | None  # the caller's sequence that the prompt continues
     to_admit: int
+    max_tokens: int  # of each completion
     pages: Pages | None = None  # the prompt's K/V, while some of the n still wait for it
 
 
@@ -200,7 +201,7 @@ class DecodeLoop:
             row.admitted, row.order = self.clock, self.admissions
             self.admissions += 1
             start, written = row.slot * self.stride, len(row.tokens)
-            limit = start + self.request.max_tokens - written
+            limit = start + row.group.max_tokens - written
             columns.append((row.pages.tokens[-1], row.pages.filled, written, row.key, start, limit))
         places = slice(len(self.rows), len(self.rows) + len(chosen))
         self.state.columns[:, places] = torch.tensor(columns, device=self.paged.device).T
@@ -217,7 +218,7 @@ class DecodeLoop:
                 continue
             row.pages.filled = len(row.pages.tokens) - 1 + self.clock - row.admitted
             # the last token of a completion needs no K/V
-            last = len(row.group.tokens) + self.request.max_tokens - 1
+            last = len(row.group.tokens) + row.group.max_tokens - 1
             self.pool.reserve(row.pages, min(row.pages.filled + page_size, last))
         entries = []  # a new row's whole table, else the pages that are written next: new ones or copies
         for place, row in enumerate(self.rows):

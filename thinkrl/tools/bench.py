@@ -102,29 +102,33 @@ def matmuls_alone(model: Transformer, product: Callable, rows: int = PROMPTS * S
     return best
 
 
-def l2t_overhead(repeat: int) -> None:
-    """Seconds of the parts of a step; best of the repeats, interleaved."""
-    layers, width, heads, kv_heads, mlp_width, _ = CASES["56M fp32"]
-    config = ModelConfig(
-        "Qwen2ForCausalLM", VOCABULARY, width, layers, heads, kv_heads, width // heads, mlp_width, 2048
-    )
-    model, policy = Transformer.random(config), Transformer.random(config)
-    sampler = Sampler(model)
+def l2t_parts(
+    model: Transformer, policy: Transformer, tokens: int, repeat: int, wait: Callable[[], object] = bool
+) -> dict[str, float]:
+    """Seconds of the parts of a step on 2 prompts × 4 completions of `tokens` tokens; best of the repeats, interleaved.
+
+    model samples, policy trains; wait blocks until the device has done what it was given.
+    """
+    sampler, vocabulary = Sampler(model), model.config.vocab_size
+    device, per_episode = model.embed.weight.device, max(1, tokens // 10)
     optimizer = torch.optim.AdamW(policy.parameters())
     g = torch.Generator().manual_seed(0)
-    prompts = torch.randint(VOCABULARY, (2, 100), generator=g).tolist()
+    prompts = torch.randint(vocabulary, (2, 100), generator=g).tolist()
     probe = Probe(
-        torch.randint(VOCABULARY, (20,), generator=g).tolist(),
-        torch.randint(VOCABULARY, (5,), generator=g).tolist(),
+        torch.randint(vocabulary, (20,), generator=g).tolist(),
+        torch.randint(vocabulary, (5,), generator=g).tolist(),
     )
-    starts = torch.arange(100, 1001, 100) - 1
-    episodes = Episodes(torch.arange(1000) // 100, starts, starts)
+    ids = torch.arange(tokens) // per_episode
+    ends = torch.tensor([i for i in range(tokens) if i == tokens - 1 or ids[i] != ids[i + 1]])
+    episodes = Episodes(ids, ends, ends)
     proxy = Proxy(model, rank_share=0.1)
     best: dict[str, float] = {}
 
     def timed(name: str, run: Callable):
+        wait()
         start = time.perf_counter()
         result = run()
+        wait()
         best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
         return result
 
@@ -132,7 +136,7 @@ def l2t_overhead(repeat: int) -> None:
         groups = sampler.generate(
             prompts,
             n=4,
-            max_tokens=1000,
+            max_tokens=tokens,
             stop_ids=[],
             return_hidden=hidden,
             on_finish=gain.on_finish if gain else None,
@@ -140,13 +144,14 @@ def l2t_overhead(repeat: int) -> None:
         return [completion for group in groups for completion in group], gain and gain.results()
 
     def train(completions) -> None:
+        ones = torch.ones(tokens, device=device)
         for completion in completions:
-            tokens = torch.tensor(prompts[completion.prompt] + completion.tokens)
-            states = policy(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32))
-            logprob, _ = linear_logprob(states[99:-1], policy.head_weight, tokens[100:])
-            policy_loss(logprob, None, torch.ones(1000), torch.ones(1000), torch.tensor([0, 1000]))[
-                0
-            ].backward()
+            row = torch.tensor(prompts[completion.prompt] + completion.tokens, device=device)
+            cu_seqlens = torch.tensor([0, len(row)], dtype=torch.int32, device=device)
+            states = policy(row, cu_seqlens, longest=len(row))
+            logprob, _ = linear_logprob(states[99:-1], policy.head_weight, row[100:])
+            own = torch.tensor([0, tokens], device=device)
+            policy_loss(logprob, None, ones, ones, own)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -164,15 +169,29 @@ def l2t_overhead(repeat: int) -> None:
             for c in completions
         ]
         timed("penalty", lambda: penalise(step, turns))  # noqa: B023
+        sampler.release_pool()
         timed("training", lambda: train(completions))  # noqa: B023
+    return best
+
+
+def l2t_shares(best: dict[str, float]) -> tuple[float, float]:
+    """What L2T adds to a GRPO step, as a share of it: without its probes, and with them."""
+    step, probes = best["rollout"] + best["training"], best["probes, of it"]
+    penalty = best["penalty"] + max(0.0, best["rollout, states kept, probes"] - probes - best["rollout"])
+    return penalty / step, (penalty + probes) / step
+
+
+def l2t_overhead(repeat: int) -> None:
+    layers, width, heads, kv_heads, mlp_width, _ = CASES["56M fp32"]
+    config = ModelConfig(
+        "Qwen2ForCausalLM", VOCABULARY, width, layers, heads, kv_heads, width // heads, mlp_width, 2048
+    )
+    best = l2t_parts(Transformer.random(config), Transformer.random(config), 1000, repeat)
     for name, seconds in best.items():
         print(f"{name:30} {seconds:8.2f} s")
+    without, with_probes = l2t_shares(best)
     step = best["rollout"] + best["training"]
-    probes = best["probes, of it"]
-    penalty = best["penalty"] + max(0.0, best["rollout, states kept, probes"] - probes - best["rollout"])
-    print(
-        f"GRPO step {step:.2f} s; L2T adds {penalty / step:.1%} without probes and {(penalty + probes) / step:.1%} with them"
-    )
+    print(f"GRPO step {step:.2f} s; L2T adds {without:.1%} without probes and {with_probes:.1%} with them")
 
 
 @dataclass(frozen=True)
