@@ -207,6 +207,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         load_model(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_loading_never_holds_the_checkpoint_twice(tmp_path):
     write_folder(tmp_path / "warm-up")
     raw = {

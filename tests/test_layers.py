@@ -151,6 +151,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["l2t", "longshort"])
 def test_without_a_paper_s_folder_grpo_still_trains(folder, tmp_path):
     def ignore(path: str, names: list[str]) -> list[str]:

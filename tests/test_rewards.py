@@ -249,7 +249,7 @@ SLOW = pytest.mark.slow
     "preset, more",
     [
         ("grpo", ()),
-        ("l2t", ()),
+        pytest.param("l2t", (), marks=SLOW),
         pytest.param("l2t", ("--credit", "guarded"), marks=SLOW),
         pytest.param("l2t", ("--advantage_std", "batch"), marks=SLOW),
         pytest.param("l2t", ("--credit", "to_go"), marks=SLOW),

@@ -189,6 +189,7 @@ def test_a_chat_of_two_says_who_speaks(monkeypatch):
     assert said.rstrip().endswith("answered]") and "</think>\nshort" in said
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_mistake():
     """`sample.py … | head`: no traceback, and exit status 0."""
     command = [sys.executable, "sample.py", "--prompt", "7*8?", "--n", "2", "--max_tokens", "4"]

@@ -469,6 +469,7 @@ def test_a_round_trains_its_own_role_against_a_fresh_reference(tmp_path):
     assert summary.keys() >= {"before", "L1⊗S0", "after"} and summary["after"]["turns"]["max"] <= 5
 
 
+@pytest.mark.slow
 def test_rounds_begin_at_their_reference_and_saving_changes_nothing(tmp_path):
     """With and without a checkpoint between the rounds: the same steps, the same weights."""
     runs = []

@@ -169,7 +169,7 @@ def test_shuffled_responses_give_the_same_bits(op, weighted, D1, D2):
     fixed = (weight,) if weighted else ()
     values = op(x, g, torch.tensor([0, *lengths]).cumsum(0), *fixed)
     assert torch.equal(values, op(x, g, torch.tensor([0, *lengths]).cumsum(0), *fixed))
-    for seed in range(3):
+    for seed in range(2):
         order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
         pieces = [(xs, gs) for xs, gs in zip(x.split(lengths), g.split(lengths))]
         shuffled_x, shuffled_g = (torch.cat([pieces[k][part] for k in order]) for part in (0, 1))

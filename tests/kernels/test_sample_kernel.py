@@ -98,7 +98,7 @@ def test_greedy_takes_the_first_of_equals_and_reports_temperature_1(sample):
 
 @pytest.mark.parametrize("sample", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows, vocab", [(40, 1), (40, 33), (20, 500), (6, 9001)])
+@pytest.mark.parametrize("rows, vocab", [(6, 1), (20, 33), (10, 500), (3, 9001)])
 def test_fast_matches_specification(rows, vocab, dtype, sample):
     """The same token from the same key, its numbers to fp32 rounding, at sizes on both sides of a block."""
     logits, keys, at = random_logits(rows, vocab, dtype)

@@ -39,14 +39,11 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_the_second_is_told_who_the_first_is(holder, tmp_path):
+def test_the_second_is_told_who_the_first_is_until_that_is_killed(holder, tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} is in use by process {holder.pid} on .* since 20"):
         lock.take(tmp_path)
     with pytest.raises(UserError, match=f"process {holder.pid}"):
         lock.hold(tmp_path, start("cpu"))
-
-
-def test_the_kernel_releases_what_a_killed_process_held(holder, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     lock.take(tmp_path)

@@ -92,6 +92,7 @@ def test_a_resumed_run_keeps_its_id_and_another_has_its_own(wandb, tmp_path):
     assert len(calls(wandb, "finish")) == 3
 
 
+@pytest.mark.slow
 def test_a_run_sends_what_its_page_has(wandb, tmp_path):
     small = [
         "--steps",

@@ -242,6 +242,7 @@ def test_a_page_is_never_larger_than_its_limit(tmp_path):
     assert [group["step"] for group in chosen.data["training"]] == [7, 8]
 
 
+@pytest.mark.slow
 def test_many_runs_fit_and_more_are_refused(tmp_path):
     values = {key: 0.123456 for key in DEFINITIONS}
     lines = [

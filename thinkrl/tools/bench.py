@@ -1,4 +1,5 @@
-"""The sampler beside transformers' generate, and what L2T adds to a GRPO step, each in one run on one machine.
+"""The sampler beside transformers' generate, and what L2T adds to a GRPO step, each in one run on one
+machine.
 
     python -m thinkrl.tools.bench sampler [--cases "56M fp32,…"] [--repeat N]
     python -m thinkrl.tools.bench l2t [--repeat N]
@@ -6,8 +7,8 @@
 sampler: 8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096,
 temperature 1, no filters. Two workloads: every completion runs to 128 tokens; or 64 of the 4096 ids stop, so
 that lengths spread over 1 to 128 and a static batch waits for its longest. Only tokens of completions count.
-The two engines take turns, and the best of the repeats is reported, because another process on the machine can
-only slow a run down. transformers computes in fp32 always.
+The two engines take turns, and the best of the repeats is reported, because another process on the machine
+can only slow a run down. transformers computes in fp32 always.
 
 "matmuls" is how fast decoding would be if a step were nothing but its matrix products on 64 rows, done by
 F.linear; "ours" is the same with the product that the sampler uses.

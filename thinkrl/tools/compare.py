@@ -1,15 +1,15 @@
 """The comparison: methods × seeds × tasks from the same start, for as many steps, side by side.   `make compare`
 
-    python -m thinkrl.tools.compare [--methods grpo,l2t,kimi] [--seeds 1,2,3] [--steps 100] [--tasks FILE.json]
-    [--against grpo] [--runs_dir runs/compare] [--jobs 2]
+    python -m thinkrl.tools.compare [--methods grpo,l2t,kimi] [--seeds 1,2,3] [--steps 100] [--tasks
+    FILE.json] [--against grpo] [--runs_dir runs/compare] [--jobs 2]
 
 Each run is `torchrun --nproc_per_node=1 train.py …` on a core of its own. A finished run is not repeated, so
-a comparison can be cut short and continued, or given more seeds, methods and tasks. --tasks holds
-{"NAME": {"options": "--model … --data …", "tokens": 80}}; tokens is what the start policy writes in the mean, to
-which limits in tokens are scaled. The built-in task is the embedded model's.
+a comparison can be cut short and continued, or given more seeds, methods and tasks. --tasks holds {"NAME":
+{"options": "--model … --data …", "tokens": 80}}; tokens is what the start policy writes in the mean, to which
+limits in tokens are scaled. The built-in task is the embedded model's.
 
-For each task it prints a table and what can be concluded from it, and writes runs/compare/TASK/: comparison.md,
-summary.json, report.html with the runs, and, if matplotlib is installed, accuracy_tokens.svg.
+For each task it prints a table and what can be concluded from it, and writes runs/compare/TASK/:
+comparison.md, summary.json, report.html with the runs, and, if matplotlib is installed, accuracy_tokens.svg.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from thinkrl.run.folder import ROOT, finished, torchrun
 from thinkrl.tools.differences import compare, conclusions, measure, table
 from thinkrl.tools.report import MOST, write_report
 
-# Options of train.py by method. {tokens} is the task's. Published constants that are counted in tokens are scaled
-# from the few thousand tokens of their papers to the task's.
+# Options of train.py by method. {tokens} is the task's. Published constants that are counted in tokens are
+# scaled from the few thousand tokens of their papers to the task's.
 METHODS = {
     "grpo": "grpo",
     "l2t": "l2t",
@@ -134,7 +134,9 @@ def arguments(method: str, task: dict, seed: str, options: Options) -> list[str]
 
 
 def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
-    """Start runs, (folder, arguments), each pinned to one core, as cores fall free. Output goes to FOLDER.log."""
+    """Start runs, (folder, arguments), each pinned to one core, as cores fall free. Output goes to
+    FOLDER.log.
+    """
     cores = sorted(os.sched_getaffinity(0))[:at_once]
     busy: dict[int, tuple[Path, subprocess.Popen]] = {}
     queue = [job for job in jobs if not finished(job[0])]
@@ -173,8 +175,8 @@ def _start(run: Path, own: list[str], core: int) -> subprocess.Popen:
 
 
 def draw(rows: dict[str, dict], path: Path) -> str:
-    """Draw accuracy over mean tokens at temperature 1 as training goes on, a path per method, means over seeds.
-    Returns the path, or what is missing.
+    """Draw accuracy over mean tokens at temperature 1 as training goes on, a path per method, means over
+    seeds. Returns the path, or what is missing.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """What the finished runs of several methods say, and how sure one can be.
 
-Every method has answered the same held-out problems with the same seeds. Intervals hold 95 %; they come from a
-bootstrap over problems and seeds that draws both, the same ones for the two policies of a difference
+Every method has answered the same held-out problems with the same seeds. Intervals hold 95 %; they come from
+a bootstrap over problems and seeds that draws both, the same ones for the two policies of a difference
 (`thinkrl.intervals`). A difference counts as shown if its interval does not hold 0.
 """
 
@@ -78,7 +78,9 @@ def _tokens_spent(run: Path) -> float:
 
 
 def compare(measured: dict[str, Measured], against: str) -> dict[str, dict]:
-    """Per method, for summary.json: means with intervals, differences to `against`, AES relative to the start policy."""
+    """Per method, for summary.json: means with intervals, differences to `against`, AES relative to the start
+    policy.
+    """
     out = {}
     for name, m in measured.items():
         row: dict = {"seeds": m.seeds, "million_tokens": m.million_tokens, "curve": m.curve}

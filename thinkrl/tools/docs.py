@@ -25,7 +25,9 @@ from thinkrl.run.metrics import DEFINITIONS
 
 
 def options_page() -> str:
-    """docs/options.md: every option of train.py, what presets and profiles set, and what TRL and verl call it."""
+    """docs/options.md: every option of train.py, what presets and profiles set, and what TRL and verl call
+    it.
+    """
     parts = [
         "# Options of train.py",
         "Made from the code by `make docs`; do not edit. `train.py PRESET --help` shows the options of one preset.",
@@ -63,7 +65,9 @@ def options_page() -> str:
 
 
 def sets(values: dict[str, Any], required: tuple = ()) -> str:
-    """Options with the values that a name stands for. required: values that stand for none, which must be given."""
+    """Options with the values that a name stands for. required: values that stand for none, which must be
+    given.
+    """
     parts = [f"--{key}" if value in required else f"--{key} {shown(value)}" for key, value in values.items()]
     return ", ".join(f"`{part}`" for part in parts)
 
@@ -85,7 +89,9 @@ def metrics_page() -> str:
 
 
 def preset_rows() -> Iterable[list[str]]:
-    """A row for each option that some preset sets, one cell per preset; empty where a preset does not read it."""
+    """A row for each option that some preset sets, one cell per preset; empty where a preset does not read
+    it.
+    """
     values = {name: (preset_values(name), preset_values(name, tiny=True)) for name in PRESETS}
     for f in dataclasses.fields(Config):
         readers_of = readers(f.name) if f.metadata else ()

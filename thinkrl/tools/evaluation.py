@@ -2,14 +2,15 @@
 
 In the folder --out:
 
-    config.json          what decides the result, from the first attempt on; the command that continues must bring the same
+    config.json          what decides the result, from the first attempt on; the command that continues must
+                         bring the same
     parts/rank_R.jsonl   attempts so far: what a killed evaluation is continued from, at any number of ranks
     completions.jsonl    at the end all attempts, problem by problem, as lines of a run's evaluations.jsonl
     summary.json         the numbers of `summary`
     summary.md           the same as tables
 
-A continued evaluation has the attempts of one that was never stopped, up to floating-point ties: each has its own
-key of random numbers.
+A continued evaluation has the attempts of one that was never stopped, up to floating-point ties: each has its
+own key of random numbers.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Policy(Protocol):
     """What is measured."""
 
     samplers: Sequence[Sampler]
-    """Whose completions are the attempts, to move the bar; without any it moves with each call of `records`."""
+    """Whose completions are the attempts, to move the bar; without any it moves with each call of `records`.
+    """
 
     def require_room(self, problems: list[Problem]) -> None:
         """Raise UserError if a problem and an attempt at it exceed the context."""
@@ -156,7 +158,8 @@ def _merge(folder: Path, records: Sequence[dict]) -> None:
 def summary(records: Sequence[dict]) -> dict:
     """The numbers of `evaluate.summary_of`; with token budgets also
 
-    budgets             [tokens, accuracy] of each; budget_intervals their 95 % intervals, clustered by problem
+    budgets             [tokens, accuracy] of each; budget_intervals their 95 % intervals, clustered by
+                        problem
     budget_area         mean accuracy over the budgets
     """
     out = summary_of([recorded_attempt(record) for record in records])

@@ -105,7 +105,9 @@ def padded(values: Sequence[float], share: float = 0.0) -> tuple[float, float]:
 
 
 def curve(key: str, lines: Sequence[Points], dots: Sequence[Points], steps: tuple[float, float]) -> Markup:
-    """One metric of every run over the optimizer steps: values, their running mean, held-out results as circles."""
+    """One metric of every run over the optimizer steps: values, their running mean, held-out results as
+    circles.
+    """
     values = [y for points in (*lines, *dots) for _, y in points]
     axes = Axes(320, 132, steps, padded(values), left=4, right=42, top=8, bottom=18)
     right, floor = axes.width - axes.right, axes.height - 4
@@ -212,7 +214,9 @@ def accuracy_at_budgets(lines: Sequence[tuple[str, str, Points]]) -> Markup:
 
 
 def histogram(samples: Sequence[tuple[str, str, Sequence[float]]], x_title: str) -> Markup:
-    """Each sample is (class, label, values). Drawn as outlines: the share of the values in each of equal bins."""
+    """Each sample is (class, label, values). Drawn as outlines: the share of the values in each of equal
+    bins.
+    """
     everything = [v for _, _, values in samples for v in values]
     low, high = padded(everything)
     low = 0.0 if 0 <= low < 0.5 * high else low
@@ -245,7 +249,9 @@ def histogram(samples: Sequence[tuple[str, str, Sequence[float]]], x_title: str)
 
 
 def importance_by_place(chains: Sequence[dict]) -> Markup:
-    """Mean importance of the i-th thought and mean accuracy of the rollouts behind it, over all chains that long."""
+    """Mean importance of the i-th thought and mean accuracy of the rollouts behind it, over all chains that
+    long.
+    """
     longest = max(len(chain["importance"]) for chain in chains)
     if longest < 2:
         return Markup("")

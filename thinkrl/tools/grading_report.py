@@ -1,4 +1,5 @@
-r"""Does grading read the gold answers of these files, and nothing else? Beside math-verify and verl, if installed.
+r"""Does grading read the gold answers of these files, and nothing else? Beside math-verify and verl, if
+installed.
 
     python -m thinkrl.tools.grading_report FILE [FILE …] [--show 20]
 
@@ -8,10 +9,10 @@ Each gold answer that differs from the others of its file is graded, in a box,
     with a change               a number up, another sign, entries swapped, …      right is a false positive
     against other rows' golds   four others, two of them of the same shape         right is a false positive
 
-and, where a row has a solution, against what that announces. Spellings and changes work on the text (the tables
-`SPELLINGS` and `CHANGES`), and each is tried where its pattern fits; they know nothing of how a grader reads.
-The verdicts of thinkrl that look wrong are printed, `--show` of each kind, to be read: a gold answer may be
-mistaken itself.
+and, where a row has a solution, against what that announces. Spellings and changes work on the text (the
+tables `SPELLINGS` and `CHANGES`), and each is tried where its pattern fits; they know nothing of how a grader
+reads. The verdicts of thinkrl that look wrong are printed, `--show` of each kind, to be read: a gold answer
+may be mistaken itself.
 """
 
 from __future__ import annotations
@@ -180,8 +181,8 @@ def changes(gold: str) -> Iterator[Case]:
 
 
 def others(golds: list[str]) -> Iterator[Case]:
-    """Each gold answer and four others of the file, the next two of all and of the same shape, in a fixed random
-    order: with other digits, so that they are not the same answer in another spelling.
+    """Each gold answer and four others of the file, the next two of all and of the same shape, in a fixed
+    random order: with other digits, so that they are not the same answer in another spelling.
     """
     golds = sorted(golds)
     random.Random(0).shuffle(golds)
@@ -200,7 +201,9 @@ def others(golds: list[str]) -> Iterator[Case]:
 
 
 def read_golds(path: Path) -> list[tuple[str, str]]:
-    """(gold answer, solution, or "" where it announces no answer) of each problem of a file, as a run reads them."""
+    """(gold answer, solution, or "" where it announces no answer) of each problem of a file, as a run reads
+    them.
+    """
     return [
         (
             re.sub(r"\A\$([^$]+)\$\Z", r"\1", problem.answer),

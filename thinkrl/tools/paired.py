@@ -1,9 +1,9 @@
 """Two policies on the same problems: differences and AES with intervals.   `sample.py --compare A B`
 
-A and B are run folders, RUN or RUN:NAME for one of its evaluations (NAME is a key of summary.json: before, step_50, …;
-without it, after), or folders that `sample.py --data … --out` has written. Differences are A - B, and B is the base of AES.
-Problems are paired by id, question and gold answer; what only one side has is left out and counted. Several samples of
-a problem count as their mean, and the bootstrap draws problems.
+A and B are run folders, RUN or RUN:NAME for one of its evaluations (NAME is a key of summary.json: before,
+step_50, …; without it, after), or folders that `sample.py --data … --out` has written. Differences are A - B,
+and B is the base of AES. Problems are paired by id, question and gold answer; what only one side has is left
+out and counted. Several samples of a problem count as their mean, and the bootstrap draws problems.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ Group = list[dict]  # the records of one problem
 
 
 def read(spec: str) -> dict[str, list[dict]]:
-    """Records of the evaluation that `spec` names, by decoding: "sampled", "greedy". Raises UserError if there is none."""
+    """Records of the evaluation that `spec` names, by decoding: "sampled", "greedy". Raises UserError if
+    there is none.
+    """
     path, name = Path(spec), ""
     if not path.is_dir() and ":" in spec:
         path, name = Path(spec.rpartition(":")[0]), spec.rpartition(":")[2]
@@ -73,10 +75,10 @@ def compare(a: Sequence[dict], b: Sequence[dict], names: tuple[str, str]) -> dic
     names                 of both
     problems, left_out    how many are paired, and how many only A has and only B
     better, worse         problems on which A is right more often than B, and less often
-    quantities            {name: {"a", "b", "difference", "interval"}}: accuracy and tokens, both by level, and accuracy
-                          at token budgets; the interval of a single problem is null
-    aes, aes_interval     of A against B; null where B is never right. An end that is null is infinite: B was never right
-                          in 2.5 % of the draws
+    quantities            {name: {"a", "b", "difference", "interval"}}: accuracy and tokens, both by level,
+                          and accuracy at token budgets; the interval of a single problem is null
+    aes, aes_interval     of A against B; null where B is never right. An end that is null is infinite: B was
+                          never right in 2.5 % of the draws
     """
     ours, base = by_problem(a), by_problem(b)
     pairs = [(ours[key], base[key]) for key in ours if key in base]

@@ -8,9 +8,10 @@
     4 baseline     the base policy under plain GRPO, for as many steps of as many problems and attempts  train.py grpo
 
 Each stage is one torchrun. What is finished is not done again, so a killed pipeline is continued by the same
-command, and by no other: the options stand in config.json. It ends with a table, report.html of all stages, and
-summary.json in the folder --out: the base policy, the chains it started from, one entry per round, GRPO. All are measured on the
-same held-out problems at T = 1 and greedily; tokens are those of both roles and of all turns.
+command, and by no other: the options stand in config.json. It ends with a table, report.html of all stages,
+and summary.json in the folder --out: the base policy, the chains it started from, one entry per round, GRPO.
+All are measured on the same held-out problems at T = 1 and greedily; tokens are those of both roles and of
+all turns.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python -m thinkrl.tools.plan --model DIR --gpus 8 --gpu_memory 80 --activation_checkpointing selective
 
 docs/gpu.md explains the formulas; those of memory are in thinkrl/memory.py. Memory follows from what the code
-allocates; the allocator's fragmentation comes on top. Time is arithmetic and traffic divided by the chip's peak and by
-an efficiency that is assumed, not measured.
+allocates; the allocator's fragmentation comes on top. Time is arithmetic and traffic divided by the chip's
+peak and by an efficiency that is assumed, not measured.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def length(o: Options) -> int:
 
 
 def seconds(c: ModelConfig, gpus: int, o: Options, kv_gb: float) -> dict[str, float]:
-    """Seconds of a step by part. Decoding moves weights and K/V once per token; training does 6 P FLOPs a token."""
+    """Seconds of a step by part. Decoding moves weights and K/V once per token; training does 6 P FLOPs a
+    token.
+    """
     block, root = parameters(c)
     P, products = c.layers * block + root, c.layers * block + c.vocab_size * c.width
     gate_up = c.layers * 2 * c.width * c.mlp_width  # the products that selective checkpointing repeats

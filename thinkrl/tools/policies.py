@@ -37,7 +37,9 @@ def limit(path: Path, options) -> int:
 
 
 def question(options, text: str) -> Problem:
-    """A text of the user's. Nothing is added to it but --suffix, or with --source that grading rule's instruction."""
+    """A text of the user's. Nothing is added to it but --suffix, or with --source that grading rule's
+    instruction.
+    """
     source = options.source or ("arith" if embedded(options.long or options.model) else "math")
     return Problem(0, text, "0", source, instruct=bool(options.source))
 
@@ -77,14 +79,18 @@ class OnePolicy:
         )
 
     def require_room(self, problems: list[Problem]) -> None:
-        """Raise UserError before anything is sampled if a problem and what comes behind it exceed the context."""
+        """Raise UserError before anything is sampled if a problem and what comes behind it exceed the
+        context.
+        """
         o, more = self.options, room_for(self._probes(problems)) if self.budgets else 0
         context = self.sampler.model.config.max_positions
         prompts = [prompt_ids(problem, self.tokenizer, o.system, o.suffix) for problem in problems]
         require_room(problems, prompts, context, self.max_tokens + more)
 
     def records(self, problems: list[Problem]) -> list[dict]:
-        """The attempts as lines of a file; with --budgets each with its chance of a right answer at every budget."""
+        """The attempts as lines of a file; with --budgets each with its chance of a right answer at every
+        budget.
+        """
         if not self.budgets:
             return [held_out_record(t, self.tokenizer) for t in self.attempt(problems)]
         run, probes = partial(self.attempt, problems), self._probes(problems)

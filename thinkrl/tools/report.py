@@ -54,7 +54,8 @@ MOST = 64  # runs on one page
 
 
 def write_report(*folders: Path, out: Path | None = None, steps: set[int] | None = None) -> Path:
-    """Write the page of these folders and return its path, by default report.html in the one folder or above all.
+    """Write the page of these folders and return its path, by default report.html in the one folder or above
+    all.
 
     steps: the logged steps whose completions are shown; None: as many as fit, evenly spread. Raises UserError
     if a folder holds no run, or if there are too many.
@@ -130,7 +131,9 @@ NOTHING = {
 def completions(
     runs: list[TrainingRun], chains: list[Chains], curves: dict, steps: set[int] | None, room: int
 ) -> dict:
-    """The completions as the template shows them: `data` for the script, histograms, and how much was left out."""
+    """The completions as the template shows them: `data` for the script, histograms, and how much was left
+    out.
+    """
     lines = {
         key: [
             [list(axis) for axis in zip(*thin(line, points_of_a_line(len(runs))))] for line in metric["lines"]

@@ -23,7 +23,8 @@ KNOWN = {"step", "problem", "sample", "question", "gold", "level", "answer", "te
 
 
 def training_groups(run: TrainingRun, i: int, budget: int, steps: set[int] | None) -> list[dict]:
-    """Groups of run `i` in the order of steps: of these steps, or of evenly spread ones up to `budget` bytes."""
+    """Groups of run `i` in the order of steps: of these steps, or of evenly spread ones up to `budget` bytes.
+    """
     logged = list(run.logged_steps)
     if steps is not None:
         logged = [step for step in logged if step in steps]
@@ -98,7 +99,9 @@ def _turn(turn: dict, tokenizer: Tokenizer | None) -> dict:
 def _spread_over_turns(
     advantage: list[float], turns: list[dict], trained: str | None, out: list[dict]
 ) -> None:
-    """Give each turn that was trained its own part of a trajectory's token advantages, as [value, how often] pairs."""
+    """Give each turn that was trained its own part of a trajectory's token advantages, as [value, how often]
+    pairs.
+    """
     own = [k for k, turn in enumerate(turns) if trained in (None, turn["role"])]
     if "pieces" not in out[0] or sum(len(turns[k]["completion"]) for k in own) != len(advantage):
         return
@@ -173,7 +176,9 @@ def _cell(rows: list[dict]) -> dict:
 
 
 def annotated_chains(folder: Chains, i: int, budget: int) -> list[dict]:
-    """Chains of chunk.py, evenly spread ones up to `budget` bytes: texts, labels and importance of their thoughts."""
+    """Chains of chunk.py, evenly spread ones up to `budget` bytes: texts, labels and importance of their
+    thoughts.
+    """
 
     def chain(k: int) -> list[dict]:
         item = folder.items[k]
@@ -216,7 +221,8 @@ def fill(budget: int, order: Iterable[int], make: Callable[[int], list[dict]]) -
 
 
 def spread(count: int) -> Iterator[int]:
-    """0, …, count - 1 in such an order that every beginning of it is spread evenly: both ends, then middles."""
+    """0, …, count - 1 in such an order that every beginning of it is spread evenly: both ends, then middles.
+    """
     yield from sorted({0, count - 1} & set(range(count)))
     gaps = deque([(0, count - 1)])
     while gaps:

@@ -48,7 +48,9 @@ def decoded(result: dict, decoding: str) -> dict:
 
 
 def tiles(run: TrainingRun) -> list[dict]:
-    """The four numbers at the top: accuracy and tokens, sampled and greedy, or what there is of the training's."""
+    """The four numbers at the top: accuracy and tokens, sampled and greedy, or what there is of the
+    training's.
+    """
     out = []
     for decoding in ("sampled", "greedy"):
         a, b = (decoded(r, decoding) for r in (run.before, run.after))
@@ -128,7 +130,9 @@ def budgets(runs: list[TrainingRun]) -> Markup | str:
 
 
 def lengths(runs: list[TrainingRun]) -> Markup | str:
-    """Histogram of the tokens of sampled held-out completions: before (of the first run), and the newest of each."""
+    """Histogram of the tokens of sampled held-out completions: before (of the first run), and the newest of
+    each.
+    """
     samples = []
     for i, run in enumerate(runs):
         found = lengths_by_evaluation(run)
@@ -141,7 +145,9 @@ def lengths(runs: list[TrainingRun]) -> Markup | str:
 
 
 def rewards(runs: list[TrainingRun], groups: list[dict]) -> Markup | str:
-    """Histogram of the rewards of training completions on the page: the first and the last quarter of the steps."""
+    """Histogram of the rewards of training completions on the page: the first and the last quarter of the
+    steps.
+    """
     samples = []
     for i, run in enumerate(runs):
         mine = [group for group in groups if group["run"] == i]
@@ -204,7 +210,9 @@ def group_of(key: str) -> str:
 
 
 def options(runs: list[TrainingRun]) -> dict:
-    """Options that some run's preset reads: those that some run has different from their defaults, and the others."""
+    """Options that some run's preset reads: those that some run has different from their defaults, and the
+    others.
+    """
     presets = {run.config["preset"] for run in runs}
     known = {"name"} | ({"preset"} if len(presets) == 1 else set())  # stand at the top of the page
     changed, rest = [], []
