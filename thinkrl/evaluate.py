@@ -39,11 +39,22 @@ def attempt_of(t: Trajectory) -> Attempt:
 
 def recorded_attempt(record: dict) -> Attempt:
     """Make an Attempt from a `held_out_record`."""
-    correct = record["outcome_reward"] > 0.5
-    tokens = sum(turn["tokens"] for turn in record["turns"])
-    truncated = any(turn["finish_reason"] == "length" for turn in record["turns"])
+    correct, truncated = (
+        is_correct(record),
+        any(turn["finish_reason"] == "length" for turn in record["turns"]),
+    )
     vote = _vote(correct, record["answer"], record["source"])
-    return Attempt(record["problem"], record["level"], correct, tokens, truncated, vote)
+    return Attempt(record["problem"], record["level"], correct, tokens_of(record), truncated, vote)
+
+
+def is_correct(record: dict) -> bool:
+    """Whether the attempt of a `held_out_record` is right."""
+    return record["outcome_reward"] > 0.5
+
+
+def tokens_of(record: dict) -> int:
+    """Number of sampled tokens in a `held_out_record`, all turns and roles."""
+    return sum(turn["tokens"] for turn in record["turns"])
 
 
 def _vote(correct: bool, answer: str | None, source: str) -> Hashable | None:

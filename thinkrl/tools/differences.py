@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from thinkrl import UserError
+from thinkrl.evaluate import is_correct, tokens_of
 from thinkrl.intervals import aes_interval, paired_bootstrap
+from thinkrl.l2t.budgets import gaps_to_frontier
 from thinkrl.run.files import read_json, read_lines
 from thinkrl.run.folder import finished
-from thinkrl.tools.paired import by_problem, is_correct, read, tokens_of
+from thinkrl.tools.paired import by_problem, evaluations
 
 MEASURES = ("accuracy", "tokens")
 Interval = tuple[float, float, float]  # value, low, high
@@ -41,11 +44,16 @@ def measure(method: str, seeds: list[str], folder: Path) -> Measured | None:
     runs = {seed: run for seed, run in runs.items() if finished(run)}
     if not runs:
         return None
-    evaluations = [{when: read(f"{run}:{when}") for when in ("before", "after")} for run in runs.values()]
+    records = [evaluations(run) for run in runs.values()]
+    for run, found in zip(runs.values(), records):
+        if not {"before", "after"} <= found.keys():
+            raise UserError(
+                f"{run} has no held-out evaluations before and after training: give the task --eval_data"
+            )
     summaries = [read_json(run / "summary.json") for run in runs.values()]
 
     def arrays(when: str, decoding: str) -> dict[str, np.ndarray]:
-        rows = [_means(evaluation[when][decoding]) for evaluation in evaluations]
+        rows = [_means(found[when][decoding]) for found in records]
         return {key: np.array([row[key] for row in rows]) for key in MEASURES}
 
     steps = zip(*(sorted((r["step"], r["accuracy"], r["tokens"]) for r in s.values()) for s in summaries))
@@ -101,9 +109,8 @@ def compare(measured: dict[str, Measured], against: str) -> dict[str, dict]:
                 row[f"{key}_difference"] = paired_bootstrap(own, other)
         out[name] = row
     if all(m.budgets for m in measured.values()):
-        best = np.max([m.budgets for m in measured.values()], axis=0)
-        for name, m in measured.items():
-            out[name]["gap_to_frontier"] = float((best - m.budgets).mean())
+        for name, gap in gaps_to_frontier({name: m.budgets for name, m in measured.items()}).items():
+            out[name]["gap_to_frontier"] = gap
     return out
 
 

@@ -22,8 +22,7 @@ SHARES = {
 
 
 def script_json(value) -> Markup:
-    """JSON that can stand inside a script element: without '<', so that nothing in it can close the element.
-    """
+    """JSON that can stand inside a script element: without '<', so that nothing in it can close the element."""
     return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from thinkrl import UserError
+from thinkrl.evaluate import is_correct, tokens_of
 from thinkrl.intervals import aes_interval, paired_bootstrap
 from thinkrl.run.files import read_lines
 from thinkrl.tools.evaluation import table
@@ -43,11 +44,18 @@ def read(spec: str) -> dict[str, list[dict]]:
         raise UserError(
             f"--compare {spec}: neither a run folder with evaluations.jsonl nor one that sample.py --out has written"
         )
-    name, found = name or "after", list(read_lines(path / "evaluations.jsonl"))
-    names = list(dict.fromkeys(record["when"] for record in found))
-    if name not in names:
-        raise UserError(f"--compare {spec}: no evaluation is named {name}; there are {', '.join(names)}")
-    return _by_decoding(record for record in found if record["when"] == name)
+    name, found = name or "after", evaluations(path)
+    if name not in found:
+        raise UserError(f"--compare {spec}: no evaluation is named {name}; there are {', '.join(found)}")
+    return found[name]
+
+
+def evaluations(run: Path) -> dict[str, dict[str, list[dict]]]:
+    """Records of a run folder's evaluations: {name: {decoding: records}}."""
+    found: dict[str, list[dict]] = {}
+    for record in read_lines(run / "evaluations.jsonl"):
+        found.setdefault(record["when"], []).append(record)
+    return {name: _by_decoding(records) for name, records in found.items()}
 
 
 def _by_decoding(records: Iterable[dict]) -> dict[str, list[dict]]:
@@ -114,14 +122,6 @@ def by_problem(records: Sequence[dict]) -> dict[tuple, Group]:
     for r in sorted(records, key=lambda r: (r["problem"], r["sample"])):
         groups.setdefault((r["problem"], r["question"], r["gold"]), []).append(r)
     return groups
-
-
-def is_correct(record: dict) -> float:
-    return float(record["outcome_reward"] > 0.5)
-
-
-def tokens_of(record: dict) -> float:
-    return sum(turn["tokens"] for turn in record["turns"])
 
 
 def _means(pairs: Sequence[tuple[Group, Group]], value: Callable[[dict], float]) -> list[np.ndarray]:

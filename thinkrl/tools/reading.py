@@ -87,8 +87,7 @@ class TrainingRun:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """That of the newest saved policy, or of the one that training started from; None if neither is here.
-        """
+        """That of the newest saved policy, or of the one that training started from; None if neither is here."""
         saved = [file.parent for file in self.path.glob("checkpoints/step_*[0-9]/hf*/tokenizer.json")]
         saved = [folder for folder in saved if not folder.suffix]  # not one that is still being written
         if saved:

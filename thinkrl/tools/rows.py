@@ -23,8 +23,7 @@ KNOWN = {"step", "problem", "sample", "question", "gold", "level", "answer", "te
 
 
 def training_groups(run: TrainingRun, i: int, budget: int, steps: set[int] | None) -> list[dict]:
-    """Groups of run `i` in the order of steps: of these steps, or of evenly spread ones up to `budget` bytes.
-    """
+    """Groups of run `i` in the order of steps: of these steps, or of evenly spread ones up to `budget` bytes."""
     logged = list(run.logged_steps)
     if steps is not None:
         logged = [step for step in logged if step in steps]
@@ -221,8 +220,7 @@ def fill(budget: int, order: Iterable[int], make: Callable[[int], list[dict]]) -
 
 
 def spread(count: int) -> Iterator[int]:
-    """0, …, count - 1 in such an order that every beginning of it is spread evenly: both ends, then middles.
-    """
+    """0, …, count - 1 in such an order that every beginning of it is spread evenly: both ends, then middles."""
     yield from sorted({0, count - 1} & set(range(count)))
     gaps = deque([(0, count - 1)])
     while gaps:
