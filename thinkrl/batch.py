@@ -1,4 +1,4 @@
-"""The rows of a step that was not finite, kept so that it can be computed again.
+"""Files with the rows of a step that was not finite, so that it can be computed again.
 
 runs/NAME/nonfinite/step_N/   packs.safetensors, batch.json: the packs of all ranks, and what was not finite
                               policy/: the weights that they were computed with, float32
@@ -20,7 +20,7 @@ from thinkrl.types import Pack
 
 
 def write_packs(folder: Path, packs: Sequence[Pack], reason: str) -> None:
-    """Write packs.safetensors, with a tensor I/FIELD for each field of pack I that is one, and batch.json, the rest."""
+    """Write packs.safetensors, with tensors I/FIELD of pack I, and batch.json, with the other fields."""
     fields = [vars(p.to("cpu")) for p in packs]
     tensors = {
         f"{i}/{k}": v.contiguous()
@@ -34,7 +34,7 @@ def write_packs(folder: Path, packs: Sequence[Pack], reason: str) -> None:
 
 
 def read_packs(folder: str | Path) -> list[Pack]:
-    """What `write_packs` wrote, to the last bit. Raises UserError where there is nothing of that kind."""
+    """Read the files of `write_packs`, bit for bit. Raises UserError if there are none."""
     rest = read_json(Path(folder) / "batch.json")["packs"]
     tensors = load_file(Path(folder) / "packs.safetensors")
     for key, tensor in tensors.items():

@@ -1,9 +1,10 @@
-"""Compute again the step at which a run was not finite, from what it kept in its folder (thinkrl/batch.py):
+"""Compute again the step at which a run was not finite, from the files that it kept (thinkrl/batch.py):
 
     python -m thinkrl.tools.again runs/NAME/nonfinite/step_N
 
-On one process, with the weights and the rows of all ranks; nothing is written. It ends with the sentence of the run, which
-names what is not finite, or says that everything is finite here: then the cause is the machine, or the number of ranks.
+It runs in one process, with the weights and the rows of all ranks, and writes nothing. It ends with the run's
+error, which names what is not finite, or says that everything is finite here; then the cause is the machine,
+or the number of ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from thinkrl.update import Diverged, descend, policy_objective, require_finite
 
 
 def again(folder: Path, world: World) -> tuple[float, float]:
-    """Loss and gradient norm of the kept step, if they are finite. Raises Diverged if not."""
+    """Compute loss and gradient norm of the kept step. Raises Diverged if they are not finite."""
     config = Config(**read_json(folder.parents[1] / "config.json"))
     packs = [p.to(world.device) for p in read_packs(folder)]
     learner, flat = kept_learner(folder / "policy", config, world), False
@@ -44,7 +45,7 @@ def again(folder: Path, world: World) -> tuple[float, float]:
 
 
 def kept_learner(path: Path, config: Config, world: World) -> Learner:
-    """The model in this folder, sharded as the run had it. The reference's log-probs are in the rows, if it had one."""
+    """Load the model of a folder, sharded as in the run. The rows have the reference's log-probs, if any."""
     tokenizer = Tokenizer(path)
     if config.preset != "prm":
         return new_learner(path, dataclasses.replace(config, kl_coef=0.0), world, tokenizer)

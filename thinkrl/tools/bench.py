@@ -1,20 +1,19 @@
-"""The sampler beside transformers' generate, and what L2T adds to a GRPO step, each in one run on one
-machine.
+"""Benchmarks: the sampler against transformers' generate, and the time L2T adds to a GRPO step.
 
     python -m thinkrl.tools.bench sampler [--cases "56M fp32,…"] [--repeat N]
     python -m thinkrl.tools.bench l2t [--repeat N]
 
 sampler: 8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096,
-temperature 1, no filters. Two workloads: every completion runs to 128 tokens; or 64 of the 4096 ids stop, so
-that lengths spread over 1 to 128 and a static batch waits for its longest. Only tokens of completions count.
-The two engines take turns, and the best of the repeats is reported, because another process on the machine
-can only slow a run down. transformers computes in fp32 always.
+temperature 1, no filters. Two workloads: every completion has 128 tokens; or 64 of the 4096 ids are stop ids,
+so lengths vary from 1 to 128 and a static batch waits for its longest. Only tokens of completions count. The
+two engines take turns, and the best of the repeats is reported, because other processes can only slow a run
+down. transformers always computes in fp32.
 
-"matmuls" is how fast decoding would be if a step were nothing but its matrix products on 64 rows, done by
-F.linear; "ours" is the same with the product that the sampler uses.
+"matmuls" is the speed of decoding if a step were only its matrix products on 64 rows, by F.linear; "ours" is
+the same with the sampler's product.
 
 l2t: 56 M parameters, 2 prompts × 4 completions of 1,000 tokens, 10 episodes of 100, probes of 25 tokens. The
-rollout is repeated with the same keys, so it is the same tokens with and without hidden states kept, and with
+rollout is repeated with the same keys, so its tokens are the same with and without hidden states, and with
 and without probes.
 """
 
@@ -51,7 +50,7 @@ CASES = {  # layers, width, heads, kv heads, mlp width, our dtype
 
 
 def twins(layers: int, width: int, heads: int, kv_heads: int, mlp_width: int, dtype: torch.dtype):
-    """The same random weights as a transformers model and as ours."""
+    """Make a transformers model and ours with the same random weights."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -68,7 +67,7 @@ def twins(layers: int, width: int, heads: int, kv_heads: int, mlp_width: int, dt
 
 
 def run_transformers(model, prompts: list[list[int]], stop_ids: list[int]) -> int:
-    """Completion tokens written."""
+    """Run transformers' generate; returns the number of completion tokens."""
     longest = max(map(len, prompts))
     rows = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -87,7 +86,7 @@ def run_ours(sampler: Sampler, prompts: list[list[int]], stop_ids: list[int], se
 
 
 def matmuls_alone(model: Transformer, product: Callable, rows: int = PROMPTS * SAMPLES) -> float:
-    """Tokens per second if a decode step were nothing but its matrix products."""
+    """Tokens per second if a decode step were only its matrix products."""
     weights = [
         linear.weight for block in model.blocks for linear in (block.qkv, block.o, block.gate_up, block.down)
     ]
@@ -106,7 +105,8 @@ def matmuls_alone(model: Transformer, product: Callable, rows: int = PROMPTS * S
 def l2t_parts(
     model: Transformer, policy: Transformer, tokens: int, repeat: int, wait: Callable[[], object] = bool
 ) -> dict[str, float]:
-    """Seconds of the parts of a step on 2 prompts × 4 completions of `tokens` tokens; best of the repeats, interleaved.
+    """Seconds of the parts of a step on 2 prompts × 4 completions of `tokens` tokens; best of the repeats,
+    interleaved.
 
     model samples, policy trains; wait blocks until the device has done what it was given.
     """

@@ -1,18 +1,21 @@
-"""What a GPU makes of thinkrl, as one table in a few minutes, beside the ceilings that this GPU reaches.
+"""Benchmark thinkrl on a GPU: one table in a few minutes, with the measured limits of this GPU.
 
     python -m thinkrl.tools.bench_gpu [--parts decode,training] [--device cpu --size tiny]
 
-    kernels    each at the shapes of Qwen2.5-7B: time, share of the roofline (arithmetic and bytes it cannot do without)
-    decode     a step of 1, 8, 64 and 256 rows at 160 tokens of context, recorded as a CUDA graph and eager, beside the
-               roofline and transformers' generate, if that is installed
-    workload   nano-vllm's: 256 sequences of 100 to 1,024 tokens in, and as many out, seed 0
-    training   an optimizer step on one row: share of the matmul ceiling, peak memory beside the planner's formula
-    sync       the policy's weights into the sampler
-    l2t        what L2T adds to a GRPO step
-    pool       KV pages that the sampler finds room for in three steps of a run; they must not become fewer
+    kernels    each at the shapes of Qwen2.5-7B: time, share of the roofline (its minimal arithmetic and
+               bytes)
 
-Weights are random, so every number is one of speed. A part that does not fit says "out of memory". `--size tiny` goes
-through the same code on any machine in a minute, and measures nothing.
+    decode     a step of 1, 8, 64 and 256 rows at 160 tokens of context, recorded as a CUDA graph and eager,
+               beside the roofline and transformers' generate, if that is installed
+    workload   nano-vllm's: 256 sequences of 100 to 1,024 tokens in, and as many out, seed 0
+    training   an optimizer step on one row: share of the matmul ceiling, peak memory and the planner's
+               formula
+    sync       copy of the policy's weights to the sampler
+    l2t        what L2T adds to a GRPO step
+    pool       KV pages that fit in three steps of a run; they must not decrease
+
+Weights are random, so only speed is measured. A part that does not fit prints "out of memory". `--size tiny`
+runs the same code on any machine in a minute, without useful numbers.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ PARTS = ("kernels", "decode", "workload", "training", "sync", "l2t", "pool")
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """Sizes of the measurements."""
 
     decode: dict[str, ModelConfig]
     rows: tuple[int, ...]
@@ -91,7 +94,7 @@ def tiny_size() -> Size:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. share: of the roofline, or what `note` says; peak: bytes beyond what was there before."""
+    """Line of the table. share: of the roofline, or as in `note`; peak: bytes above those held before."""
 
     what: str
     seconds: float | None = None
@@ -109,7 +112,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and what to measure."""
+    """Device and sizes of the measurements."""
 
     world: World
     size: Size
@@ -124,12 +127,12 @@ class Bench:
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
     def floor(self, flop: float, traffic: float) -> float:
-        """Seconds that arithmetic or bytes take at the ceilings, whichever is more."""
+        """Seconds at the roofline: the larger of arithmetic's and memory traffic's."""
         product, copy = ceilings(self.device)
         return max(flop / product, traffic / copy)
 
     def clock(self, run: Callable[[], object]) -> float:
-        """Seconds until the device has done it."""
+        """Seconds of a call, until the device has finished."""
         self.wait()
         begun = time.perf_counter()
         run()
@@ -141,7 +144,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def peak(self, run: Callable[[], object]) -> int | None:
-        """Bytes that it allocates at most, beyond those that are held. CUDA only."""
+        """Peak bytes that a call allocates, above those held before. CUDA only."""
         if self.device != "cuda":
             run()
             return None
@@ -151,7 +154,7 @@ class Bench:
         return torch.cuda.max_memory_allocated() - held
 
     def model(self, config: ModelConfig, dtype: torch.dtype | None = None) -> Transformer:
-        """Random weights, made on the device."""
+        """Make a model with random weights on the device."""
         model = Transformer.empty(config, dtype or self.dtype, self.device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -163,14 +166,14 @@ class Bench:
 
 
 def products(c: ModelConfig) -> int:
-    """Numbers in the matrices that every token is multiplied with."""
+    """Number of weights that every token is multiplied with."""
     qkv = (c.heads + 2 * c.kv_heads) * c.head_dim
     block = c.width * (qkv + c.heads * c.head_dim + 3 * c.mlp_width)
     return c.layers * block + c.vocab_size * c.width
 
 
 def kernels(b: Bench) -> Iterator[Row]:
-    """Every kernel by the function that chooses it, at the shapes of one model."""
+    """Measure every kernel, through its dispatching function, at the shapes of one model."""
     c, T, rows, context = b.size.kernels, b.size.row_tokens // 4, max(b.size.rows), b.size.context
     D, F, V, H, Hk, Dh = c.width, c.mlp_width, c.vocab_size, c.heads, c.kv_heads, c.head_dim
     size = b.dtype.itemsize
@@ -232,22 +235,22 @@ def kernels(b: Bench) -> Iterator[Row]:
 
 
 def step_floor(b: Bench, c: ModelConfig, rows: int, context: float) -> float:
-    """Seconds of a decode step: weights and K/V are read, or rows multiplied, one after the other."""
+    """Seconds of a decode step at the roofline: weights and K/V read, or rows multiplied."""
     size, P = b.dtype.itemsize, products(c)
     kv = rows * context * 2 * c.layers * c.kv_heads * c.head_dim * size
     return b.floor(2 * P * rows, size * P) + b.floor(0, kv)
 
 
 def step_seconds(write: Callable[[int], object], clock: Callable, steps: int, repeat: int) -> float:
-    """Seconds of a step: of `steps` more tokens, so that prefill, recording and the first launches do not count."""
+    """Seconds per step of `steps` more tokens, without prefill, graph recording and first launches."""
     write(steps)  # compiles, records
     times = [clock(partial(write, 2 * steps)) - clock(partial(write, steps)) for _ in range(repeat)]
     return statistics.median(times) / steps
 
 
 def decode(b: Bench) -> Iterator[Row]:
-    """Steps of our sampler; eager ones for the smallest shape, where launches take longest; fewer of transformers, which
-    is slow.
+    """Steps of our sampler; eager ones for the smallest shape, where launches take longest; fewer of
+    transformers, which is slow.
     """
     random, steps = Random(0), b.size.steps
     for name, c in b.size.decode.items():
@@ -281,7 +284,7 @@ def ours(sampler: Sampler, prompts: list[list[int]], tokens: int) -> None:
 
 
 def transformers_model(b: Bench, c: ModelConfig):
-    """The same shape in transformers, or None if that is not installed."""
+    """Make a transformers model of the same shape, or None if it is not installed."""
     if importlib.util.find_spec("transformers") is None:
         return None
     import transformers
@@ -305,7 +308,7 @@ def generate(model, prompts: Tensor, tokens: int) -> None:
 
 
 def workload(b: Bench) -> Iterator[Row]:
-    """nano-vllm's bench.py: lengths and prompts by its own generator, temperature 0.6, nothing stops."""
+    """Run nano-vllm's bench.py workload: its lengths and prompts, temperature 0.6, no stop ids."""
     c, random, least = b.size.workload, Random(0), b.size.longest // 10
     most = b.size.longest
     prompts = [
@@ -324,7 +327,7 @@ def workload(b: Bench) -> Iterator[Row]:
 
 
 def training_row(c: ModelConfig, tokens: int) -> list[Pack]:
-    """One row of 16 completions behind short prompts."""
+    """Make one row of 16 completions after short prompts."""
     n = tokens // 16
     tokens_of = [[(7 * i + j) % c.vocab_size for i in range(n)] for j in range(16)]
     signs = torch.tensor([1.0, -1.0]).repeat(n)[: n - 2]
@@ -434,7 +437,8 @@ def main(o: Options) -> None:
     chip = torch.cuda.get_device_name() if b.device == "cuda" else "a CPU"
     product, copy = ceilings(b.device)
     print(
-        f"{chip}, torch {torch.__version__}, {b.dtype}. Measured ceilings: {product / 1e12:.3g} TFLOP/s in a large"
+        f"{chip}, torch {torch.__version__}, {b.dtype}. Measured ceilings: {product / 1e12:.3g} TFLOP/s in a "
+        "large"
     )
     print(f"product, {copy / 1e9:.4g} GB/s in a large copy.\n")
     print("| what | time | rate | share of the ceiling | peak memory | |\n|---|---|---|---|---|---|")

@@ -1,7 +1,8 @@
-"""A chat on the terminal: answers are shown while they are written.   `sample.py` without --prompt and --data
+"""Chat on the terminal: answers are shown during decoding.   `sample.py` without --prompt and --data
 
-/new begins again; Ctrl-D ends; Ctrl-C stops an answer. A single policy sees the conversation so far. Of two
-policies, Long⊗Short, every message is a question of its own, and what each role writes stands under its name.
+/new begins a new conversation, Ctrl-D ends, Ctrl-C stops an answer. A single policy sees the conversation so
+far. For two policies (Long⊗Short) every message is a new question, and each role's text is shown under its
+name.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ Messages = list[dict[str, str]]
 
 
 class Stream:
-    """Writes what is new of a growing list of tokens. Stop ids are not shown."""
+    """Writer of the new text of a growing list of tokens, without stop ids."""
 
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object]):
         self.tokenizer, self.write = tokenizer, write
         self.begin()
 
     def begin(self) -> None:
-        """A new text."""
+        """Begin a new text."""
         self.shown, self.text = 0, IncrementalText(self.tokenizer)
 
     def show(self, tokens: list[int]) -> None:
@@ -38,13 +39,13 @@ class Stream:
 
 
 def write(text: str) -> None:
-    """To the terminal, at once."""
+    """Write to the terminal and flush."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def chat(reply: Callable[[Messages, str], Messages]) -> None:
-    """Read messages until there are no more.
+    """Read messages until the end of input.
 
     reply    shows an answer to the messages so far and a new text, and returns all messages with the answer
     """

@@ -1,15 +1,15 @@
-"""The comparison: methods × seeds × tasks from the same start, for as many steps, side by side.   `make compare`
+"""Compare methods on tasks and seeds, from the same start for the same number of steps.   `make compare`
 
     python -m thinkrl.tools.compare [--methods grpo,l2t,kimi] [--seeds 1,2,3] [--steps 100] [--tasks
     FILE.json] [--against grpo] [--runs_dir runs/compare] [--jobs 2]
 
 Each run is `torchrun --nproc_per_node=1 train.py …` on a core of its own. A finished run is not repeated, so
-a comparison can be cut short and continued, or given more seeds, methods and tasks. --tasks holds {"NAME":
-{"options": "--model … --data …", "tokens": 80}}; tokens is what the start policy writes in the mean, to which
-limits in tokens are scaled. The built-in task is the embedded model's.
+a comparison can be stopped and continued, or extended by seeds, methods and tasks. --tasks is a file {"NAME":
+{"options": "--model … --data …", "tokens": 80}}; "tokens" is the start policy's mean number of tokens, to
+which token limits are scaled. The built-in task is the embedded model's.
 
-For each task it prints a table and what can be concluded from it, and writes runs/compare/TASK/:
-comparison.md, summary.json, report.html with the runs, and, if matplotlib is installed, accuracy_tokens.svg.
+For each task it prints a table and conclusions, and writes to runs/compare/TASK/: comparison.md,
+summary.json, report.html with the runs, and, if matplotlib is installed, accuracy_tokens.svg.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from thinkrl.run.folder import ROOT, finished, torchrun
 from thinkrl.tools.differences import compare, conclusions, measure, table
 from thinkrl.tools.report import MOST, write_report
 
-# Options of train.py by method. {tokens} is the task's. Published constants that are counted in tokens are
-# scaled from the few thousand tokens of their papers to the task's.
+# Options of train.py by method. {tokens} is the task's. Published constants in tokens are scaled from the
+# papers' few thousand tokens to the task's.
 METHODS = {
     "grpo": "grpo",
     "l2t": "l2t",
@@ -42,11 +42,11 @@ METHODS = {
     "gr3": "grpo --length gr3",
     "prime_linear": "grpo --length prime_linear",
 }
-# What else can be asked for with --methods, and what each separates.
+# Further names for --methods, each a control for one part of a method.
 CONTROLS = {
     "grpo_no_std": "grpo --advantage_std none",
     "dler": "grpo --length truncation --length_limit {tokens} --advantage_std batch --clip_high 0.28",
-    # a plain penalty per token; divided by a group's std it would weigh the same whatever it is
+    # a plain penalty per token; division by a group's std would cancel its size
     "priced": "grpo --advantage_std none --length priced --length_price {price}",
     # a fixed penalty of 0.02 per episode: no fitting gain, C_k = 1
     "episode_price": "l2t --gain none --compression flat --alpha 1 --beta 0.02",
@@ -56,7 +56,7 @@ CONTROLS = {
     "l2t_alpha0_per_token": "l2t --alpha 0 --statistic token_trunc_mean",  # Alg. 1's statistic alone
     "l2t_paper": "l2t --profile paper",  # Alg. 1 to the letter
     "l2t_to_go": "l2t --credit to_go",  # episodes' returns-to-go against the baseline of their state
-    "l2t_to_go_continue": "l2t --credit to_go --gain continue --gain_samples 1",  # the same, J from continuations
+    "l2t_to_go_continue": "l2t --credit to_go --gain continue --gain_samples 1",  # J from continuations
     "l2t_to_go_none": "l2t --credit to_go --gain none",  # the same, compression alone
     # local credit by M continuations a cut: local_M; with λ = 0.5 or 0.8: local_M_half, local_M_lambda
     **{f"local_{m}": f"l2t --method vineppo --gain_samples {m}" for m in (1, 2, 4, 9)},
@@ -122,7 +122,7 @@ def read_tasks(path: str) -> dict[str, dict]:
 
 
 def arguments(method: str, task: dict, seed: str, options: Options) -> list[str]:
-    """Of train.py, for one run."""
+    """Arguments of train.py for one run."""
     tokens = task["tokens"]
     text = (METHODS | CONTROLS)[method].format(
         tokens=tokens,
@@ -134,7 +134,7 @@ def arguments(method: str, task: dict, seed: str, options: Options) -> list[str]
 
 
 def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
-    """Start runs, (folder, arguments), each pinned to one core, as cores fall free. Output goes to
+    """Start runs, (folder, arguments), each pinned to one core, when cores become free. Output goes to
     FOLDER.log.
     """
     cores = sorted(os.sched_getaffinity(0))[:at_once]
@@ -175,8 +175,9 @@ def _start(run: Path, own: list[str], core: int) -> subprocess.Popen:
 
 
 def draw(rows: dict[str, dict], path: Path) -> str:
-    """Draw accuracy over mean tokens at temperature 1 as training goes on, a path per method, means over
-    seeds. Returns the path, or what is missing.
+    """Draw accuracy over mean tokens at temperature 1 during training, a line per method, means over seeds.
+
+    Returns the path of the figure, or a text about the missing package.
     """
     try:
         from matplotlib.figure import Figure
@@ -197,7 +198,9 @@ def draw(rows: dict[str, dict], path: Path) -> str:
         "before training", (tokens[0], accuracy[0]), (9, -4), textcoords="offset points", color="#5b5f66"
     )
     gap, above = 0.035 * (axes.get_ylim()[1] - axes.get_ylim()[0]), float("inf")
-    for accuracy, tokens, name, colour in sorted(ends, reverse=True):  # from above, no label over another
+    for accuracy, tokens, name, colour in sorted(
+        ends, reverse=True
+    ):  # from above, so that labels do not overlap
         above = min(accuracy, above - gap)
         axes.annotate(name, (tokens, above), (9, -3), textcoords="offset points", color=colour, weight="bold")
     axes.set(xlabel="mean tokens of a completion, T = 1", ylabel="accuracy")
@@ -215,7 +218,7 @@ def main(options: Options) -> None:
     jobs = []
     for name, task in tasks.items():
         (root / name).mkdir(parents=True, exist_ok=True)
-        for seed in seeds:  # all methods of a seed first: a comparison that is cut short is balanced
+        for seed in seeds:  # all methods of a seed first, so that a stopped comparison is balanced
             for method in methods:
                 jobs.append((root / name / f"{method}-{seed}", arguments(method, task, seed, options)))
     run_all(jobs, options.jobs)

@@ -1,8 +1,8 @@
-"""What the finished runs of several methods say, and how sure one can be.
+"""Differences of methods with confidence intervals, from their finished runs.
 
-Every method has answered the same held-out problems with the same seeds. Intervals hold 95 %; they come from
-a bootstrap over problems and seeds that draws both, the same ones for the two policies of a difference
-(`thinkrl.intervals`). A difference counts as shown if its interval does not hold 0.
+Every method has answered the same held-out problems with the same seeds. Intervals are at 95 %, by a
+bootstrap over problems and seeds that draws the same ones for both policies of a difference
+(`thinkrl.intervals`). A difference is shown if its interval does not contain 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Interval = tuple[float, float, float]  # value, low, high
 
 @dataclass
 class Measured:
-    """What the finished runs of one method say. Arrays are [S seeds, P problems], at temperature 1."""
+    """Results of the finished runs of one method. Arrays are [S seeds, P problems], at temperature 1."""
 
     seeds: list[str]
     before: dict[str, np.ndarray]  # "accuracy", "tokens": the start policy, as each seed sampled it
@@ -39,7 +39,7 @@ class Measured:
 
 
 def measure(method: str, seeds: list[str], folder: Path) -> Measured | None:
-    """None if no run of the method is finished."""
+    """Read the finished runs of a method; None if there are none."""
     runs = {seed: folder / f"{method}-{seed}" for seed in seeds}
     runs = {seed: run for seed, run in runs.items() if finished(run)}
     if not runs:
@@ -70,7 +70,7 @@ def measure(method: str, seeds: list[str], folder: Path) -> Measured | None:
 
 
 def _means(records: Sequence[dict]) -> dict[str, list[float]]:
-    """Accuracy and tokens of every problem: means over its samples."""
+    """Mean accuracy and tokens of every problem over its samples."""
     groups = by_problem(records).values()
     return {
         key: [sum(map(value, group)) / len(group) for group in groups]
@@ -86,8 +86,8 @@ def _tokens_spent(run: Path) -> float:
 
 
 def compare(measured: dict[str, Measured], against: str) -> dict[str, dict]:
-    """Per method, for summary.json: means with intervals, differences to `against`, AES relative to the start
-    policy.
+    """Compute means with intervals, differences to `against`, and AES relative to the start policy, by
+    method.
     """
     out = {}
     for name, m in measured.items():
@@ -115,7 +115,7 @@ def compare(measured: dict[str, Measured], against: str) -> dict[str, dict]:
 
 
 def table(rows: dict[str, dict], against: str) -> str:
-    """Markdown. Accuracies in percent, differences in percentage points."""
+    """Format a Markdown table, accuracies in percent, differences in percentage points."""
     gap = "gap_to_frontier" in next(iter(rows.values()))
     head = ["method", "seeds", "accuracy %", f"less {against}'s", "tokens", f"less {against}'s", "AES"]
     head += ["greedy %", "greedy tokens", "M tokens spent", *["gap to frontier"] * gap]
@@ -142,7 +142,7 @@ def _interval(interval: Interval, scale: float, digits: int = 1, sign: str = "")
 
 
 def conclusions(rows: dict[str, dict], against: str) -> str:
-    """Which differences are shown, in sentences."""
+    """List the shown differences in sentences."""
     lines, intervals = [], 0
     for key, unit, scale in (("accuracy", "points of accuracy", 100), ("tokens", "tokens", 1)):
         found: dict[str, list[str]] = {f"more {unit} than": [], f"fewer {unit} than": []}

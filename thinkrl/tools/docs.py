@@ -1,4 +1,4 @@
-"""The pages that are made from the code: docs/options.md and docs/metrics.md.   `make docs`
+"""Make docs/options.md and docs/metrics.md from the code. `make docs`
 
 python -m thinkrl.tools.docs
 """
@@ -25,16 +25,15 @@ from thinkrl.run.metrics import DEFINITIONS
 
 
 def options_page() -> str:
-    """docs/options.md: every option of train.py, what presets and profiles set, and what TRL and verl call
-    it.
-    """
+    """Make docs/options.md: options of train.py, values of presets and profiles, names in TRL and verl."""
     parts = [
         "# Options of train.py",
-        "Made from the code by `make docs`; do not edit. `train.py PRESET --help` shows the options of one preset.",
+        "Made from the code by `make docs`; do not edit. `train.py PRESET --help` shows the options of one "
+        "preset.",
         table(["preset", "what it trains"], [[f"`{name}`", text] for name, text in PRESETS.items()]),
-        "Where a value comes from, later wins: the default below, the preset, the embedded model's own values (with\n"
-        "`--model tiny`), `--profile`, the command line. An option that a preset does not read is refused. The\n"
-        "`config.json` of a run holds the resolved values.",
+        "Where a value comes from, later wins: the default below, the preset, the embedded model's own "
+        "values (with\n`--model tiny`), `--profile`, the command line. An option that a preset does not read "
+        "is refused. The\n`config.json` of a run holds the resolved values.",
     ]
     for heading, fields in groups(Config):
         if heading.title:
@@ -53,7 +52,8 @@ def options_page() -> str:
             [[f"`{name}`", sets(values)] for name, values in METHOD_VALUES.items() if name],
         ),
         "## Methods of --length",
-        "What `--length` sets, and so the options that the method reads; those without a value must be given.",
+        "What `--length` sets, and so the options that the method reads; those without a value must be "
+        "given.",
         table(
             ["`--length`", "sets"],
             [[f"`{name}`", sets(values, required=(0, ""))] for name, values in LENGTH_VALUES.items() if name],
@@ -65,33 +65,30 @@ def options_page() -> str:
 
 
 def sets(values: dict[str, Any], required: tuple = ()) -> str:
-    """Options with the values that a name stands for. required: values that stand for none, which must be
-    given.
-    """
+    """Format options with the values that a name sets. required: values that mean "must be given"."""
     parts = [f"--{key}" if value in required else f"--{key} {shown(value)}" for key, value in values.items()]
     return ", ".join(f"`{part}`" for part in parts)
 
 
 def metrics_page() -> str:
-    """docs/metrics.md: every key of metrics.jsonl, and what a healthy run shows."""
+    """Make docs/metrics.md: every key of metrics.jsonl, and values in a healthy run."""
     return "\n\n".join(
         [
             "# Metrics",
             "Made from the code by `make docs`; do not edit.",
-            "The keys of `runs/NAME/metrics.jsonl`, one line per optimizer step. Means are over the whole step and all\n"
-            "ranks. A meaning that begins with the name of a preset is logged by that preset only.",
+            "The keys of `runs/NAME/metrics.jsonl`, one line per optimizer step. Means are over the whole "
+            "step and all\nranks. A meaning that begins with the name of a preset is logged by that preset "
+            "only.",
             table(["key", "meaning"], [[f"`{key}`", text] for key, text in DEFINITIONS.items()]),
-            "Healthy: `mismatch` below 1e-5 in float32 and 1e-2 in bfloat16; `clip_fraction` 0 with one update per\n"
-            "rollout; `entropy` falling slowly, not to 0 in the first steps; `zero_groups` well below 1; `truncated`\n"
-            "near 0.\n",
+            "Healthy: `mismatch` below 1e-5 in float32 and 1e-2 in bfloat16; `clip_fraction` 0 with one "
+            "update per\nrollout; `entropy` falling slowly, not to 0 in the first steps; `zero_groups` well "
+            "below 1; `truncated`\nnear 0.\n",
         ]
     )
 
 
 def preset_rows() -> Iterable[list[str]]:
-    """A row for each option that some preset sets, one cell per preset; empty where a preset does not read
-    it.
-    """
+    """Make a row for each option that a preset sets, with a cell per preset, empty if it does not read it."""
     values = {name: (preset_values(name), preset_values(name, tiny=True)) for name in PRESETS}
     for f in dataclasses.fields(Config):
         readers_of = readers(f.name) if f.metadata else ()

@@ -1,16 +1,15 @@
-"""Attempts at held-out problems, kept one by one, and what they say. `sample.py --data` is the command line.
+"""Evaluate a policy on problems, and keep its attempts. `sample.py --data` is the command line.
 
-In the folder --out:
+The folder --out has
 
-    config.json          what decides the result, from the first attempt on; the command that continues must
-                         bring the same
-    parts/rank_R.jsonl   attempts so far: what a killed evaluation is continued from, at any number of ranks
-    completions.jsonl    at the end all attempts, problem by problem, as lines of a run's evaluations.jsonl
-    summary.json         the numbers of `summary`
+    config.json          options that change the result; the command that continues must have the same
+    parts/rank_R.jsonl   attempts so far, from which a killed evaluation continues at any number of ranks
+    completions.jsonl    at the end all attempts, by problem, in the format of a run's evaluations.jsonl
+    summary.json         results of `summary`
     summary.md           the same as tables
 
-A continued evaluation has the attempts of one that was never stopped, up to floating-point ties: each has its
-own key of random numbers.
+A continued evaluation has the same attempts as an uninterrupted one, up to floating-point ties, because each
+attempt has its own key of random numbers.
 """
 
 from __future__ import annotations
@@ -37,15 +36,16 @@ from thinkrl.tools.formats import number
 from thinkrl.types import Problem
 from thinkrl.visible import visible
 
-ROWS = 256  # completions in one call of the sampler, which decodes as many at a time: what a kill can lose
-ENDS = 1 << 20  # bytes at each end of a weights file that tell it from another
+ROWS = 256  # completions in one call of the sampler, which a kill can lose
+ENDS = 1 << 20  # bytes at each end of a weights file, for its checksum
 
 
 class Policy(Protocol):
-    """What is measured."""
+    """Policy that is evaluated."""
 
     samplers: Sequence[Sampler]
-    """Whose completions are the attempts, to move the bar; without any it moves with each call of `records`.
+    """Samplers whose completions are the attempts, for the bar; if [] it advances with each call of
+    `records`.
     """
 
     def require_room(self, problems: list[Problem]) -> None:
@@ -53,7 +53,7 @@ class Policy(Protocol):
         ...
 
     def records(self, problems: list[Problem]) -> list[dict]:
-        """n attempts at each problem: records of `evaluate.held_out_record`."""
+        """Sample n attempts at each problem; returns records of `evaluate.held_out_record`."""
         ...
 
 
@@ -66,10 +66,10 @@ def evaluate(
     settings: dict,
     decoding: str,
 ) -> list[dict]:
-    """Records of n attempts at every problem, in order; on the main rank all of them. Collective.
+    """Evaluate n attempts at every problem; returns all records in order, on rank 0. Collective.
 
-    load       the policy, which is called only if something is left to do
-    folder     where records are kept and found again, and the settings that they were made with
+    load       loads the policy; called only if problems are left
+    folder     where records are kept and found again; settings that must be the same
     decoding   "sampled" or "greedy", a field of every record
     Raises UserError, on every rank, if the folder was begun with other settings or cannot be written.
     """
@@ -96,7 +96,7 @@ def evaluate(
 def _attempt(
     mine: list[Problem], n: int, policy: Policy, world: World, folder: Path | None, extra: dict
 ) -> list[dict]:
-    """The records of this rank's problems, appended to its part of the folder as they come."""
+    """Sample this rank's problems and append the records to its part of the folder."""
     at_once, made = max(1, ROWS // n), []
     with (
         open_part(folder, world.rank) if folder else nullcontext() as part,
@@ -114,14 +114,14 @@ def _attempt(
 
 
 def settings_of(options: dict, problems: Sequence[Problem], models: Iterable[Path]) -> dict:
-    """What decides the result, for config.json: options, and checksums of the problems and of the weights."""
+    """Settings that change the result, for config.json: options, checksums of problems and weights."""
     files = [file for model in models for file in sorted(model.glob("*.safetensors"))]
     asked = [astuple(p) for p in problems]
     return options | {"problems_crc32": zlib.crc32(repr(asked).encode()), "weights_crc32": _ends(files)}
 
 
 def _ends(files: Iterable[Path]) -> int:
-    """Checksum of both ends of every file: a policy that was trained on has other numbers there."""
+    """Checksum of both ends of every file, which training changes."""
     crc = 0
     for path in files:
         with path.open("rb") as file:
@@ -132,7 +132,7 @@ def _ends(files: Iterable[Path]) -> int:
 
 
 def _open(folder: Path, settings: dict, n: int, world: World) -> list[dict]:
-    """On the main rank, the records in the folder of all problems that have n."""
+    """Records in the folder of all problems that have n, on rank 0."""
     if not world.main:
         return []
     open_out(folder, settings)
@@ -148,7 +148,7 @@ def _open(folder: Path, settings: dict, n: int, world: World) -> list[dict]:
 
 
 def _merge(folder: Path, records: Sequence[dict]) -> None:
-    """From the parts to completions.jsonl."""
+    """Write completions.jsonl, and remove the parts."""
     temporary = folder / "completions.jsonl.tmp"
     temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     temporary.replace(folder / "completions.jsonl")
@@ -156,7 +156,8 @@ def _merge(folder: Path, records: Sequence[dict]) -> None:
 
 
 def summary(records: Sequence[dict]) -> dict:
-    """The numbers of `evaluate.summary_of`; with token budgets also
+    """Compute `evaluate.summary_of`, and with token budgets also
+
 
     budgets             [tokens, accuracy] of each; budget_intervals their 95 % intervals, clustered by
                         problem
@@ -180,7 +181,7 @@ def summary(records: Sequence[dict]) -> dict:
 
 
 def tables(result: dict) -> str:
-    """`summary` as Markdown that is also read on a terminal."""
+    """Format `summary` as Markdown that is readable on a terminal."""
     rows = [_row("all", result)]
     rows += [_row(level, numbers) for level, numbers in result["by_level"].items() if level]
     head = [
@@ -219,12 +220,12 @@ def _row(name: str, numbers: dict) -> list:
 
 
 def between(low: float, high: float) -> str:
-    """An interval of shares: "63.0 to 71.2 %"."""
+    """Format an interval of shares: "63.0 to 71.2 %"."""
     return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
 def table(head: Sequence, rows: Sequence[Sequence]) -> str:
-    """A Markdown table whose columns are aligned: the first to the left, the others to the right."""
+    """Format a Markdown table with aligned columns: the first to the left, the others to the right."""
     cells = [[visible(cell).replace("\n", " ").replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells)]
     rule = [f"{'-' * widths[0]}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]

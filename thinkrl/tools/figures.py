@@ -1,8 +1,8 @@
-"""The report's figures, as SVG that takes its colours from the page's style sheet.
+"""Figures of the report, as SVG with colours of the page's style sheet.
 
-Several runs share each figure: what belongs to run i has the class `run run-i`, which gives it its colour and
-lets the page's script hide it. A curve says in data- attributes how its axes run, so that the script can find
-the value under the pointer; everything else is drawn here.
+Several runs share each figure: elements of run i have the class `run run-i`, which sets their colour and lets
+the page's script hide them. A curve has its axes in data- attributes, so that the script can find the value
+at the pointer.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from markupsafe import Markup
 from thinkrl.tools.formats import mean, number, tick, ticks
 
 COLOURS = 8  # of runs, in the style sheet; the next eight are dashed
-DRAWN = 400  # points of one line at most; of all runs' lines together at most five times as many
+DRAWN = 400  # points per line at most; all runs' lines together have at most five times as many
 
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Axes:
-    """A plot of `width` x `height` units, in which `x` and `y` run from their first to their last value."""
+    """Axes of a plot of `width` x `height` units; `x` and `y` are their first and last values."""
 
     width: int
     height: int
@@ -60,7 +60,7 @@ class Axes:
         )
 
     def frame(self, x_ticks: Sequence[float], y_key: str, x_title: str, y_title: str) -> Markup:
-        """Grid lines with their numbers, and what the axes are."""
+        """Draw grid lines with their numbers, and the titles of the axes."""
         right, floor = self.width - self.right, self.height - self.bottom
         parts = []
         for y in ticks(*self.y):
@@ -97,7 +97,7 @@ def run_class(i: int) -> str:
 
 
 def padded(values: Sequence[float], share: float = 0.0) -> tuple[float, float]:
-    """From the least to the greatest value and `share` of their distance more; never empty."""
+    """Range from the least to the greatest value, wider by `share`; never empty."""
     low, high = min(values), max(values)
     if high - low < 1e-9 * max(1.0, abs(high)):
         return low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
@@ -105,9 +105,7 @@ def padded(values: Sequence[float], share: float = 0.0) -> tuple[float, float]:
 
 
 def curve(key: str, lines: Sequence[Points], dots: Sequence[Points], steps: tuple[float, float]) -> Markup:
-    """One metric of every run over the optimizer steps: values, their running mean, held-out results as
-    circles.
-    """
+    """Draw a metric of every run over the steps: values, running mean, held-out results as circles."""
     values = [y for points in (*lines, *dots) for _, y in points]
     axes = Axes(320, 132, steps, padded(values), left=4, right=42, top=8, bottom=18)
     right, floor = axes.width - axes.right, axes.height - 4
@@ -142,7 +140,7 @@ def curve(key: str, lines: Sequence[Points], dots: Sequence[Points], steps: tupl
 
 
 def running_mean(points: Points) -> Points:
-    """The mean over a tenth of the run around each point, over what there is of it at the ends."""
+    """Mean over a tenth of the run around each point, over less at the ends."""
     reach, sums = len(points) // 20, [0.0, *accumulate(y for _, y in points)]
     out = []
     for i, (x, _) in enumerate(points):
@@ -152,12 +150,12 @@ def running_mean(points: Points) -> Points:
 
 
 def points_of_a_line(runs: int) -> int:
-    """How many points a curve of so many runs can have, so that thirty curves of 64 runs still fit a page."""
+    """Number of points per curve, so that thirty curves of 64 runs fit a page."""
     return min(DRAWN, max(32, 5 * DRAWN // runs))
 
 
 def thin(points: Points, most: int) -> Points:
-    """At most so many points that still show every peak: the lowest and the highest of equal stretches."""
+    """Reduce to at most `most` points, the lowest and highest of equal intervals, so that peaks are kept."""
     if len(points) <= most:
         return points
     size = -(-2 * len(points) // most)
@@ -170,9 +168,10 @@ def thin(points: Points, most: int) -> Points:
 
 
 def accuracy_against_tokens(paths: Sequence[tuple[str, str, Sequence[tuple[str, float, float]]]]) -> Markup:
-    """Each path is (class, label, [(name of an evaluation, tokens, accuracy), …] in the order of training).
+    """Draw accuracy against tokens: paths (class, label, [(evaluation, tokens, accuracy), …] in training
+    order).
 
-    Up and to the left is better. The start is an open circle, the end a full one with the label beside it.
+    Up and left is better. The start is an open circle, the end a full one with the label beside it.
     """
     tokens = [t for _, _, path in paths for _, t, _ in path]
     accuracy = [a for _, _, path in paths for _, _, a in path]
@@ -186,7 +185,9 @@ def accuracy_against_tokens(paths: Sequence[tuple[str, str, Sequence[tuple[str, 
             title = f"{label}, {name}: {number(a, 'accuracy')} with {number(t, 'tokens')} tokens"
             parts.append(axes.disc(t, a, 3 if end == "between" else 5, f"{end} {kind}", title))
     lowest = 0.0
-    for kind, label, path in sorted(paths, key=lambda each: -each[2][-1][2]):  # from above, none over another
+    for kind, label, path in sorted(
+        paths, key=lambda each: -each[2][-1][2]
+    ):  # from above, so that labels do not overlap
         x, y = axes.at(*path[-1][1:])
         lowest = max(y + 4, lowest + 13)
         place = (x - 9, "end") if x > 0.7 * axes.width else (x + 9, "start")
@@ -195,7 +196,7 @@ def accuracy_against_tokens(paths: Sequence[tuple[str, str, Sequence[tuple[str, 
 
 
 def accuracy_at_budgets(lines: Sequence[tuple[str, str, Points]]) -> Markup:
-    """Each line is (class, label, [(token budget, accuracy), …])."""
+    """Draw accuracy at token budgets: lines (class, label, [(token budget, accuracy), …])."""
     budgets = sorted({b for _, _, points in lines for b, _ in points})
     axes = Axes(460, 300, (budgets[0], budgets[-1]), (0.0, 1.0), log=budgets[0] > 0)
     shown = [
@@ -214,9 +215,7 @@ def accuracy_at_budgets(lines: Sequence[tuple[str, str, Points]]) -> Markup:
 
 
 def histogram(samples: Sequence[tuple[str, str, Sequence[float]]], x_title: str) -> Markup:
-    """Each sample is (class, label, values). Drawn as outlines: the share of the values in each of equal
-    bins.
-    """
+    """Draw histograms as outlines: samples (class, label, values), the share of values in equal bins."""
     everything = [v for _, _, values in samples for v in values]
     low, high = padded(everything)
     low = 0.0 if 0 <= low < 0.5 * high else low
@@ -249,9 +248,7 @@ def histogram(samples: Sequence[tuple[str, str, Sequence[float]]], x_title: str)
 
 
 def importance_by_place(chains: Sequence[dict]) -> Markup:
-    """Mean importance of the i-th thought and mean accuracy of the rollouts behind it, over all chains that
-    long.
-    """
+    """Draw mean importance of the i-th thought and mean accuracy after it, over the chains that have one."""
     longest = max(len(chain["importance"]) for chain in chains)
     if longest < 2:
         return Markup("")

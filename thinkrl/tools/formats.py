@@ -1,4 +1,4 @@
-"""Numbers and text as a report shows them."""
+"""Formats of numbers and text in a report."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SHARES = {
     "clip_fraction",
     "malformed",
     "format",
-}  # shown in per cent
+}  # in per cent
 
 
 def script_json(value) -> Markup:
-    """JSON that can stand inside a script element: without '<', so that nothing in it can close the element."""
+    """Format JSON for a script element, without '<', so that it cannot close the element."""
     return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 
@@ -36,7 +36,7 @@ def mean(values) -> float:
 
 
 def number(value: float | None, key: str = "", sign: bool = False) -> str:
-    """Three digits, a true minus, per cent for the shares of SHARES; an en dash for what is not there."""
+    """Format with three digits, a true minus, per cent for SHARES; an en dash for None."""
     if not finite(value):
         return "–"
     plus = "+" if sign else ""
@@ -45,12 +45,14 @@ def number(value: float | None, key: str = "", sign: bool = False) -> str:
     elif abs(value) >= 999.5:
         text = f"{value:{plus},.0f}"
     else:
-        text = f"{value:{plus}.{'1f' if key == 'tokens' else '3g'}}"  # means of tokens line up in a table
+        text = (
+            f"{value:{plus}.{'1f' if key == 'tokens' else '3g'}}"  # so that means of tokens align in a table
+        )
     return text.replace("-", "−")
 
 
 def change(before: float | None, after: float | None, key: str) -> tuple[str, str]:
-    """(verdict, text): accuracy in points, anything else relative to its start; ("", "") without both.
+    """Verdict and text of a change: accuracy in points, others relative to the start; ("", "") without both.
 
     The verdict is "good", "bad" or "same": accuracy should rise, tokens should fall.
     """
@@ -62,12 +64,12 @@ def change(before: float | None, after: float | None, key: str) -> tuple[str, st
 
 
 def tick(value: float, key: str = "") -> str:
-    """A number on an axis."""
+    """Format a number on an axis."""
     return re.sub(r"\.0(?= %|$)", "", number(value, key))
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Two to four round numbers in [low, high], low < high."""
+    """Choose two to four round numbers in [low, high], low < high."""
     unit = 10.0 ** (math.floor(math.log10(high - low)) - 1)
     for step in (factor * unit for factor in (2, 5, 10, 20, 50)):
         numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)

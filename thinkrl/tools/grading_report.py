@@ -1,18 +1,16 @@
-r"""Does grading read the gold answers of these files, and nothing else? Beside math-verify and verl, if
-installed.
+r"""Count grading errors on the gold answers of data files, also of math-verify and verl if installed.
 
     python -m thinkrl.tools.grading_report FILE [FILE …] [--show 20]
 
-Each gold answer that differs from the others of its file is graded, in a box,
+Each different gold answer of a file is graded, in a box,
 
     in other spellings          \dfrac, spaces, units, decimals, bmatrix, …       wrong is a false negative
-    with a change               a number up, another sign, entries swapped, …      right is a false positive
+    with a change               a number changed, another sign, entries swapped, … right is a false positive
     against other rows' golds   four others, two of them of the same shape         right is a false positive
 
-and, where a row has a solution, against what that announces. Spellings and changes work on the text (the
-tables `SPELLINGS` and `CHANGES`), and each is tried where its pattern fits; they know nothing of how a grader
-reads. The verdicts of thinkrl that look wrong are printed, `--show` of each kind, to be read: a gold answer
-may be mistaken itself.
+and against the answer of the row's solution, if it has one. Spellings and changes are text patterns (the
+tables `SPELLINGS` and `CHANGES`), independent of any grader. Verdicts of thinkrl that look wrong are printed,
+`--show` of each kind, because a gold answer may itself be wrong.
 """
 
 from __future__ import annotations
@@ -38,10 +36,12 @@ from thinkrl.options import asks_for_help, command_line, exit_with_error, option
 Grader = Callable[[str, str], bool]  # (completion, gold answer) -> right?
 Case = tuple[str, str, str]  # (gold answer, what was done to it, completion)
 
-WORDS = r"\\(?:text|mbox)|(?<![\\A-Za-z])[A-Za-z]{4}"  # in such golds a rule about signs would meet words
+WORDS = (
+    r"\\(?:text|mbox)|(?<![\\A-Za-z])[A-Za-z]{4}"  # golds with words, to which rules about signs do not apply
+)
 NO_FORMULA = rf"{WORDS}|[<>=]|\\(?:le|ge|in|cup|approx)"
 INTEGERS = r"\A-?\d+(?:\s*,\s*-?\d+)+\Z"
-MIXED_UP = r"\d,\d{3}(?!\d)"  # a comma that may be one of thousands
+MIXED_UP = r"\d,\d{3}(?!\d)"  # a comma that may separate thousands
 
 
 def _decimal(fraction: re.Match) -> str:
@@ -61,7 +61,7 @@ VALUE = r"\A-?(?:\d+(?:\.\d+)?|\\[dt]?frac\{\d+\}\{\d+\}|\d*\s*\\sqrt\{\d+\})\Z"
 CHOICE = r"\A(?:\\text\{\(?)?([A-Z])(?:\)?\})?\Z"
 UNIT = r"(?<=[\d}])\s*\\(?:text|mbox|textnormal)\{[^{}]*\}(?:\^\d)?\Z"
 
-# (name, where it fits, what replaces it, golds that it does not fit for all that)
+# (name, pattern, replacement, pattern of golds that are excluded)
 SPELLINGS: list[tuple[str, str, str | Callable, str]] = [
     ("as it is", r"\A", "", ""),
     ("full stop", r"\Z", ".", r"\.\Z"),
@@ -157,8 +157,10 @@ def boxed(answer: str) -> str:
 
 
 def rewritten(gold: str, table: list[tuple[str, str, str | Callable, str]]) -> Iterator[Case]:
-    """The gold answer by each row of a table that fits it, boxed; no two alike."""
-    space = r"\Z" if table is SPELLINGS else r"(?<!\d)\s+|\s+(?!\d)"  # a change is more than a space
+    """Apply each fitting row of a table to the gold answer; yields different boxed answers."""
+    space = (
+        r"\Z" if table is SPELLINGS else r"(?<!\d)\s+|\s+(?!\d)"
+    )  # a change of spaces alone does not count
     seen = set() if table is SPELLINGS else {re.sub(space, "", gold)}
     for name, pattern, replacement, unless in table:
         if (unless and re.search(unless, gold)) or not re.search(pattern, gold, re.DOTALL):
@@ -181,8 +183,10 @@ def changes(gold: str) -> Iterator[Case]:
 
 
 def others(golds: list[str]) -> Iterator[Case]:
-    """Each gold answer and four others of the file, the next two of all and of the same shape, in a fixed
-    random order: with other digits, so that they are not the same answer in another spelling.
+    """Pair each gold answer with four others: the next two of all, and of the same shape, in a fixed random
+    order.
+
+    The others have different digits, so that they are not the same answer in another spelling.
     """
     golds = sorted(golds)
     random.Random(0).shuffle(golds)
@@ -201,9 +205,7 @@ def others(golds: list[str]) -> Iterator[Case]:
 
 
 def read_golds(path: Path) -> list[tuple[str, str]]:
-    """(gold answer, solution, or "" where it announces no answer) of each problem of a file, as a run reads
-    them.
-    """
+    """Read (gold answer, solution) of each problem of a file; solution "" if it has no answer."""
     return [
         (
             re.sub(r"\A\$([^$]+)\$\Z", r"\1", problem.answer),
@@ -231,22 +233,22 @@ def _thinkrl(completion: str, gold: str) -> bool:
 def _math_verify() -> Grader:
     from math_verify import parse, verify
 
-    logging.disable(logging.CRITICAL)  # it reports what it cannot parse
+    logging.disable(logging.CRITICAL)  # silences its messages about text it cannot parse
     return lambda completion, gold: bool(verify(parse(f"${gold.strip('$')}$"), parse(completion)))
 
 
 def _verl(gsm8k: ModuleType, math: ModuleType) -> Grader:
     def right(completion: str, gold: str) -> bool:
         module = gsm8k if "####" in completion else math
-        gold = gold.replace(",", "") if module is gsm8k else gold  # as its data preparation does
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what went wrong
+        gold = gold.replace(",", "") if module is gsm8k else gold  # as in its data preparation
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints errors
             return module.compute_score(completion, gold) > 0
 
     return right
 
 
 def _module(path: Path) -> ModuleType:
-    """A scorer of verl's by itself: importing verl would import ray."""
+    """Import one scorer file of verl, because importing verl imports ray."""
     spec = importlib.util.spec_from_file_location(f"verl_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -268,10 +270,10 @@ def parse(argv: list[str]) -> tuple[list[Path], Options]:
 
 
 def report(path: Path, show: int) -> str:
-    """How many verdicts on one file are wrong: a line for each grader, and thinkrl's own."""
+    """Count wrong verdicts on one file: a line for each grader, and thinkrl's wrong verdicts."""
     rows = read_golds(path)
     golds = list(dict.fromkeys(gold for gold, _ in rows))
-    kinds: dict[str, tuple[bool, list[Case]]] = {  # what is right, and the cases
+    kinds: dict[str, tuple[bool, list[Case]]] = {  # the right verdict, and the cases
         "spellings": (True, [case for gold in golds for case in spellings(gold)]),
         "changes": (False, [case for gold in golds for case in changes(gold)]),
         "other rows": (False, list(others(golds))),

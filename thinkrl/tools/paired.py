@@ -1,9 +1,9 @@
-"""Two policies on the same problems: differences and AES with intervals.   `sample.py --compare A B`
+"""Compare two policies on the same problems: differences and AES with intervals. `sample.py --compare A B`
 
 A and B are run folders, RUN or RUN:NAME for one of its evaluations (NAME is a key of summary.json: before,
 step_50, …; without it, after), or folders that `sample.py --data … --out` has written. Differences are A - B,
-and B is the base of AES. Problems are paired by id, question and gold answer; what only one side has is left
-out and counted. Several samples of a problem count as their mean, and the bootstrap draws problems.
+and B is the base of AES. Problems are paired by id, question and gold answer; problems of one side only are
+left out and counted. Several samples of a problem count as their mean, and the bootstrap draws problems.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ Group = list[dict]  # the records of one problem
 
 
 def read(spec: str) -> dict[str, list[dict]]:
-    """Records of the evaluation that `spec` names, by decoding: "sampled", "greedy". Raises UserError if
-    there is none.
-    """
+    """Read the evaluation that `spec` names: {"sampled" or "greedy": records}. Raises UserError."""
     path, name = Path(spec), ""
     if not path.is_dir() and ":" in spec:
         path, name = Path(spec.rpartition(":")[0]), spec.rpartition(":")[2]
@@ -42,7 +40,8 @@ def read(spec: str) -> dict[str, list[dict]]:
         )
     if not (path / "evaluations.jsonl").exists():
         raise UserError(
-            f"--compare {spec}: neither a run folder with evaluations.jsonl nor one that sample.py --out has written"
+            f"--compare {spec}: neither a run folder with evaluations.jsonl nor one that sample.py --out has "
+            "written"
         )
     name, found = name or "after", evaluations(path)
     if name not in found:
@@ -59,7 +58,7 @@ def evaluations(run: Path) -> dict[str, dict[str, list[dict]]]:
 
 
 def _by_decoding(records: Iterable[dict]) -> dict[str, list[dict]]:
-    """A record that was written twice, before and after a kill, counts once."""
+    """Group records by decoding; a record that was written twice, before and after a kill, counts once."""
     found: dict[str, dict] = {}
     for record in records:
         found.setdefault(record["decoding"], {})[record["problem"], record["sample"]] = record
@@ -67,7 +66,7 @@ def _by_decoding(records: Iterable[dict]) -> dict[str, list[dict]]:
 
 
 def compare_runs(a: str, b: str) -> dict[str, dict]:
-    """`compare` for every decoding that both have. Raises UserError where nothing can be paired."""
+    """Apply `compare` to every decoding that both have. Raises UserError if nothing can be paired."""
     ours, base = read(a), read(b)
     shared = [decoding for decoding in ours if decoding in base]
     if not shared:
@@ -78,10 +77,10 @@ def compare_runs(a: str, b: str) -> dict[str, dict]:
 
 
 def compare(a: Sequence[dict], b: Sequence[dict], names: tuple[str, str]) -> dict:
-    """Numbers of two lists of records, for JSON.
+    """Compare two lists of records; returns a dict for JSON.
 
     names                 of both
-    problems, left_out    how many are paired, and how many only A has and only B
+    problems, left_out    number of pairs; of problems of A only and of B only
     better, worse         problems on which A is right more often than B, and less often
     quantities            {name: {"a", "b", "difference", "interval"}}: accuracy and tokens, both by level,
                           and accuracy at token budgets; the interval of a single problem is null
@@ -117,7 +116,7 @@ def compare(a: Sequence[dict], b: Sequence[dict], names: tuple[str, str]) -> dic
 
 
 def by_problem(records: Sequence[dict]) -> dict[tuple, Group]:
-    """Records by (id, question, gold answer) of their problem, in the order of ids."""
+    """Group records by (id, question, gold answer) of their problem, in the order of ids."""
     groups: dict[tuple, Group] = {}
     for r in sorted(records, key=lambda r: (r["problem"], r["sample"])):
         groups.setdefault((r["problem"], r["question"], r["gold"]), []).append(r)
@@ -125,14 +124,14 @@ def by_problem(records: Sequence[dict]) -> dict[tuple, Group]:
 
 
 def _means(pairs: Sequence[tuple[Group, Group]], value: Callable[[dict], float]) -> list[np.ndarray]:
-    """The mean of a value over each problem's samples: [P] of A and [P] of B."""
+    """Mean of a value over each problem's samples: [P] of A and [P] of B."""
     return [
         np.array([np.mean([value(record) for record in pair[side]]) for pair in pairs]) for side in (0, 1)
     ]
 
 
 def _shared_budgets(pairs: Sequence[tuple[Group, Group]]) -> list[int]:
-    """Token budgets, where both sides have the same."""
+    """Token budgets, if both sides have the same, else []."""
     budgets = {
         tuple(tokens for tokens, _ in group[0].get("at_budgets", ())) for pair in pairs for group in pair
     }
@@ -140,14 +139,14 @@ def _shared_budgets(pairs: Sequence[tuple[Group, Group]]) -> list[int]:
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> dict:
-    """Of one problem there is no interval: it says nothing of others."""
+    """Difference with interval; none for a single problem."""
     difference, *interval = paired_bootstrap(a, b)
     out = {"a": float(a.mean()), "b": float(b.mean()), "difference": difference}
     return out | {"interval": interval if len(a) > 1 else None}
 
 
 def tables(result: dict) -> str:
-    """`compare` as Markdown that is also read on a terminal. Accuracies differ by points, hundredths."""
+    """Format `compare` as Markdown that is readable on a terminal, accuracies in percentage points."""
     a, b = result["names"]
     rows = []
     for name, q in result["quantities"].items():

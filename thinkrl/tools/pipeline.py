@@ -1,17 +1,16 @@
-"""Long⊗Short in miniature: the built-in long chains through all four stages, and what came of it.   `make longshort`
+"""Long⊗Short on the embedded model: all four stages from the built-in long chains.   `make longshort`
 
     python -m thinkrl.tools.pipeline [--key value …]
 
-    1 chunk        built-in long chains -> thoughts, importance, labels -> two cold-start files          chunk.py
-    2 cold start   the base policy learns each role -> L0, S0                                          train.py sft, twice
-    3 rounds       L and S are trained in turns -> L1⊗S0, L2⊗S0, L2⊗S1, …                              train.py longshort
-    4 baseline     the base policy under plain GRPO, for as many steps of as many problems and attempts  train.py grpo
+    1 chunk        built-in long chains -> thoughts, importance, labels -> cold-start files   chunk.py
+    2 cold start   the base policy is fine-tuned for each role -> L0, S0                      train.py sft
+    3 rounds       L and S are trained in turns -> L1⊗S0, L2⊗S0, L2⊗S1, …                     train.py longshort
+    4 baseline     the base policy by GRPO, with the same steps, problems and attempts        train.py grpo
 
-Each stage is one torchrun. What is finished is not done again, so a killed pipeline is continued by the same
-command, and by no other: the options stand in config.json. It ends with a table, report.html of all stages,
-and summary.json in the folder --out: the base policy, the chains it started from, one entry per round, GRPO.
-All are measured on the same held-out problems at T = 1 and greedily; tokens are those of both roles and of
-all turns.
+Each stage is one torchrun. A finished stage is not repeated, so the same command continues a killed pipeline;
+config.json keeps the options, which must be the same. At the end there are a table, report.html of all
+stages, and summary.json in the folder --out, with the base policy, the chains, an entry per round, and GRPO.
+All are measured on the same held-out problems at T = 1 and greedily; tokens are of both roles and all turns.
 """
 
 from __future__ import annotations
@@ -62,9 +61,7 @@ def parse(argv: list[str]) -> Options:
 
 
 def open_folder(options: Options) -> Path:
-    """The folder `out`, with the options in its config.json. Raises UserError if its stages were run with
-    others.
-    """
+    """Open the folder `out` and write config.json. Raises UserError if its stages had other options."""
     folder = Path(options.out)
     take(folder)
     settings = {key: value for key, value in asdict(options).items() if key not in FREE_TO_CHANGE}
@@ -74,9 +71,7 @@ def open_folder(options: Options) -> Path:
 
 
 def run_stages(options: Options) -> None:
-    """All of it, in the folder `out`: chunk/, L0/, S0/, longshort/, grpo/. Raises UserError where a stage
-    fails.
-    """
+    """Run all stages in the folder `out`: chunk/, L0/, S0/, longshort/, grpo/. UserError if one fails."""
     folder = Path(options.out).resolve()
     common = ["--seed", str(options.seed), "--device", options.device]
 
@@ -149,7 +144,7 @@ def run_stages(options: Options) -> None:
 
 
 def collect(folder: Path, rounds: str) -> dict:
-    """Content of summary.json: base, long_chains, rounds (the cold start first) and grpo."""
+    """Collect summary.json: base, long_chains, rounds (the cold start first) and grpo."""
     talks, grpo = (json.loads((folder / name / "summary.json").read_text()) for name in ("longshort", "grpo"))
     chains = json.loads((folder / "chunk" / "annotated.json").read_text())
     names = [pair_name(rounds, k) for k in range(len(rounds) + 1)]
@@ -192,7 +187,8 @@ def table(summary: dict) -> str:
         ("base + GRPO", summary["grpo"]),
     ]
     lines = [
-        "| policies | T=1 accuracy | tokens | long + short | turns min/mean/max | AES | greedy accuracy | tokens | AES |",
+        "| policies | T=1 accuracy | tokens | long + short | turns min/mean/max | AES | greedy accuracy | "
+        "tokens | AES |",
         "|---" * 9 + "|",
     ]
     for name, r in rows:
@@ -209,14 +205,12 @@ def table(summary: dict) -> str:
 
 
 def require_exchanges(summary: dict) -> None:
-    """Raise UserError if some pair of policies never used a second turn: then nothing cooperates, whatever
-    the accuracy.
-    """
+    """Raise UserError if a pair of policies never used a second turn, so that the roles do not cooperate."""
     single = [r["policies"] for r in summary["rounds"] if r["turns"]["max"] == 1]
     if single:
         raise UserError(
-            f"every conversation of {', '.join(single)} ended at its first turn: the roles did not learn to ask again; "
-            "see chunk/summary.json for how many chains have more than one exchange"
+            f"every conversation of {', '.join(single)} ended at its first turn: the roles did not learn to "
+            "ask again; see chunk/summary.json for how many chains have more than one exchange"
         )
 
 

@@ -21,7 +21,8 @@ from thinkrl.memory import CHECKPOINTING, Setting, parameters, update_bytes
 from thinkrl.model import ModelConfig
 from thinkrl.options import command_line, exit_with_error, group, option, parse_as
 
-QWEN = {  # Qwen2.5, from the published config.json: layers, width, MLP width, heads, kv heads, head dim, vocabulary, tied
+# Qwen2.5 by its config.json: layers, width, MLP width, heads, kv heads, head dim, vocabulary, tied
+QWEN = {
     "0.5B": (24, 896, 4864, 14, 2, 64, 151936, True),
     "1.5B": (28, 1536, 8960, 12, 2, 128, 151936, True),
     "7B": (28, 3584, 18944, 28, 4, 128, 152064, False),
@@ -151,17 +152,18 @@ def largest_copy(gpus: int, o: Options) -> float:
 
 
 def advice(counts: tuple[int, ...], o: Options) -> str:
-    """From which size on a whole copy on each GPU no longer samples, and what to do then."""
+    """Size from which a whole copy on each GPU leaves no room to sample, and what to do then."""
     limits = ", ".join(f"{largest_copy(gpus, o) / 1e9:.1f} B on {gpus}" for gpus in counts)
     alone = (
         o.gpu_memory * (1 - LEAST_KV / KV_SHARE) / (2 * o.policies)
     )  # billions of parameters at 2 bytes each
     return f"""
-Parameters up to which a whole copy on each GPU of {o.gpu_memory:g} GB leaves room to sample: {limits}. Beyond:
-  more GPUs, with --replicate 1: HSDP spreads weights and moments over N / replicas GPUs, so that each holds more
+Parameters up to which a whole copy on each GPU of {o.gpu_memory:g} GB leaves room to sample: {limits}.
+Beyond:
+  more GPUs, with --replicate 1: HSDP spreads weights and moments over N / replicas GPUs, so each holds more
   larger GPUs: on {o.gpu_memory:g} GB the copy alone is too much from {alone:.1f} B on, however many there are
-  not in thinkrl: GPUs that only sample, beside others that only train, hold no moments and sample up to these {alone:.1f} B;
-  a copy that k GPUs share samples up to about k times as much"""
+  not in thinkrl: GPUs that only sample, beside others that only train, hold no moments and sample up to these
+  {alone:.1f} B; a copy that k GPUs share samples up to about k times as much"""
 
 
 def models(o: Options) -> dict[str, ModelConfig]:

@@ -1,6 +1,6 @@
-"""The policies that sample.py asks: one that answers by itself, and two that answer in a conversation.
+"""Policies of sample.py: one that answers alone, and two that answer in a conversation.
 
-Options are those of sample.py.
+`options` are those of sample.py.
 """
 
 from __future__ import annotations
@@ -30,39 +30,37 @@ from thinkrl.visible import visible
 
 
 def limit(path: Path, options) -> int:
-    """--max_tokens, or its default: what leaves half of the context to the prompt, at most 2048."""
+    """Resolve --max_tokens; by default half of the context, at most 2048."""
     return options.max_tokens or (
         200 if embedded(str(path)) else min(2048, read_config(path).max_positions // 2)
     )
 
 
 def question(options, text: str) -> Problem:
-    """A text of the user's. Nothing is added to it but --suffix, or with --source that grading rule's
-    instruction.
-    """
+    """Make a problem of the user's text, with --suffix, or with the instruction of --source."""
     source = options.source or ("arith" if embedded(options.long or options.model) else "math")
     return Problem(0, text, "0", source, instruct=bool(options.source))
 
 
 def model_paths(options) -> list[Path]:
-    """The folders of the policy, or of the two: long, short."""
+    """Folders of the policy, or of the two: long, short."""
     if options.long:
         return [model_path(options.long, "--long"), model_path(options.short, "--short")]
     return [model_path(options.model)]
 
 
 class OnePolicy:
-    """A policy that answers by itself. budgets: those of --budgets, in tokens."""
+    """Policy that answers alone. budgets: those of --budgets, in tokens."""
 
     def __init__(self, options, world: World, budgets: Sequence[int] = ()):
         [path] = model_paths(options)
         self.options, self.budgets, self.max_tokens = options, budgets, limit(path, options)
         self.tokenizer = Tokenizer(path)
         self.sampler = Sampler(load_model(path, compute_dtype(options, world), world.device), self.tokenizer)
-        self.samplers = [self.sampler]  # whose completions are the attempts
+        self.samplers = [self.sampler]  # its completions are the attempts
 
     def attempt(self, problems: list[Problem], on_finish: Callable | None = None) -> list[Trajectory]:
-        """--n graded attempts at each problem."""
+        """Sample --n graded attempts at each problem."""
         o = self.options
         return rollout(
             self.sampler,
@@ -79,18 +77,14 @@ class OnePolicy:
         )
 
     def require_room(self, problems: list[Problem]) -> None:
-        """Raise UserError before anything is sampled if a problem and what comes behind it exceed the
-        context.
-        """
+        """Raise UserError if a prompt and the tokens after it exceed the context."""
         o, more = self.options, room_for(self._probes(problems)) if self.budgets else 0
         context = self.sampler.model.config.max_positions
         prompts = [prompt_ids(problem, self.tokenizer, o.system, o.suffix) for problem in problems]
         require_room(problems, prompts, context, self.max_tokens + more)
 
     def records(self, problems: list[Problem]) -> list[dict]:
-        """The attempts as lines of a file; with --budgets each with its chance of a right answer at every
-        budget.
-        """
+        """Sample attempts and make records; with --budgets also the accuracy at every budget."""
         if not self.budgets:
             return [held_out_record(t, self.tokenizer) for t in self.attempt(problems)]
         run, probes = partial(self.attempt, problems), self._probes(problems)
@@ -112,7 +106,7 @@ class OnePolicy:
         ]
 
     def reply(self, history: Messages, text: str) -> Messages:
-        """The chat so far with the text and its answer, which is shown while it is written."""
+        """Answer a text, shown during decoding; returns the chat with both."""
         o = self.options
         asked = messages(question(o, text), o.system, o.suffix)
         history = history + (asked[-1:] if history else asked)
@@ -135,7 +129,7 @@ class OnePolicy:
 
 
 class TwoPolicies:
-    """Two policies that answer in a conversation."""
+    """Pair of policies that answer in a conversation."""
 
     def __init__(self, options, world: World):
         paths = dict(zip(("long", "short"), model_paths(options)))
@@ -171,7 +165,7 @@ class TwoPolicies:
         )
 
     def require_room(self, problems: list[Problem]) -> None:
-        """Raise UserError before anything is sampled if a problem and an opening turn exceed the context."""
+        """Raise UserError if a prompt and an opening turn exceed the context."""
         long = self.roles["long"]
         context = long.sampler.model.config.max_positions
         prompts = longshort.opening_prompts(problems, self.tokenizer, self.prompts, self.options.suffix)
@@ -187,7 +181,7 @@ class TwoPolicies:
         return [f"{longshort.transcript(t, colour)}\n\n[{t.tokens} tokens, {t.ended}]" for t in talks]
 
     def reply(self, history: Messages, text: str) -> Messages:
-        """A conversation about the text, every role's words under its name while they are written."""
+        """Hold a conversation about the text, each role's turns shown during decoding."""
         stream, speaking = Stream(self.tokenizer, write), ""
 
         def show(role: str, tokens: list[int]) -> None:

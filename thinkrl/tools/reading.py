@@ -1,7 +1,6 @@
-"""Input of a report: the folders of training runs and of chunk.py, read while they may still be written.
+"""Read folders of training runs and of chunk.py for a report; they may still be written to.
 
-samples.jsonl can be larger than memory, so it is indexed by step first, and only the rows that are shown are
-parsed.
+samples.jsonl can be larger than memory, so it is indexed by step, and only rows that are shown are parsed.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ class TrainingRun:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps taken so far."""
+        """Number of optimizer steps so far."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     @property
     def seconds(self) -> float:
-        """Wall-clock of all steps."""
+        """Wall-clock seconds of all steps."""
         return sum(row.get("seconds", 0) for row in self.metrics)
 
     @property
@@ -44,7 +43,7 @@ class TrainingRun:
 
     @functools.cached_property
     def evaluations(self) -> list[tuple[str, dict]]:
-        """(name, result) of the held-out evaluations, in the order of their steps."""
+        """Held-out evaluations (name, result), in the order of their steps."""
         held_out = [(name, r) for name, r in self.summary.items() if isinstance(r, dict) and "accuracy" in r]
         last = {"before": -1, "after": 1}  # of two at one step
         return sorted(held_out, key=lambda pair: (pair[1].get("step", 0), last.get(pair[0], 0)))
@@ -55,13 +54,13 @@ class TrainingRun:
 
     @functools.cached_property
     def after(self) -> dict:
-        """The newest evaluation behind `before`: the last one, where the run is finished."""
+        """Newest evaluation except `before`; the last one if the run is finished."""
         later = [result for name, result in self.evaluations if name != "before"]
         return later[-1] if later else {}
 
     @functools.cached_property
     def logged_steps(self) -> dict[int, list[tuple[int, int]]]:
-        """step -> (offset, length) in bytes of its rows in samples.jsonl, in the order of steps."""
+        """Map step -> [(offset, length)] in bytes of its rows in samples.jsonl, in the order of steps."""
         found: dict[int, list[tuple[int, int]]] = {}
         path, offset = self.path / "samples.jsonl", 0
         if path.exists():
@@ -73,7 +72,7 @@ class TrainingRun:
         return dict(sorted(found.items()))
 
     def samples(self, step: int) -> list[dict]:
-        """The rows that samples.jsonl has of a step."""
+        """Rows of a step in samples.jsonl."""
         with (self.path / "samples.jsonl").open("rb") as file:
             rows = []
             for offset, length in self.logged_steps.get(step, ()):
@@ -82,14 +81,14 @@ class TrainingRun:
         return rows
 
     def held_out(self) -> Iterator[dict]:
-        """The rows of evaluations.jsonl: one completion of a held-out problem each."""
+        """Rows of evaluations.jsonl, one completion of a held-out problem each."""
         return read_lines(self.path / "evaluations.jsonl")
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """That of the newest saved policy, or of the one that training started from; None if neither is here."""
+        """Tokenizer of the newest saved policy, or of the start policy; None if neither is found."""
         saved = [file.parent for file in self.path.glob("checkpoints/step_*[0-9]/hf*/tokenizer.json")]
-        saved = [folder for folder in saved if not folder.suffix]  # not one that is still being written
+        saved = [folder for folder in saved if not folder.suffix]  # not one that is being written
         if saved:
             newest = max(saved, key=lambda p: (int(p.parent.name.removeprefix("step_")), p.name))
             return Tokenizer(newest)
@@ -101,7 +100,7 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Chains:
-    """A folder that chunk.py has finished."""
+    """Finished folder of chunk.py."""
 
     path: Path
     name: str
@@ -111,7 +110,7 @@ class Chains:
 
 
 def open_folders(paths: list[Path]) -> list[TrainingRun | Chains]:
-    """The runs in these folders; a folder that only holds runs stands for all of them.
+    """Open the runs in these folders; a folder without a run of its own stands for its subfolders.
 
     Raises UserError for a folder without any.
     """
@@ -137,14 +136,14 @@ def open_chains(path: Path, name: str) -> Chains:
 
 
 def _kind(path: Path):
-    """How to open a folder, None if it is neither a training run's nor chunk.py's."""
+    """Function that opens a folder; None if it is neither a training run's nor chunk.py's."""
     if "preset" in _json(path / "config.json", {}):
         return open_run
     return open_chains if (path / "annotated.json").exists() else None
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The folders' own names, with their parents' in front where two are alike."""
+    """Names of the folders, with their parents' names if two are equal."""
     resolved = [path.resolve() for path in paths]
     alone = len({path.name for path in resolved}) == len(resolved)
     return [path.name if alone else f"{path.parent.name}/{path.name}" for path in resolved]
@@ -155,5 +154,5 @@ def _json(path: Path, otherwise):
 
 
 def _step(line: bytes) -> int:
-    """The log writes the step first, so that a long row need not be parsed to know it."""
+    """Read the step of a row without parsing it; the log writes it first."""
     return int(re.match(rb'\{"step": (\d+)', line)[1])

@@ -1,19 +1,19 @@
-"""Runs as one self-contained HTML page: results, curves, completions token by token, configuration.
+"""Report of runs as one self-contained HTML page: results, curves, completions by token, options.
 
     python -m thinkrl.tools.report RUN [RUN …] [--steps 1,100-120] [--out FILE.html]
 
-writes RUN/report.html, also for a run that is still going; for several runs, report.html in the folder that
-holds them. A RUN is a run of train.py, a folder of chunk.py, or a folder of such folders. What a folder does
-not have leaves its section out.
+writes RUN/report.html, also for an unfinished run; for several runs, report.html in their common folder. A
+RUN is a run of train.py, a folder of chunk.py, or a folder of such folders. Sections without data are left
+out.
 
-    reading     what is in the folders               figures     the SVG
+    reading     contents of the folders               figures     the SVG
     rows        the completions that fit a page      formats     numbers and text
     sections    what each section shows of them
     assets/report.html, report.css, report.js        the page, its looks, and what it does when it is used
 
-Everything from a run is data, model text above all. The template escapes what it writes, the script creates
-text nodes only, control and direction characters are made visible, and the page's own policy allows this
-style sheet and this script, by their hashes, and no request.
+Text of models and data is untrusted. The template escapes text, the script only creates text nodes, control
+and direction characters are made visible, and the page's security policy allows only its own style sheet and
+script, by their hashes, and no request.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ MOST = 64  # runs on one page
 
 
 def write_report(*folders: Path, out: Path | None = None, steps: set[int] | None = None) -> Path:
-    """Write the page of these folders and return its path, by default report.html in the one folder or above
-    all.
+    """Write the page of these folders and return its path; default: report.html in the folder or above all.
 
     steps: the logged steps whose completions are shown; None: as many as fit, evenly spread. Raises UserError
     if a folder holds no run, or if there are too many.
@@ -70,7 +69,7 @@ def write_report(*folders: Path, out: Path | None = None, steps: set[int] | None
     if out is None:
         above = folders[0] if len(folders) == 1 else os.path.commonpath([Path(f).resolve() for f in folders])
         out = Path(above) / "report.html"
-    page = render(runs, chains, steps).encode("utf-8", "replace")  # JSON can spell half a surrogate pair
+    page = render(runs, chains, steps).encode("utf-8", "replace")  # JSON may contain half of a surrogate pair
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_bytes(page)
     os.replace(temporary, out)
@@ -78,7 +77,7 @@ def write_report(*folders: Path, out: Path | None = None, steps: set[int] | None
 
 
 def render(runs: list[TrainingRun], chains: list[Chains], steps: set[int] | None = None) -> str:
-    """The page. The completions get the room that the rest of it leaves."""
+    """Render the page. Completions fill the room that the other sections leave."""
     curves = curve_groups(runs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
@@ -131,9 +130,7 @@ NOTHING = {
 def completions(
     runs: list[TrainingRun], chains: list[Chains], curves: dict, steps: set[int] | None, room: int
 ) -> dict:
-    """The completions as the template shows them: `data` for the script, histograms, and how much was left
-    out.
-    """
+    """Completions for the template: `data` for the script, histograms, and the amount left out."""
     lines = {
         key: [
             [list(axis) for axis in zip(*thin(line, points_of_a_line(len(runs))))] for line in metric["lines"]
@@ -167,12 +164,12 @@ def completions(
 
 
 def literal(value) -> str:
-    """An option's value as one would write it."""
+    """Format an option's value as it is typed."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def digest(text: str) -> str:
-    """How a content security policy names an inline script or style sheet."""
+    """Hash by which a content security policy names an inline script or style sheet."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -197,7 +194,7 @@ def parse(argv: list[str]) -> tuple[list[Path], Options]:
 
 
 def step_set(text: str) -> set[int] | None:
-    """ "1,100-120" -> the steps. Raises UserError for anything else; None for an empty text."""
+    """Parse "1,100-120" to a set of steps; None for "". Raises UserError."""
     if not text:
         return None
     steps: set[int] = set()

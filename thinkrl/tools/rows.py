@@ -1,8 +1,8 @@
-"""Completions as the page's script shows them, as many as fit: training groups, held-out problems, chains.
+"""Completions for the page's script, as many as fit: training groups, held-out problems, chains.
 
-Everything here becomes JSON inside the page. Keys are short because they are repeated thousands of times;
-report.js lists what they mean. A text is a list of pieces, one per token, so that no position has to mean
-the same in Python's and in the browser's strings; without a tokenizer it is one piece.
+All of it becomes JSON in the page. Keys are short because they are repeated thousands of times; report.js
+explains them. A text is a list of pieces, one per token, because positions in Python's and in the browser's
+strings differ; without a tokenizer it is one piece.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from thinkrl.tools.formats import finite, mean, script_json, visible
 from thinkrl.tools.reading import Chains, TrainingRun
 from thinkrl.tracing import trace
 
-LONGEST = 60_000  # characters of one turn that are shown: the first and the last halves of it
+LONGEST = 60_000  # characters of one turn that are shown, half from its start, half from its end
 KNOWN = {"step", "problem", "sample", "question", "gold", "level", "answer", "text", "outcome_reward", "reward",
          "turns", "advantage", "ends", "episode_ids", "J", "fitting_gain", "compression", "penalty",
          "process_reward", "malformed", "entropy", "trained"}  # fmt: skip
 
 
 def training_groups(run: TrainingRun, i: int, budget: int, steps: set[int] | None) -> list[dict]:
-    """Groups of run `i` in the order of steps: of these steps, or of evenly spread ones up to `budget` bytes."""
+    """Groups of run `i` in order: of these steps, or of evenly spaced ones up to `budget` bytes."""
     logged = list(run.logged_steps)
     if steps is not None:
         logged = [step for step in logged if step in steps]
@@ -51,7 +51,7 @@ def training_group(i: int, rows: list[dict], tokenizer: Tokenizer | None) -> dic
 
 
 def completion(row: dict, tokenizer: Tokenizer | None) -> dict:
-    """One row of samples.jsonl."""
+    """Convert one row of samples.jsonl."""
     turns, advantage = row.get("turns", []), row.get("advantage", [])
     out = {
         "sample": row["sample"],
@@ -98,9 +98,7 @@ def _turn(turn: dict, tokenizer: Tokenizer | None) -> dict:
 def _spread_over_turns(
     advantage: list[float], turns: list[dict], trained: str | None, out: list[dict]
 ) -> None:
-    """Give each turn that was trained its own part of a trajectory's token advantages, as [value, how often]
-    pairs.
-    """
+    """Split a trajectory's token advantages among its trained turns, as pairs [value, count]."""
     own = [k for k, turn in enumerate(turns) if trained in (None, turn["role"])]
     if "pieces" not in out[0] or sum(len(turns[k]["completion"]) for k in own) != len(advantage):
         return
@@ -112,16 +110,16 @@ def _spread_over_turns(
 
 
 def held_out(runs: Sequence[TrainingRun], budget: int) -> tuple[list[str], list[dict], list[dict]]:
-    """(columns, tables, problems): the same held-out problem before training and after, in every run.
+    """Columns, tables and problems: held-out problems before and after training, in every run.
 
-    A column is an evaluation: the first one of the first run, then the newest one of each. A table counts, of
-    all problems, how many are right in the first and in the last column. Where not all problems fit, those
-    kept are drawn in turn from each kind of change.
+    A column is an evaluation: the first one of the first run, then the newest one of each. A table counts how
+    many problems are right in the first and in the last column. If not all problems fit, they are taken in
+    turn from each kind of change.
     """
     columns, cells = [], {}
     for run in runs:
         found: dict[str, dict] = {}
-        for row in run.held_out():  # a repeated evaluation replaces what a kill left of it
+        for row in run.held_out():  # a repeated evaluation replaces the rows of a killed one
             found.setdefault(row["when"], {})[
                 row["decoding"], row["problem"], row["question"], row["sample"]
             ] = row
@@ -161,7 +159,7 @@ def _problem(decoding: str, problem: int, question: str, by_column: dict[int, li
 
 
 def _cell(rows: list[dict]) -> dict:
-    """One evaluation's first attempt at a problem, and how many of its attempts are right."""
+    """First attempt of one evaluation at a problem, and the number of right attempts."""
     row, right = rows[0], sum(row["outcome_reward"] > 0.5 for row in rows)
     turns = [{"role": turn["role"], "n": turn["tokens"], "pieces": shortened([visible(turn["text"])])}
              for turn in row["turns"]]  # fmt: skip
@@ -175,9 +173,7 @@ def _cell(rows: list[dict]) -> dict:
 
 
 def annotated_chains(folder: Chains, i: int, budget: int) -> list[dict]:
-    """Chains of chunk.py, evenly spread ones up to `budget` bytes: texts, labels and importance of their
-    thoughts.
-    """
+    """Evenly spaced chains of chunk.py up to `budget` bytes: texts, labels and importance of thoughts."""
 
     def chain(k: int) -> list[dict]:
         item = folder.items[k]
@@ -198,7 +194,7 @@ def annotated_chains(folder: Chains, i: int, budget: int) -> list[dict]:
 
 
 def lengths_by_evaluation(run: TrainingRun) -> dict[str, list[float]]:
-    """Tokens of every sampled held-out completion, by the name of the evaluation."""
+    """Tokens of every sampled held-out completion, by evaluation."""
     out: dict[str, dict] = {}
     for row in run.held_out():
         if row["decoding"] == "sampled":
@@ -208,7 +204,7 @@ def lengths_by_evaluation(run: TrainingRun) -> dict[str, list[float]]:
 
 
 def fill(budget: int, order: Iterable[int], make: Callable[[int], list[dict]]) -> dict[int, list[dict]]:
-    """make(i) for i in `order`, until their JSON would be larger than `budget` bytes; at least one."""
+    """Collect make(i) for i in `order` until their JSON exceeds `budget` bytes; at least one."""
     out = {}
     for i in order:
         part = make(i)
@@ -220,7 +216,7 @@ def fill(budget: int, order: Iterable[int], make: Callable[[int], list[dict]]) -
 
 
 def spread(count: int) -> Iterator[int]:
-    """0, …, count - 1 in such an order that every beginning of it is spread evenly: both ends, then middles."""
+    """Yield 0, …, count - 1 so that every prefix is evenly spaced: both ends, then middles."""
     yield from sorted({0, count - 1} & set(range(count)))
     gaps = deque([(0, count - 1)])
     while gaps:
@@ -232,13 +228,13 @@ def spread(count: int) -> Iterator[int]:
 
 
 def pieces(completion: list[int], tokenizer: Tokenizer) -> list[str]:
-    """The text that each token adds."""
+    """Split a completion into the text that each token adds."""
     text, reached = trace(completion, tokenizer)
     return [visible(text[a:b]) for a, b in pairwise([0, *reached])]
 
 
 def shortened(parts: list[str]) -> list[str]:
-    """As many pieces; of a text that is too long for a page, the middle ones are empty but for one note."""
+    """Shorten a long text: the same number of pieces, the middle ones empty except for a note."""
     length, half = sum(map(len, parts)), LONGEST // 2
     if length <= LONGEST:
         return parts

@@ -29,7 +29,9 @@ GROUPS = {
     "l2t": "",
     "longshort": "",
     "prm": "",
-    "time": "seconds tokens_per_second rollout_seconds probe_seconds penalty_seconds probe_tokens penalty_tokens",
+    "time": (
+        "seconds tokens_per_second rollout_seconds probe_seconds penalty_seconds probe_tokens penalty_tokens"
+    ),
 }
 TITLES = {
     "results": "Results",
@@ -43,14 +45,12 @@ TITLES = {
 
 
 def decoded(result: dict, decoding: str) -> dict:
-    """The part of an evaluation that was "sampled" or "greedy"."""
+    """Part of an evaluation that is "sampled" or "greedy"."""
     return result if decoding == "sampled" else result.get("greedy", {})
 
 
 def tiles(run: TrainingRun) -> list[dict]:
-    """The four numbers at the top: accuracy and tokens, sampled and greedy, or what there is of the
-    training's.
-    """
+    """Four numbers at the top: accuracy and tokens, sampled and greedy, or those of training."""
     out = []
     for decoding in ("sampled", "greedy"):
         a, b = (decoded(r, decoding) for r in (run.before, run.after))
@@ -67,7 +67,7 @@ def tiles(run: TrainingRun) -> list[dict]:
 
 
 def levels(run: TrainingRun) -> list[dict]:
-    """Before and after by level, once sampled and once greedily: tables of (name, before, after)."""
+    """Tables of (name, before, after) by level, sampled and greedy."""
     out = []
     for decoding in ("sampled", "greedy"):
         a, b = (decoded(r, decoding) for r in (run.before, run.after))
@@ -82,7 +82,7 @@ def levels(run: TrainingRun) -> list[dict]:
 
 
 def compared(run: TrainingRun) -> dict:
-    """One row of the table of several runs."""
+    """Row of the table of several runs."""
     before, after = run.before, run.after
     score = None
     if before.get("accuracy") and before.get("tokens") and "accuracy" in after:
@@ -91,7 +91,7 @@ def compared(run: TrainingRun) -> dict:
 
 
 def round_table(run: TrainingRun) -> dict:
-    """Long⊗Short's evaluations, one per round: which role was trained, and what the pair is worth."""
+    """Evaluations of Long⊗Short's rounds: the trained role and the pair's results."""
     schedule = [ROLE_OF[letter] for letter in run.config["rounds"].replace(",", "")]
     length = run.config["steps_per_round"]
     table = []
@@ -106,7 +106,7 @@ def round_table(run: TrainingRun) -> dict:
 
 
 def frontier(runs: list[TrainingRun]) -> Markup | str:
-    """Accuracy against tokens: of one run sampled and greedily, of several sampled."""
+    """Figure of accuracy against tokens: of one run sampled and greedy, of several sampled."""
     paths = []
     for i, run in enumerate(runs):
         for decoding in ("sampled", "greedy")[: 2 if len(runs) == 1 else 1]:
@@ -119,7 +119,7 @@ def frontier(runs: list[TrainingRun]) -> Markup | str:
 
 
 def budgets(runs: list[TrainingRun]) -> Markup | str:
-    """Accuracy at token budgets, from the evaluations that have it: before as dashes, after as a line."""
+    """Figure of accuracy at token budgets: before as dashes, after as a line."""
     lines = []
     for i, run in enumerate(runs):
         for name, result in (("before", run.before), ("after", run.after)):
@@ -130,9 +130,7 @@ def budgets(runs: list[TrainingRun]) -> Markup | str:
 
 
 def lengths(runs: list[TrainingRun]) -> Markup | str:
-    """Histogram of the tokens of sampled held-out completions: before (of the first run), and the newest of
-    each.
-    """
+    """Histogram of tokens of sampled held-out completions: the first run's `before`, every run's newest."""
     samples = []
     for i, run in enumerate(runs):
         found = lengths_by_evaluation(run)
@@ -145,9 +143,7 @@ def lengths(runs: list[TrainingRun]) -> Markup | str:
 
 
 def rewards(runs: list[TrainingRun], groups: list[dict]) -> Markup | str:
-    """Histogram of the rewards of training completions on the page: the first and the last quarter of the
-    steps.
-    """
+    """Histogram of rewards of training completions on the page: first and last quarter of the steps."""
     samples = []
     for i, run in enumerate(runs):
         mine = [group for group in groups if group["run"] == i]
@@ -167,7 +163,7 @@ def rewards(runs: list[TrainingRun], groups: list[dict]) -> Markup | str:
 
 
 def curve_groups(runs: list[TrainingRun]) -> dict:
-    """The metrics of all runs as groups of curves over the same steps; what never changes is listed apart."""
+    """Metrics of all runs as groups of curves over the same steps; constant ones are listed separately."""
     present = {key for run in runs for row in run.metrics for key in row} - {"step"}
     if not present:
         return {"groups": [], "constants": []}
@@ -203,18 +199,16 @@ def curve_groups(runs: list[TrainingRun]) -> dict:
 
 
 def group_of(key: str) -> str:
-    """By name, or by the preset that stands before the colon of its definition, or "more"."""
+    """Group of a metric: by name, or by the preset in its definition, or "more"."""
     named = next((name for name, keys in GROUPS.items() if key in keys.split()), None)
     preset, colon, _ = DEFINITIONS.get(key, "").partition(": ")
     return named or (preset if colon and " " not in preset else "more")
 
 
 def options(runs: list[TrainingRun]) -> dict:
-    """Options that some run's preset reads: those that some run has different from their defaults, and the
-    others.
-    """
+    """Options that the runs' presets read: those that differ from their defaults in a run, and the others."""
     presets = {run.config["preset"] for run in runs}
-    known = {"name"} | ({"preset"} if len(presets) == 1 else set())  # stand at the top of the page
+    known = {"name"} | ({"preset"} if len(presets) == 1 else set())  # shown at the top of the page
     changed, rest = [], []
     for field in fields(Config):
         if not field.metadata or field.name in known or not presets & set(readers(field.name)):

@@ -1,13 +1,11 @@
-"""Worked solutions of reasoning-gym's chain_sum, to teach a pretrained model the form before RL (extra
-[gym]).
+"""Make solutions of reasoning-gym's chain_sum, to fine-tune a pretrained model before RL (extra [gym]).
 
     python -m thinkrl.tools.worked_sums --out sums.jsonl [--data gym:chain_sum,min_terms=4,max_terms=4]
     [--rows 4000] torchrun … train.py sft --model DIR --data sums.jsonl torchrun … train.py grpo --model
     runs/NAME/hf --data gym:chain_sum,min_terms=4,max_terms=4
 
-A solution adds one term after the other, a paragraph each. After some steps a paragraph repeats the step and
-calls it right: tokens that no answer needs, so RL has something to save. The rows are of another stream than
-those of RL, and none of them is held out.
+A solution adds one term per paragraph. After some steps a paragraph repeats the step, which RL can learn to
+leave out. The rows are of another stream than RL's, and none is held out.
 """
 
 from __future__ import annotations
@@ -41,8 +39,8 @@ def parse(argv: list[str]) -> Options:
 
 
 def solution(problem: Problem, draw: random.Random, repeats: float) -> str:
-    """ "3 + 4 - 2" -> "<think>\\nStart with 3.\\n\\n3 + 4 = 7\\n\\n7 - 2 =
-    5\\n</think>\\n<answer>5</answer>".
+    """Write "<think>\\nStart with 3.\\n\\n3 + 4 = 7\\n\\n7 - 2 = 5\\n</think>\\n<answer>5</answer>" for "3 +
+    4 - 2".
     """
     terms = re.findall(r"[+-]|\d+", problem.question.split(":")[-1])
     total, paragraphs = int(terms[0]), [f"Start with {terms[0]}."]
