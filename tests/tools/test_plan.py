@@ -173,7 +173,7 @@ def test_the_tables_have_every_size_and_count(capsys):
         block = out.split(f"Qwen2.5-{name}: ")[1].split("\n\n")[0].splitlines()
         assert [row.split()[0] for row in block[2:]] == ["1", "8", "64", "512"]
         assert block[1].split()[5:8] == ["rollout", "training", "comm."]
-    assert "5.6 B on 1, 22.3 B on 8, 35.7 B on 64, 38.5 B on 512. Beyond:" in out
+    assert "5.6 B on 1, 22.3 B on 8, 35.7 B on 64, 38.5 B on 512.\nBeyond:" in out
     assert "a copy split over 2 GPUs would fit" in out
     assert out.endswith(advice((1, 8, 64, 512), Options()) + "\n")
 
