@@ -1,4 +1,6 @@
-"""A headless Chromium for the tests of the report: the WebDriver protocol in a few lines, nothing to install but the browser."""
+"""A headless Chromium for the tests of the report: the WebDriver protocol in a few lines, nothing to install
+but the browser.
+"""
 
 import base64
 import json

@@ -5,7 +5,8 @@ python tests/killed.py thinkrl.resume:point_latest 2 train.py grpo …
 When the named function has returned for the second time, SIGKILL is sent. The environment chooses otherwise:
 
 KILL_SIGNAL    SIGTERM, …
-KILL_WHO       all: every rank that comes there, itself | a rank's number: this one, itself | launcher: rank 0, torchrun
+KILL_WHO       all: every rank that comes there, itself | a rank's number: this one, itself | launcher: rank
+               0, torchrun
 """
 
 import importlib

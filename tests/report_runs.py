@@ -29,7 +29,9 @@ VOID = {"meta", "input"}
 
 
 class Page(HTMLParser):
-    """Elements as (tag, attributes, text), in order; fails where tags do not balance. `data` is what the script reads."""
+    """Elements as (tag, attributes, text), in order; fails where tags do not balance. `data` is what the
+    script reads.
+    """
 
     def __init__(self, path: Path):
         super().__init__()

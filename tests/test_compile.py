@@ -41,9 +41,10 @@ def trained(architecture: str, how: str, world, compiled: bool) -> list[torch.Te
     [("Qwen3ForCausalLM", "none"), ("Qwen2ForCausalLM", "selective"), ("LlamaForCausalLM", "full")],
 )
 def test_compiled_steps_are_the_eager_steps(architecture, how, world):
-    """In fp64 the two may differ by rounding: some 10⁴ additions one after the other, of 1.1e-16 each, relative to a
-    gradient of norm 1, are 1e-12; a step moves a weight by 0.1 of its gradient, and 1e-10 leaves the rest for what five
-    steps make of it. A graph break would raise, and so would a recompilation too many.
+    """In fp64 the two may differ by rounding: some 10⁴ additions one after the other, of 1.1e-16 each,
+    relative to a gradient of norm 1, are 1e-12; a step moves a weight by 0.1 of its gradient, and 1e-10
+    leaves the rest for what five steps make of it. A graph break would raise, and so would a recompilation
+    too many.
     """
     expected = trained(architecture, how, world, compiled=False)
     torch._dynamo.reset()
@@ -57,8 +58,8 @@ def test_compiled_steps_are_the_eager_steps(architecture, how, world):
 
 @pytest.mark.slow
 def test_l2t_measures_compiled_policies_as_others(tmp_path):
-    """The penalty of the last block reads the inputs of its layers, by hooks: what it measures before the first update
-    is the same to the last bit.
+    """The penalty of the last block reads the inputs of its layers, by hooks: what it measures before the
+    first update is the same to the last bit.
     """
     rows = []
     for compiled in ("false", "true"):

@@ -143,15 +143,23 @@ LENGTH = {
     "--length l1_max": "--length l1_max needs --length_target",
     "--length gfpo": "--length gfpo needs --length_keep",
     "--length laser --length_limit 200": "--length laser does nothing from 200 tokens on: completions end at",
-    "--length overlong --length_limit 300 --length_cache 100": "--length overlong does nothing from 200 tokens",
+    "--length overlong --length_limit 300 --length_cache 100": (
+        "--length overlong does nothing from 200 tokens"
+    ),
     "--length overlong --length_limit 50 --length_cache 60": "--length_cache is 60: it must be at most",
-    "--length gfpo --length_keep 8": "--length_keep is 8: gfpo keeps 2 or more, and fewer than --group_size 8",
-    "--length gfpo --length_keep 1": "--length_keep is 1: gfpo keeps 2 or more, and fewer than --group_size 8",
+    "--length gfpo --length_keep 8": (
+        "--length_keep is 8: gfpo keeps 2 or more, and fewer than --group_size 8"
+    ),
+    "--length gfpo --length_keep 1": (
+        "--length_keep is 1: gfpo keeps 2 or more, and fewer than --group_size 8"
+    ),
     "--length gfpo --length_keep 4 --advantage_std none": "--length gfpo has its own advantages",
     "--length l1_max --length_target 9:3": "--length_target is '9:3': it must be N or LOW:HIGH, tokens",
     "--length l1_max --length_target 0": "--length_target is '0': it must be N or LOW:HIGH, tokens",
     "--length l1_max --length_target 9 --length_prompt x": "--length_prompt must say {target}",
-    "--length kimi --advantage_std mean": "--advantage_std mean divides by a group's mean reward, which kimi may",
+    "--length kimi --advantage_std mean": (
+        "--advantage_std mean divides by a group's mean reward, which kimi may"
+    ),
     "--advantage_std each": "--advantage_std each is for several rewards of grpo: name them with --reward",
     "--length limit": "--length is 'limit': it must be one of truncation,",
     "--surrogate sapo": "--surrogate sapo does nothing with one update per rollout",
@@ -164,12 +172,16 @@ LENGTH = {
 CREDIT = {
     "--profile paper --method mrt": "--profile paper and --method mrt: choose one",
     "--credit_lambda 0.5": "--credit_lambda is read by --credit step and local, not by uniform",
-    "--gain mc --gain_scale log": "--gain_scale log is one of a forced answer's probability: --gain mc has none",
+    "--gain mc --gain_scale log": (
+        "--gain_scale log is one of a forced answer's probability: --gain mc has none"
+    ),
     "--credit local --gain none": "--credit local needs J to be the value of a state",
     "--credit local --gain_scale log": "--credit local needs J to be the value of a state",
     "--credit local --advantage_std none": "--credit local has one scale for the whole step",
     "--credit local --released_sum": "--released_sum is not read by --credit local",
-    "--advantage_std mean": "--advantage_std mean divides by a group's mean reward, which l2t may make negative",
+    "--advantage_std mean": (
+        "--advantage_std mean divides by a group's mean reward, which l2t may make negative"
+    ),
 }
 
 
@@ -250,8 +262,8 @@ def test_every_preset_sets_only_what_some_preset_reads():
         ("--learning_rate", "TRL's learning_rate is --lr here"),
         (
             "--loss_type",
-            "TRL's loss_type dapo / grpo / dr_grpo / cispo / sapo is --aggregate token / sequence / constant, "
-            "--surrogate cispo / sapo here",
+            "TRL's loss_type dapo / grpo / dr_grpo / cispo / sapo is --aggregate token / sequence / "
+            "constant, --surrogate cispo / sapo here",
         ),
         ("--actor_rollout_ref.rollout.n=8", "verl's rollout.n is --group_size here"),
         ("--rollout_n", "verl's rollout.n is --group_size here"),
@@ -363,7 +375,10 @@ def test_help_of_a_preset_shows_its_values():
 
 
 def test_help_does_not_import_torch():
-    code = "import sys, runpy; sys.argv = ['train.py', '--help']\ntry: runpy.run_path('train.py', run_name='__main__')\n"
+    code = (
+        "import sys, runpy; sys.argv = ['train.py', '--help']\ntry: runpy.run_path('train.py', "
+        "run_name='__main__')\n"
+    )
     code += "except SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
@@ -371,7 +386,10 @@ def test_help_does_not_import_torch():
 @pytest.mark.parametrize("program", ["train", "sample", "chunk"])
 def test_console_commands_start_the_programs_from_any_folder(program, tmp_path):
     """`python -m chunk` would not: Python has a module of that name until 3.12."""
-    code = f"import sys; sys.argv = ['thinkrl-{program}', '--help']\nfrom thinkrl.cli import {program}; {program}()"
+    code = (
+        f"import sys; sys.argv = ['thinkrl-{program}', '--help']\nfrom thinkrl.cli import {program}; "
+        f"{program}()"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -173,8 +173,8 @@ def training_step(layers: int, packs: int, how: str, *options: str) -> Launches:
     ],
 )
 def test_a_training_step_waits_no_more_for_more_packs(options, waits):
-    """For the step's largest advantage and its count of tokens, and per update for loss and gradient norm. Packs go to
-    the device before.
+    """For the step's largest advantage and its count of tokens, and per update for loss and gradient norm.
+    Packs go to the device before.
     """
     training_step(2, 1, "none", *options.split())
     once = len(waits)
@@ -185,7 +185,9 @@ def test_a_training_step_waits_no_more_for_more_packs(options, waits):
 
 @pytest.mark.parametrize("how, per_layer", [("none", 48), ("selective", 51), ("full", 62)])
 def test_the_launches_of_training(how, per_layer, waits):
-    """Per layer of one more pack, forward and backward; one kernel each for the attention, and for AdamW's two groups."""
+    """Per layer of one more pack, forward and backward; one kernel each for the attention, and for AdamW's
+    two groups.
+    """
     two, three = (
         training_step(layers, 2, how).count - training_step(layers, 1, how).count for layers in (2, 3)
     )
@@ -292,7 +294,9 @@ def test_the_frozen_partner_s_moments_wait_on_the_host(fake):
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    """Triton kernels, in the interpreter, where a CPU takes PyTorch's operations; recordings instead of captures."""
+    """Triton kernels, in the interpreter, where a CPU takes PyTorch's operations; recordings instead of
+    captures.
+    """
     for name, kernel in [
         ("paged_attention", paged_attention_triton),
         ("add_rms_norm", add_rms_norm_triton),

@@ -89,7 +89,9 @@ def test_a_documented_command_is_accepted(line):
 @pytest.mark.slow
 @pytest.mark.parametrize("line", RUNNABLE)
 def test_a_documented_command_runs(line, tmp_path):
-    """As documented, but on one process and shortened by SMALL. What needs GPUs says so; placeholders are for the reader."""
+    """As documented, but on one process and shortened by SMALL. What needs GPUs says so; placeholders are for
+    the reader.
+    """
     words = program(shlex.split(line, comments=True))
     runs = ["--runs_dir", str(tmp_path)] if words[0] == "train.py" else []
     done = python(*words, *SMALL.get(words[0], "").split(), *runs, OMP_NUM_THREADS="1")

@@ -52,12 +52,12 @@ CU_SEQLENS = torch.tensor([0, 5, 8, 14, 18], dtype=torch.int32)
 
 # Written by trl 1.16.0 (GRPOTrainer._compute_loss) and verl 0.9.1 (get_policy_loss_fn, clip_ratio_c=1e9),
 # torch 2.13.0, in fp64, on the padded form of the batch above. The two agree to 1e-9 in value and gradient in
-# every row up to "KL"; verl's GSPO ran with loss_agg_mode="seq-mean-token-mean", its KL is low_var_kl. CISPO is TRL's with
-# epsilon_high=1.2 and verl's with clip_ratio_low=1; with both bounds it is verl's. SAPO's value is the formula's: TRL keeps
-# the temperature of 1.05 in fp32 (6e-8 more), verl adds 1e-8 to a sequence's length (6e-9 less). IcePop is TRL's
-# vllm_importance_sampling_mode="token_mask" with bounds 0.8 and 1.5. DPPO is the formula of prime-rl's default_loss_fn
-# (both masks 0.1, kl_tau=0), run for these numbers, not prime-rl itself; the gradient is also that of verl's
-# dppo_tv, whose value has A ratio logprob instead of A ratio.
+# every row up to "KL"; verl's GSPO ran with loss_agg_mode="seq-mean-token-mean", its KL is low_var_kl. CISPO
+# is TRL's with epsilon_high=1.2 and verl's with clip_ratio_low=1; with both bounds it is verl's. SAPO's value
+# is the formula's: TRL keeps the temperature of 1.05 in fp32 (6e-8 more), verl adds 1e-8 to a sequence's
+# length (6e-9 less). IcePop is TRL's vllm_importance_sampling_mode="token_mask" with bounds 0.8 and 1.5. DPPO
+# is the formula of prime-rl's default_loss_fn (both masks 0.1, kl_tau=0), run for these numbers, not prime-rl
+# itself; the gradient is also that of verl's dppo_tv, whose value has A ratio logprob instead of A ratio.
 GOLDEN = {
     "DAPO": (
         dict(advantage=UNIFORM, clip_low=0.2, clip_high=0.28),
@@ -209,7 +209,9 @@ def test_batch_std_does_not_depend_on_who_holds_which_group():
 
 
 def test_maxrl_divides_by_the_mean():
-    """As prime-rl's max_rl_advantage_fn: one right of four has 3, the others -1; no right answer, nothing to say."""
+    """As prime-rl's max_rl_advantage_fn: one right of four has 3, the others -1; no right answer, nothing to
+    say.
+    """
     reward = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
     expected = [[3.0, -1, -1, -1], [1 / 3, 1 / 3, 1 / 3, -1], [0] * 4, [0] * 4]
     torch.testing.assert_close(group_advantages(reward, "mean"), torch.tensor(expected))
@@ -228,7 +230,9 @@ def test_gdpo_agrees_with_trl():
 
 
 def test_gdpo_by_hand():
-    """One reward is worth a hundred times the other: both count the same. Two groups of two, so every z is ±sqrt(1/2)."""
+    """One reward is worth a hundred times the other: both count the same. Two groups of two, so every z is
+    ±sqrt(1/2).
+    """
     large, small = torch.tensor([[100.0, 0.0], [100.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     total = gdpo_advantages([large, small], [1.0, 1.0], eps=0.0)
     scale = math.sqrt(
@@ -366,7 +370,8 @@ def bell(x):
         # 4 / tau sigmoid(tau (ratio - 1)), tau = 1 for gains, 1.05 for losses; slope 4 s (1 - s) ratio
         ("sapo", [4 * sigmoid(1), -4 / 1.05 * sigmoid(1.05), 4 * sigmoid(-0.5), -4 / 1.05 * sigmoid(-0.525)],
          [8 * bell(1), -8 * bell(1.05), 2 * bell(0.5), -2 * bell(0.525)], 0),
-        # p rises by .3 and falls by .15: only the rise of a good token is beyond .28, only a bad one's fall beyond .1
+        # p rises by .3 and falls by .15: only the rise of a good token is beyond .28, only a bad one's fall
+        # beyond .1
         ("dppo", [0, -2, 0.5, -0.5], [0, -2, 0.5, -0.5], 1),
         ("dppo, 0.1 and 0.35", [2, -2, 0.5, 0], [2, -2, 0.5, 0], 1),
     ],

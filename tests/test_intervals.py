@@ -112,8 +112,8 @@ def test_ten_of_ten_is_no_certainty():
 
 
 def test_the_interval_covers_what_it_says():
-    """2,000 evaluations of a policy whose chance differs from problem to problem: its mean is inside 95 % of them. Were
-    the samples taken as independent, it would be inside fewer than two thirds.
+    """2,000 evaluations of a policy whose chance differs from problem to problem: its mean is inside 95 % of
+    them. Were the samples taken as independent, it would be inside fewer than two thirds.
     """
     random = np.random.default_rng(0)
     inside = 0
@@ -166,8 +166,9 @@ def test_pairing_matters():
 def test_aes_interval_by_hand():
     # the same accuracy and half the tokens on every problem: 1/2 whatever is drawn
     assert aes_interval([1, 1], [5, 10], [1, 1], [10, 20], draws=50) == (0.5, 0.5, 0.5)
-    # as many tokens; right on one more of two problems than the base: 3 · (1 - 1/2) / (1/2) = 3; the draw of two of
-    # the first problem has 0, and that of two of the second no AES, because the base is never right there
+    # as many tokens; right on one more of two problems than the base: 3 · (1 - 1/2) / (1/2) = 3; the draw of
+    # two of the first problem has 0, and that of two of the second no AES, because the base is never right
+    # there
     score, low, high = aes_interval([1, 1], [9, 9], [1, 0], [9, 9], draws=2000)
     assert (score, low, high) == (3.0, -np.inf, np.inf)
     with pytest.raises(ValueError, match="relative to a base"):

@@ -89,7 +89,9 @@ FILES = {
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of ours that a file imports, anywhere in it: "grpo", "l2t.credit"; all of kernels/ is "kernels"."""
+    """Modules of ours that a file imports, anywhere in it: "grpo", "l2t.credit"; all of kernels/ is
+    "kernels".
+    """
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:

@@ -61,7 +61,9 @@ def test_and_does_not_when_broken(method, lr):
 
 
 def test_the_example_method_trains():
-    """The whole of tests/example_method.py, two steps: it samples as grpo does, and its updates change the policy."""
+    """The whole of tests/example_method.py, two steps: it samples as grpo does, and its updates change the
+    policy.
+    """
     options = ["--lr", "1e-2", "--warmup", "0"]
     baseline, ours = (rewards_of(method, 2, *options) for method in (Grpo, Reinforce))
     assert ours[0] == baseline[0] and ours[1] != ours[0]

@@ -7,7 +7,8 @@ import torch
 
 from thinkrl import length
 
-# Three of four right; one of four; none; all, at one length. Right lengths of the first group: mean 20, std 10.
+# Three of four right; one of four; none; all, at one length. Right lengths of the first group: mean 20, std
+# 10.
 CORRECT = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
 TOKENS = torch.tensor([[10, 20, 60, 30], [40, 10, 20, 10], [5, 15, 25, 35], [8, 8, 8, 8]])
 NEAR = 1 / (1 + math.exp(-1)) / 5  # a fifth of sigmoid(1)
@@ -78,8 +79,9 @@ def test_by_hand(name, options, expected):
 
 
 # Written by the loops of LASER's length_penalty.py (compute_kimi_penalty, compute_norm_length_penalty,
-# compute_length_reward_larse), of ShorterBetter's reward manager, both with 0 for a wrong answer, and by trl 1.16.0's
-# get_soft_overlong_punishment, in fp32 on the batch above; gfpo by the formula of trl 0.26's GFPOTrainer in fp64.
+# compute_length_reward_larse), of ShorterBetter's reward manager, both with 0 for a wrong answer, and by trl
+# 1.16.0's get_soft_overlong_punishment, in fp32 on the batch above; gfpo by the formula of trl 0.26's
+# GFPOTrainer in fp64.
 GOLDEN = {
     "kimi": (dict(weight=0.4), [[1.2, 1.12, -0.2, 1.04], [-0.2, 0, 1.066667, 0], [0, 0, -0.066667, -0.2], [1] * 4]),
     "arora_zanette": (
@@ -114,7 +116,9 @@ def test_l1_max_is_the_paper_s_line_at_half_its_alpha():
 
 
 def test_gfpo_by_hand():
-    """The two shortest: 10 and 20, both right; 10 and 10, both wrong; 5 and 15; the first two of 8. Nothing to compare."""
+    """The two shortest: 10 and 20, both right; 10 and 10, both wrong; 5 and 15; the first two of 8. Nothing
+    to compare.
+    """
     assert rewards("gfpo", keep=2).abs().sum() == 0
     # all of them: the second group's mean is 1/4 and its std 1/2
     close(rewards("gfpo", keep=4, eps=0.0)[1], [-0.5, -0.5, 1.5, -0.5])

@@ -146,8 +146,9 @@ def test_the_line_says_what_and_why():
     line = fit(SMOLLM2, 12)[2]
     need, more = (sum(update_bytes(SMOLLM2, T, "none", CPU).values()) / 1e9 for T in (4096, 16384))
     assert line == (
-        f"--activation_checkpointing none --micro_batch_tokens 4096: an update takes about {need:.1f} GB of the 12.0 "
-        f"that a rank has free; with --activation_checkpointing none --micro_batch_tokens 16384 it would take {more:.1f}"
+        f"--activation_checkpointing none --micro_batch_tokens 4096: an update takes about {need:.1f} GB of "
+        "the 12.0 that a rank has free; with --activation_checkpointing none --micro_batch_tokens 16384 it "
+        f"would take {more:.1f}"
     )
     assert 8.8 < need < 9 and 26 < more < 28
 

@@ -251,7 +251,8 @@ def test_the_fast_product_is_the_plain_one():
     exact = x.double() @ weight.double().T
     with torch.inference_mode():
         fast = fast_linear(x, weight)
-    # Either sums 300 products in some order of its own: both are within a few roundings of the largest partial sum.
+    # Either sums 300 products in some order of its own: both are within a few roundings of the largest
+    # partial sum.
     assert (fast - exact).abs().max() < 300**0.5 * 2.0**-23 * exact.abs().max()
     with torch.inference_mode():  # oneDNN has no bf16 product for a processor without AVX-512
         fast = fast_linear(x.bfloat16(), weight.bfloat16()).double()

@@ -246,7 +246,9 @@ def test_l1_asks_for_its_length_in_the_prompt(world):
 
 
 def test_equal_groups_make_place_for_others():
-    """Problems 0 and 2 are always right; of the first spare ones only that of slot 0 has differences, of the second both."""
+    """Problems 0 and 2 are always right; of the first spare ones only that of slot 0 has differences, of the
+    second both.
+    """
     asked = []
 
     def sample(problems):
@@ -283,7 +285,9 @@ def test_dynamic_sampling_in_a_step(world):
 
 
 def test_each_of_several_rewards_is_compared_on_its_own(world, monkeypatch):
-    """GDPO: twice the outcome and a reward of a thousandth's spread count by their weights, not by their spread."""
+    """GDPO: twice the outcome and a reward of a thousandth's spread count by their weights, not by their
+    spread.
+    """
     import types
 
     brief = types.ModuleType("brief")
@@ -445,7 +449,7 @@ def test_the_learning_rate_starts_anew_with_every_round(world):
 
 
 def test_a_round_begins_with_a_new_reference(world):
-    """The policy as the round began: it stays through the round and is taken anew for the next. LS Eq. 7, 8"""
+    """The policy at the start of the round; it stays through the round, and is set again. LS Eq. 7, 8"""
     pair = pair_of(world, "--kl_coef", "0.1")
     learner = pair.learners["short"]
 

@@ -234,8 +234,8 @@ class Hostile:
 
 
 def test_nothing_of_a_checkpoint_is_unpickled(two, tmp_path):
-    """Code in a pickle does not run, wherever it stands: not in extra.pt, and not where torch.distributed.checkpoint would
-    read its index from.
+    """Code in a pickle does not run, wherever it stands: not in extra.pt, and not where
+    torch.distributed.checkpoint would read its index from.
     """
     trap, folder = tmp_path / "run by a pickle", tmp_path / "checkpoints" / "step_2"
     pickle.loads(pickle.dumps(Hostile(trap))).close()

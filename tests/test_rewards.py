@@ -256,9 +256,12 @@ SLOW = pytest.mark.slow
     ],
 )
 def test_training_by_a_reward_of_ones_own(tmp_path, preset, more):
-    """Shorter is better, and what thinks of a 7 cannot be rewarded: it gets no advantage and does not move the others'."""
+    """Shorter is better, and what thinks of a 7 cannot be rewarded: it gets no advantage and does not move
+    the others'.
+    """
     (tmp_path / "brief.py").write_text(
-        "def brief(completions, **columns):\n    return [None if '7' in text else -len(text) for text in completions]\n"
+        "def brief(completions, **columns):\n    return [None if '7' in text else -len(text) for text in "
+        "completions]\n"
     )
     run = python(
         *(

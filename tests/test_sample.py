@@ -230,11 +230,13 @@ def test_options(argv, sentence, monkeypatch):
     [
         (
             ["--out", "sample.py/out"],
-            "the folder sample.py/out cannot be written (Not a directory): choose another --runs_dir (or --out)",
+            "the folder sample.py/out cannot be written (Not a directory): choose another --runs_dir (or "
+            "--out)",
         ),
         (
             ["--base", "nowhere"],
-            "--base nowhere: no such folder; give a Hugging Face folder, owner/name[@revision] of the hub, or 'tiny'",
+            "--base nowhere: no such folder; give a Hugging Face folder, owner/name[@revision] of the hub, "
+            "or 'tiny'",
         ),
     ],
 )

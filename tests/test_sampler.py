@@ -108,7 +108,9 @@ def test_logprobs_and_hidden_states_are_those_of_a_packed_forward(model):
 
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama"])
 def test_a_decode_step_is_a_forward_with_attention_over_pages(family):
-    """Three sequences of 5, 17 and 32 tokens, and one token more of each: at a page's start, inside, at its end."""
+    """Three sequences of 5, 17 and 32 tokens, and one token more of each: at a page's start, inside, at its
+    end.
+    """
     model = random_model(family=family)
     sampler = Sampler(model, num_pages=20)
     sequences = [sampler.prefill(list(range(n, 2 * n))) for n in (6, 17, 33)]
@@ -362,8 +364,8 @@ def test_a_host_that_looks_rarely_sees_the_same(tokenizer, stop):
 
 @pytest.mark.parametrize("look_every, num_pages", [(1, None), (8, None), (1, 8)])
 def test_tokens_are_shown_while_they_are_written(tokenizer, look_every, num_pages):
-    """Each look shows what the last one did and more; the last one, the completion. Nothing behind a stop string, and
-    nothing twice from a completion that lost its pages.
+    """Each look shows what the last one did and more; the last one, the completion. Nothing behind a stop
+    string, and nothing twice from a completion that lost its pages.
     """
     sampler = Sampler(random_model(vocab=tokenizer.vocab_size), tokenizer, num_pages)
     sampler.look_every = look_every
@@ -564,7 +566,9 @@ def test_the_pool_sizes_itself_and_can_be_given_back(model):
 
 
 def test_the_pool_takes_its_share_of_what_the_allocator_can_free(model, monkeypatch):
-    """After an update, 900 of 1,000 pages' bytes are in the allocator's cache: they are free, once it is emptied."""
+    """After an update, 900 of 1,000 pages' bytes are in the allocator's cache: they are free, once it is
+    emptied.
+    """
     page_bytes, cached = 2 * 2 * 16 * 2 * 8 * 4, [900]  # K and V, layers, tokens, key heads, width, fp32
     monkeypatch.setattr(torch.cuda, "empty_cache", cached.clear)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: ((1000 - sum(cached)) * page_bytes, None))

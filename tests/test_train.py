@@ -141,7 +141,10 @@ def test_a_real_checkpoint_and_a_verl_parquet_on_two_ranks(kind, more, tmp_path,
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
-    wanted = "step reward accuracy tokens loss grad_norm lr entropy kl clip_fraction mismatch seconds tokens_per_second"
+    wanted = (
+        "step reward accuracy tokens loss grad_norm lr entropy kl clip_fraction mismatch seconds "
+        "tokens_per_second"
+    )
     assert set(wanted.split()) <= rows[0].keys()
     assert rows[0]["mismatch"] < 1e-5, "sampler and trainer must agree"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

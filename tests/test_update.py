@@ -13,8 +13,8 @@ from thinkrl.update import descend, pack_evenly, update
 
 
 def two_steps(*argv: str, advantage: float = 0.0) -> tuple[dict, list, Tally, int]:
-    """After a step that learns, one whose advantages are all `advantage`: weights and optimizer state, what the second
-    returned and tallied, and its backwards.
+    """After a step that learns, one whose advantages are all `advantage`: weights and optimizer state, what
+    the second returned and tallied, and its backwards.
     """
     world = start("cpu")
     argv = (

@@ -236,8 +236,9 @@ def user(text, **others):
 
 
 DAPO = (
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
-    "(without quotes) where $Answer is the answer to the problem.\n\nHow many\n\nsides has a cube's face?\n\nRemember to put "
+    "Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nHow many\n\nsides has a "
+    "cube's face?\n\nRemember to put "
     'your answer on its own line after "Answer:".'
 )
 BOX = r"One and one. \boxed{2}"

@@ -299,8 +299,10 @@ def test_different_by_algebra(a, b):
 
 LATEX = st.lists(
     st.sampled_from(
-        r"1 0 23 . , ; : + - * / ^ _ = < > ( ) [ ] { } \{ \} \\ & x y ' \frac \dfrac \sqrt \left \right \text{ and cm} \text{cm} m"
-        r" \cdot \le \leq \neq \in \cup \pm \circ ^\circ % \% $ \! \, \quad \boxed{ e5 1,000 {,} \pi \infty or degrees \overline"
+        r"1 0 23 . , ; : + - * / ^ _ = < > ( ) [ ] { } \{ \} \\ & x y ' \frac \dfrac \sqrt \left \right "
+        r"\text{ and cm} \text{cm} m"
+        r" \cdot \le \leq \neq \in \cup \pm \circ ^\circ % \% $ \! \, \quad \boxed{ e5 1,000 {,} \pi \infty "
+        r"or degrees \overline"
         r" \begin{pmatrix} \end{pmatrix} \phantom ** \mathbb R √ sqrt".split(" ")
         + [" "]
     ),

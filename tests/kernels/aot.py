@@ -44,8 +44,9 @@ def compile_for(
 
     signature   name -> "*bf16", "*fp32", "*i32", "i32", "fp32", … of every argument that is no constexpr
     constexprs  name -> value
-    Pointers and, as at a launch with friendly sizes, i32 arguments are declared multiples of 16 unless the kernel
-    says do_not_specialize: without that, loads are not vectorised and asynchronous copies not used.
+
+    Pointers and, as at a launch with friendly sizes, i32 arguments are declared multiples of 16 unless the
+    kernel says do_not_specialize: without that, loads are not vectorised and asynchronous copies not used.
     """
     assert os.environ.get("TRITON_INTERPRET") != "1", (
         "this process interprets kernels: start it with THINKRL_AOT=1"
@@ -78,7 +79,9 @@ def compile_for(
 
 
 def check(made: Compiled, arch: int, local: int = 0) -> None:
-    """Assert that nothing spills, and that the chip has the shared memory. local: bytes of local arrays per thread."""
+    """Assert that nothing spills, and that the chip has the shared memory. local: bytes of local arrays per
+    thread.
+    """
     assert made.stack <= local, f"{made.stack} bytes of stack per thread at {made.registers} registers"
     limit = SHARED_LIMIT[arch]
     assert made.shared <= limit, f"{made.shared} bytes of shared memory, where sm_{arch} has {limit}"

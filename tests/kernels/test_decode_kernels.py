@@ -1,4 +1,6 @@
-"""Addition and norm, gate, rotation and store: by hand, and against plain PyTorch in the same dtype and in fp64."""
+"""Addition and norm, gate, rotation and store: by hand, and against plain PyTorch in the same dtype and in
+fp64.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ def random(*shape, dtype=torch.float32, seed=0):
 
 
 def rounded_once(ours, plain, exact):
-    """fp32: error (root of the sum of squares) at most twice plain PyTorch's. bf16: within one unit of the last place
-    of the fp64 result, since the kernel rounds once (the interpreter cuts off instead of rounding).
+    """fp32: error (root of the sum of squares) at most twice plain PyTorch's. bf16: within one unit of the
+    last place of the fp64 result, since the kernel rounds once (the interpreter cuts off instead of
+    rounding).
     """
     assert ours.dtype == plain.dtype
     if ours.dtype == torch.float32:
@@ -73,7 +76,7 @@ def test_silu_mul_matches_specification(width, dtype):
 
 @pytest.mark.parametrize("rotate", [rotate_and_store_ref, rotate_and_store_triton, rotate_and_store])
 def test_rotation_by_hand(rotate):
-    """Position 3 turns the pair (1, 0) by 3 · π/6, a right angle, to (0, 1). It is the second slot of page 4."""
+    """Position 3 turns the pair (1, 0) by 3 · π/6, a right angle, to (0, 1). Its slot is page 4's second."""
     qkv = torch.tensor([[1.0, 0.0, 0.0, 1.0, 8.0, 9.0]], device=DEVICE)
     k_pages, v_pages = torch.zeros(2, 5, 2, 1, 2, device=DEVICE).unbind()
     table = torch.tensor([[2, 4]], dtype=torch.int32, device=DEVICE)

@@ -46,7 +46,8 @@ def random_head(tokens, width, vocab, dtype=torch.float32, seed=0):
 
 
 def within_twice(ours, plain, exact):
-    """Error (root of the sum of squares) at most twice what plain PyTorch makes in the same dtype, against fp64.
+    """Error (root of the sum of squares) at most twice what plain PyTorch makes in the same dtype, against
+    fp64.
 
     Plus one ulp of an fp32 result: with few numbers, plain PyTorch may by luck make no error at all.
     """

@@ -51,7 +51,7 @@ def test_thinking_is_cut_at_the_budgets_and_where_it_ends():
 
 
 def test_an_evaluation_with_budgets():
-    """J is that of full forwards of the cut completions; the completions are those of an evaluation without."""
+    """J is that of full forwards of the cut completions, which are those of an evaluation without budgets."""
     config, problems = parse(CONFIG), heldout()[40:240:100]
     preset = train.method("grpo")(config, start("cpu"))
     trajectories, rows = attempt(preset, problems, 2, 1.0, (EVALUATION, 0))

@@ -276,7 +276,8 @@ def test_to_go_s_baseline_ignores_its_own_completion():
 def test_to_go_s_baseline_knows_the_tokens_already_written(lengths, returns, ratio):
     """All J alike; the others earn 1 from token 0 on and 0 from token 2 on: b = 1 - n / 2, between 0 and 1.
 
-    After 1 token it is 1/2, so D = 2 - 1 and 2 - 1/2; after 3 it would be -1/2, held at 0: D = 2 - 1 and -1 - 0.
+    After 1 token it is 1/2, so D = 2 - 1 and 2 - 1/2; after 3 it would be -1/2, held at 0: D = 2 - 1 and -1 -
+    0.
     """
     own = torch.repeat_interleave(torch.tensor([0, 1]), torch.tensor(lengths))
     ids, J = torch.tensor([0, 0, 1, 1]), torch.full((3,), 0.5)
@@ -776,7 +777,8 @@ def test_probes_cost_a_fifth_of_full_forwards():
     forwards = sampler.forwards
     trunk = forwards.prefill + forwards.decode
     print(
-        f"\ntoken-forwards: {sum(seen)} full, {forwards.probe} for probes, {forwards.probe + trunk} with the trunk"
+        f"\ntoken-forwards: {sum(seen)} full, {forwards.probe} for probes, {forwards.probe + trunk} with the "
+        "trunk"
     )
     assert sum(seen) == 6875 and forwards.probe == 275
     assert sum(seen) >= 5 * (forwards.probe + trunk)

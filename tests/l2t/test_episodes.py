@@ -186,7 +186,7 @@ def test_paragraphs():
 
 
 def test_a_probe_may_see_a_token_that_only_begins_the_closing_tag():
-    """`b</` ends the text so far and may be cut off behind; `think>5` completes the tag and tells the answer."""
+    """`b</` ends the text so far and may be cut off; `think>5` completes the tag and tells the answer."""
     words = Words("<think>", "a", "b</", "think>5", "<eos>")
     e = segment([0, 1, 2, 3, 4], words, "fixed:1")
     assert e.prefixes == [1, 2, 3]

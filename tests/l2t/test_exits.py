@@ -57,7 +57,9 @@ def test_an_exit_is_the_chain_s_beginning_and_a_forced_answer(preset, rolled):
 
 
 def test_the_gradient_is_that_of_whole_completions(preset, rolled):
-    """Sum of advantage x log-prob over what is trained on: the same for G whole completions, each with its A_i."""
+    """Sum of advantage x log-prob over what is trained on: the same for G whole completions, each with its
+    A_i.
+    """
     advantages = preset.advantages(rolled, 0, Tally())
     samples = preset.samples(rolled, advantages, 0)
     shared = sum(float((s.advantage.double() * s.sampler_logprob.double()).sum()) for s in samples)

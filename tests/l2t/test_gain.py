@@ -1,4 +1,4 @@
-"""What ends a forced answer in a vocabulary whose tokens cross the borders of prefix, answer and terminator."""
+"""Ends of a forced answer in a vocabulary whose tokens cross prefix, answer and terminator."""
 
 import json
 

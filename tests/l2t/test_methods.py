@@ -1,4 +1,4 @@
-"""Credit beside the papers' own, and what --method names, each against its formula on recorded completions."""
+"""Other credits, and the settings of --method, each against its formula on recorded completions."""
 
 import itertools
 import math
@@ -75,7 +75,9 @@ def test_mrt_adds_the_progress_to_the_outcome():
 
 
 def test_vineppo_credits_an_episode_with_its_change_of_value():
-    """A_k = V_k - V_{k-1}, the last one c - V_{K-1}: .25, .5 and -.25, 0, by the rms over 1 + 2 + 2 + 1 tokens."""
+    """A_k = V_k - V_{k-1}, the last one c - V_{K-1}: .25, .5 and -.25, 0, by the rms over 1 + 2 + 2 + 1
+    tokens.
+    """
     rms = math.sqrt((0.25**2 + 2 * 0.5**2 + 2 * 0.25**2) / 6)
     close(advantages(GROUP, "--method", "vineppo"), [[0.25 / rms, 0.5 / rms], [-0.25 / rms, 0]])
 
@@ -89,7 +91,7 @@ def test_vineppo_needs_no_group():
 
 @pytest.mark.parametrize("method, scale", [("igpo", lambda j: j), ("pacr", math.log)])
 def test_igpo_and_pacr_normalise_all_turns_of_a_group_and_sum_to_the_end(method, scale):
-    """The paper: z over all gains and outcomes of the group; a turn gets its own z and all later ones, γ = 1."""
+    """The paper: z over all gains and outcomes of the group; a turn gets its z and all later ones, γ = 1."""
     group, gains = [], []
     for J, outcome, lengths in (([0.25, 0.5, 1.0], 1.0, [1, 2]), ([0.25, 0.125, 0.25], 0.0, [2, 1])):
         J = [scale(j) for j in J]

@@ -1,4 +1,6 @@
-"""SIGTERM and SIGINT stop a run where nothing is lost, all ranks at the same step; a second one ends it at once."""
+"""SIGTERM and SIGINT stop a run where nothing is lost, all ranks at the same step; a second one ends it at
+once.
+"""
 
 import json
 import os
@@ -66,7 +68,8 @@ def test_a_step_is_finished_and_saved_and_the_status_says_resumable(tmp_path, na
     done = python("tests/killed.py", LINE, "2", *command, KILL_SIGNAL=name)
     assert done.returncode == RESUMABLE
     assert ours(done.stderr) == [
-        f"train.py: stopped after step 2, which is saved: the same command with --resume auto continues {tmp_path}/run"
+        "train.py: stopped after step 2, which is saved: the same command with --resume auto continues "
+        f"{tmp_path}/run"
     ]
     assert steps(tmp_path) == [1, 2]
     done = python(*command)

@@ -1,4 +1,6 @@
-"""Trackers: TensorBoard for real where it is installed; Weights & Biases as a stub with its documented signatures."""
+"""Trackers: TensorBoard for real where it is installed; Weights & Biases as a stub with its documented
+signatures.
+"""
 
 import json
 import sys

@@ -1,4 +1,6 @@
-"""An evaluation that is killed goes on, one that was begun otherwise is refused; its numbers and tables by hand."""
+"""An evaluation that is killed goes on, one that was begun otherwise is refused; its numbers and tables by
+hand.
+"""
 
 import json
 

@@ -69,7 +69,9 @@ TIED = ModelConfig("LlamaForCausalLM", 4096, 256, 8, 4, 2, 64, 768, 2048, tied=T
 
 
 def highest(run: Callable[[], object]) -> int:
-    """Bytes that tensors took at most while it ran, beyond those that were there before. The allocator reports each block."""
+    """Bytes that tensors took at most while it ran, beyond those that were there before. The allocator
+    reports each block.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -80,7 +82,9 @@ def highest(run: Callable[[], object]) -> int:
 @pytest.mark.parametrize("how", CHECKPOINTING)
 @pytest.mark.parametrize("config, row", [(UNTIED, 2048), (TIED, 1024)])
 def test_the_peak_of_an_update_is_the_formula_s(config, row, how, world):
-    """Of a whole update on two rows, in fp32 on a CPU: from the second row on there are gradients beside activations."""
+    """Of a whole update on two rows, in fp32 on a CPU: from the second row on there are gradients beside
+    activations.
+    """
     options = parse_training(["grpo", "--micro_batch_tokens", str(row)])
     policy = shard(Transformer.random(config), world, torch.float32, activation_checkpointing=how)
     learner = Learner(policy, None, new_optimizer(policy, options))
