@@ -1,8 +1,7 @@
-"""The process group, sharding from outside the model, and sums over ranks.
+"""Process group, sharding, and sums over ranks.
 
-torchrun is the only launcher and the group always exists, so nothing in this repository asks whether it does.
-Started as plain `python train.py`, the program is a group of one. Threads per rank = cores / ranks:
-oversubscription costs more than any other setting on a CPU.
+The process group always exists: plain `python train.py` is a group of one. A rank has cores / ranks threads,
+because more threads than cores slow a CPU down.
 """
 
 from __future__ import annotations
@@ -54,14 +53,16 @@ class World:
 
 
 def share(count: int, rank: int, size: int) -> range:
-    """A rank's contiguous block of `count` things. Earlier ranks take one more when it does not divide."""
+    """Range of a rank's contiguous block of `count` items. The first ranks have one more if it does not
+    divide.
+    """
     quotient, rest = divmod(count, size)
     start = rank * quotient + min(rank, rest)
     return range(start, start + quotient + (rank < rest))
 
 
 def start(device: str = "auto") -> World:
-    """Join the process group that torchrun describes in the environment: NCCL on CUDA, gloo on CPU."""
+    """Join the process group of torchrun's environment variables: NCCL on CUDA, gloo on CPU."""
     _end_with_launcher()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -85,14 +86,16 @@ def start(device: str = "auto") -> World:
         place: dict[str, Any] = (
             {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         )
-        # Rollouts differ in length between ranks, so a peer may wait a long time before the next collective.
+        # Rollouts differ in length between ranks, so a rank may wait a long time in the next collective.
         dist.init_process_group(backend, timeout=timedelta(hours=2), **place)
     return World(rank, size, chosen)
 
 
 def _end_with_launcher() -> None:
-    """A worker of a torchrun that was killed ends with it, so that a resumed run has no worker of the old one beside it.
-    Linux: the kernel sends SIGKILL. (One that torchrun has not seen this far finds its store gone, and fails.)
+    """Make the kernel kill this worker when its torchrun dies, so that no old worker remains for a resumed
+    run.
+
+    Linux only. A worker whose torchrun died earlier fails because it cannot reach torchrun's store.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of sys/prctl.h
@@ -107,18 +110,18 @@ def stop() -> None:
 def run_and_exit(main: Callable[..., None], *arguments: Any) -> NoReturn:
     """Call an entry point and end the process with its exit status, without finalizing the interpreter.
 
-    FSDP's caches keep the process group, and so gloo's threads, beyond `stop`. A thread that has yet to let
-    go of the last collective's tensor needs the interpreter for it, and aborts the process if that is being
-    taken apart: a finished run would exit with SIGABRT (one in seven on two busy cores).
+    FSDP's caches keep the process group, and so gloo's threads, alive after `stop`. A thread that still holds
+    the last collective's tensor needs the interpreter to free it, and aborts the process if the interpreter
+    is being finalized: one in seven finished runs exited with SIGABRT on two busy cores.
     """
     status = 0
     try:
         main(*arguments)
     except SystemExit as stopped:  # by `options.exit_with_error`
         status = int(stopped.code or 0)
-    except KeyboardInterrupt:  # before anything was begun that has to be finished
+    except KeyboardInterrupt:  # before any work that must be finished
         status = 128 + signal.SIGINT
-    atexit._run_exitfuncs()  # as multiprocessing ends its children: what others registered still runs
+    atexit._run_exitfuncs()  # as in multiprocessing's children: registered functions still run
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -132,10 +135,10 @@ def shard(
     activation_checkpointing: str = "none",
     compiled: bool = False,
 ) -> M:
-    """FSDP2 applied from outside: each block is a unit; embedding, final norm and head are the root unit.
+    """Apply FSDP2: each block is a unit; embedding, final norm and head are the root unit.
 
-    The root is not resharded after its forward, so `model.head_weight` is whole when the loss needs it.
-    Parameters and optimizer state stay fp32; `dtype` is what blocks compute in. `replicate` > 1 is HSDP.
+    The root is not resharded after its forward, so the loss can read the whole `model.head_weight`.
+    Parameters and optimizer state stay fp32; `dtype` is the compute dtype. `replicate` > 1 is HSDP.
     `activation_checkpointing`: see `checkpoint_block`. `compiled`: see `compile_block`.
     """
     if world.size % replicate:
@@ -163,19 +166,19 @@ def shard(
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered from all ranks, which is collective; any other as it is."""
+    """Gather a sharded tensor from all ranks, which is collective; return any other unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def checkpoint_block(block: nn.Module, how: str) -> None:
-    """Recompute in the backward pass what a block's forward would keep for it.
+    """Apply activation checkpointing to a block: recompute activations in the backward pass.
 
-    none         nothing; so does auto, which train.py has replaced by then (`learner.fitted_to_memory`)
-    selective    the MLP: only its input is kept, not gate, up and what is made of them
-    full         all: only the block's input is kept
+    none         nothing; also auto, which train.py has already replaced (`learner.fitted_to_memory`)
+    selective    the MLP: only its input is kept
+    full         the whole block: only its input is kept
 
-    The methods are replaced on the block itself, inside the sharded unit: a wrapper would rename the parameters.
-    Nothing in a block is random, so no state of a random generator is kept.
+    The block's methods are replaced, because a wrapper would rename the parameters. A block is deterministic,
+    so no random generator's state is kept.
     """
     name = {"none": "", "auto": "", "selective": "mlp", "full": "forward"}[how]
     if name:
@@ -184,31 +187,31 @@ def checkpoint_block(block: nn.Module, how: str) -> None:
 
 
 def compile_block(block: nn.Module) -> None:
-    """Compile what a block computes before its attention and behind it; attention has kernels of its own.
+    """Compile the parts of a block before and after attention, which has its own kernels.
 
-    After `checkpoint_block` and before sharding: what is recomputed is compiled too, and gathering stays outside. The
-    number of tokens is a symbol, and blocks of one shape share the result. A hook on a part of a compiled block is not
-    called, so what looks inside a block takes the sampler's copy, which is not compiled.
+    Call it after `checkpoint_block` and before sharding, so that recomputation is compiled and gathering is
+    not. The number of tokens is dynamic, and blocks of one shape share the result. Hooks inside a compiled
+    block are not called, so code with hooks uses the sampler's copy, which is not compiled.
     """
     for name in ("project", "finish"):
         setattr(block, name, torch.compile(getattr(block, name), dynamic=True, fullgraph=True))
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise UserError where torch.compile would not find the compiler that it needs for this device."""
+    """Raise UserError if torch.compile would not find the compiler that it needs for this device."""
     variable, usual = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")
     compiler = os.environ.get(variable, usual)
     if shutil.which(compiler) is None:
         raise UserError(
-            f"--compile needs a compiler, and there is no '{compiler}': install it, name another in {variable}, or leave "
-            "out --compile"
+            f"--compile needs a compiler, and there is no '{compiler}': install it, name another in "
+            f"{variable}, or leave out --compile"
         )
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can allocate. On CUDA the allocator's cache is emptied first: it keeps what a step has
-    freed. On a CPU the ranks of a machine share its memory, of which cached files are free and a container's limit is
-    the end.
+    """Bytes that this process can allocate. On CUDA the allocator's cache is emptied first.
+
+    On a CPU the ranks of a machine share its memory, cached files included, up to a container's limit.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -237,30 +240,28 @@ def global_max(value: float) -> float:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's object, in rank order, on every rank."""
+    """Gather every rank's object, in rank order, on every rank."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, value)
     return parts
 
 
 def from_main(value: Any) -> Any:
-    """Rank 0's object on every rank."""
+    """Broadcast rank 0's object to every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def raise_on_all_ranks(error: str) -> None:
-    """Raise on every rank if any rank has an error message: one rank's mistake stops all of them together."""
+    """Raise UserError on every rank if any rank has an error message. Collective."""
     sentences = [s for s in (gather(error) if dist.is_initialized() else [error]) if s]
     if sentences:
         raise UserError(sentences[0])
 
 
 def together(function: Callable, *arguments: Any) -> Any:
-    """The function's result, when every rank has its own. A UserError of one rank is raised on all: nobody
-    waits for long.
-    """
+    """Call a function on every rank; return the own result, or raise any rank's UserError. Collective."""
     result, error = None, ""
     try:
         result = function(*arguments)
@@ -271,8 +272,10 @@ def together(function: Callable, *arguments: Any) -> Any:
 
 
 def on_main(function: Callable, *arguments: Any) -> Any:
-    """The function's result on rank 0, on every rank; its UserError too, and what it could not write. Collective, and so a
-    barrier. Without a process group this process is rank 0.
+    """Call a function on rank 0 and return its result on every rank. Collective, and so a barrier.
+
+    Its UserError, and an OSError of writing, are raised on every rank. Without a process group this is rank
+    0.
     """
 
     def own() -> Any:

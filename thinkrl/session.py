@@ -1,12 +1,12 @@
-"""The parts that reinforcement learning, sft and prm share around their steps: open the run, resume, log, save, sum up.
+"""The common part of RL, sft and prm around their steps: open the run, resume, log, save, summarise.
 
-with Session(config, world, learners) as session:        the run folder, new or continued; learners restored
-    for step in session.steps():                         the steps that are left
+with Session(config, world, learners) as session:        run folder opened, learners restored
+    for step in session.steps():                         the remaining steps
         tally = Tally()
         ...
-        session.end_step(step, tally, {"loss": loss})    a line of metrics.jsonl, and a checkpoint when one is due
+        session.end_step(step, tally, {"loss": loss})    a line of metrics.jsonl; a checkpoint if due
 
-SIGTERM and SIGINT are obeyed after a step or an evaluation: its state is saved, and `Stopped` is raised.
+After SIGTERM or SIGINT, the step or evaluation is finished, the state is saved, and `Stopped` is raised.
 """
 
 from __future__ import annotations
@@ -40,23 +40,21 @@ from thinkrl.update import Diverged, Mismatched, mismatch_limit
 
 
 def require_enough(stream: Stream, config: Config, world: World) -> None:
-    """Raise UserError unless every rank gets something to do in every step."""
+    """Raise UserError unless every rank gets problems in every step."""
     if world.size > config.problems_per_step:
         raise UserError(
-            f"{world.size} ranks share {config.problems_per_step} problems per step, some would have none: raise "
-            "--problems_per_step, or lower --nproc_per_node"
+            f"{world.size} ranks share {config.problems_per_step} problems per step, some would have none: "
+            "raise --problems_per_step, or lower --nproc_per_node"
         )
-    stream.take(
-        0, config.problems_per_step * (1 + config.dynamic_sampling)
-    )  # raises if there are not as many
+    stream.take(0, config.problems_per_step * (1 + config.dynamic_sampling))  # raises if the data has fewer
 
 
 class Session:
-    """One process's work on a run. Opening it and all that it does is collective. Rank 0 writes.
+    """A run in one process. Opening it and its methods are collective. Rank 0 writes.
 
     first     optimizer steps taken before, by the run that is resumed; 0 for a new one
-    state     what `end_step` was given with the checkpoint that is resumed; {} for a new run
-    export    writes a learner's weights where others load them, as (model, tokenizer, folder, dtype=…)
+    state     the `state` that `end_step` got for the resumed checkpoint; {} for a new run
+    export    writes a learner's weights for export: (model, tokenizer, folder, dtype=…)
     report    writes the page of a run folder: every --report_every steps and after every evaluation
     """
 
@@ -78,8 +76,8 @@ class Session:
         self.log = Log(self.run.folder, False, self.first, config.steps)  # of rank 0 from the first step on
         self.sinks: list[Sink] = []
         self.recent: deque[dict] = deque(maxlen=STUCK)  # lines of metrics.jsonl
-        self.stuck = False  # whether it was said that they taught nothing
-        self.mismatched = False  # whether it was said that sampler and trainer differ
+        self.stuck = False  # whether the user was warned about them
+        self.mismatched = False  # whether the user was warned that sampler and trainer differ
         on_main(self._begin)
         self.stop = StopRequest("this step", world.main)
 
@@ -95,7 +93,7 @@ class Session:
             sink.close()
 
     def _begin(self) -> None:
-        """Say where a resumed run goes on, and open what is written to."""
+        """Print where a resumed run continues, and open the sinks."""
         folder, config = self.run.folder, self.config
         if self.run.resumed and self.first:
             print(f"continues at step {self.first} from {folder}/checkpoints/step_{self.first}")
@@ -111,7 +109,7 @@ class Session:
         self.log = Log(self.run.folder, True, self.first, self.config.steps)
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, from 0."""
+        """Yield the remaining steps, counted from 0."""
         on_main(self._open_log)
         self.stop_if_asked()
         yield from range(self.first, self.config.steps)
@@ -125,11 +123,12 @@ class Session:
         samples: Sequence[dict] = (),
         state: dict | None = None,
     ) -> None:
-        """Log a step; save a checkpoint if it is the last or --save_every says so; rewrite the report when it is due.
+        """Log a step; save a checkpoint after the last step and every --save_every; rewrite the report if
+        due.
 
-        numbers    of this step, equal on all ranks, to stand beside the tally's
+        numbers    further numbers of this step, equal on all ranks
         samples    lines for samples.jsonl
-        state      what a resumed run needs beside the learners
+        state      state for a resume, besides the learners
         """
         row, done = tally.row(step + 1, **numbers), step + 1
         self.recent.append(row)
@@ -152,15 +151,15 @@ class Session:
             sink.numbers(done, row)
 
     def _check_mismatch(self, done: int, mismatch: float) -> None:
-        """Say, once, that the sampler does not compute the policy that is trained. Raises Mismatched under --strict."""
+        """Warn once if the sampler's log-probs are not the policy's. Raises Mismatched with --strict."""
         config, dtype = self.config, compute_dtype(self.config, self.world)
         width = next(iter(self.learners.values())).policy.config.width
         limit, name = mismatch_limit(dtype, width, config.temperature), str(dtype).removeprefix("torch.")
         above = not mismatch <= limit
         sentence = (
-            f"step {done}: log-probs of sampler and trainer differ by {mismatch:.2g} in the mean, more than the {limit:.2g} "
-            f"that rounding to {name} explains: a weight was not copied to the sampler, or one of the two "
-            "computes something else"
+            f"step {done}: log-probs of sampler and trainer differ by {mismatch:.2g} in the mean, more than "
+            f"the {limit:.2g} that rounding to {name} explains: a weight was not copied to the sampler, or "
+            "one of the two computes something else"
         )
         if above and config.strict:
             raise Mismatched(f"{sentence}; stopped by --strict, nothing was saved over the last checkpoint")
@@ -169,7 +168,7 @@ class Session:
         self.mismatched = above
 
     def _keep_batch(self, error: Diverged) -> str:
-        """Write what the step that was not taken was computed from. Returns the error's sentence with step and place."""
+        """Write the rows of the step that was not taken. Returns the error's text with step and folder."""
         sentence = f"step {self.done + 1}: {error}; nothing was saved over the last checkpoint"
         folder = self.run.folder / "nonfinite" / f"step_{self.done + 1}"
         packs: list[Pack] = sum(gather([p.to("cpu") for p in error.packs]), [])
@@ -182,17 +181,17 @@ class Session:
         return f"{sentence}; python -m thinkrl.tools.again {folder} computes it again"
 
     def _minutes_are_over(self) -> bool:
-        """Whether rank 0's clock says that --save_minutes have passed since the last checkpoint. Collective."""
+        """Whether --save_minutes have passed since the last checkpoint, by rank 0's clock. Collective."""
         minutes = self.config.save_minutes
         return minutes > 0 and from_main(time.monotonic() - self.saved_at > 60 * minutes)
 
     def save(self) -> None:
-        """Write a checkpoint of the steps taken so far."""
+        """Write a checkpoint of the current state."""
         save(self.run.folder, self.done, self.learners, self.state, self.config, self.export)
         self.saved, self.saved_at = self.done, time.monotonic()
 
     def stop_if_asked(self) -> None:
-        """If a rank was asked to stop: save, unless it is saved, and raise Stopped."""
+        """Save, unless saved, and raise Stopped, if a rank was asked to stop."""
         if not self.stop.agreed():
             return
         if self.saved < self.done:
@@ -201,21 +200,21 @@ class Session:
         raise Stopped(f"stopped {at}: the same command with --resume auto continues {self.run.folder}")
 
     def warn_if_stuck(self, rule: str) -> None:
-        """Say on the terminal, once, that the newest steps taught nothing, and why. rule: the grading rule."""
+        """Warn once if all advantages of the newest steps are 0, with the reason. rule: the grading rule."""
         sentence = why_nothing_is_learned(self.recent, rule) if len(self.recent) == STUCK else ""
         if sentence and not self.stuck and self.world.main:
             tqdm.write(f"warning: {sentence}", file=sys.stderr)
         self.stuck = bool(sentence)
 
     def bar(self, what: str, completions: int) -> AbstractContextManager:
-        """A bar over so many completions of the samplers, on a terminal; of turns where they talk to each other."""
+        """Make a progress bar over so many completions, or over turns with two samplers."""
         samplers = [learner.sampler for learner in self.learners.values() if isinstance(learner, Actor)]
         return completions_bar(samplers, completions if len(samplers) == 1 else None, what, self.world.main)
 
     def end_evaluation(self, when: str, step: int, result: dict, records: Sequence[dict]) -> None:
-        """Log a held-out evaluation as `when`, after `step` steps. `records` are lines for evaluations.jsonl."""
+        """Log a held-out evaluation as `when`, after `step` steps. records: lines for evaluations.jsonl."""
         on_main(self._keep_evaluation, when, step, result, records)
-        if when != "after":  # then nothing is left to continue
+        if when != "after":  # after that nothing is left to continue
             self.stop_if_asked()
 
     def _keep_evaluation(self, when: str, step: int, result: dict, records: Sequence[dict]) -> None:
@@ -224,11 +223,11 @@ class Session:
         for sink in self.sinks:
             sink.numbers(step, dict(flat(result, "held_out")))
             sink.completions(step, "held-out completions", table_rows(step, records))
-        self.run.update_summary(**{when: {"step": step, **result}})  # last: now it need not be done again
+        self.run.update_summary(**{when: {"step": step, **result}})  # last: marks the evaluation as done
         self.write_report()
 
     def write_report(self) -> None:
-        """Rewrite the run's page. A run is not lost over its page: what goes wrong is printed."""
+        """Rewrite the run's report. An error is printed and does not stop the run."""
         if not (self.world.main and self.report):
             return
         try:
@@ -237,7 +236,7 @@ class Session:
             tqdm.write(f"the report was not written:\n{traceback.format_exc()}")
 
     def summarise_loss(self) -> None:
-        """The end of a run without held-out problems: the last loss into summary.json."""
+        """Write the last loss to summary.json, for a run without held-out problems."""
         if self.world.main:
             loss = self.log.last("loss")
             self.run.update_summary(after={"loss": loss})

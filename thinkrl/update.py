@@ -1,10 +1,10 @@
-"""The optimizer step: packs in, one step of AdamW out, the same whatever the number of packs and ranks.
+"""The optimizer step: one step of AdamW on packs, independent of the number of packs and ranks.
 
     update     the policy loss on one rollout, `updates_per_rollout` times        (reinforcement learning)
     descend    one step on any loss of packs                                      (also sft and prm)
 
-Each pack's loss is a sum divided by a count over the whole step and all ranks, which is taken before the first
-backward. So gradients depend neither on the micro-batch size nor on the number of ranks.
+Each pack's loss is a sum divided by a count over the whole step and all ranks, which is computed before the
+first backward. So gradients do not depend on the micro-batch size or the number of ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from thinkrl.types import Pack, Sample, Trajectory, empty_pack, pack
 
 
 class Diverged(RuntimeError):
-    """Something of a step is not finite, on some rank, and the step is not taken. packs: this rank's rows of the step."""
+    """Error of a step with values that are not finite; it is not taken. packs: this rank's rows."""
 
     def __init__(self, sentence: str, learner: Learner, packs: Sequence[Pack]):
         super().__init__(sentence)
@@ -34,25 +34,27 @@ class Diverged(RuntimeError):
 
 
 class Mismatched(RuntimeError):
-    """The sampler's log-probs are not those of the policy that is trained."""
+    """Error of a sampler whose log-probs are not those of the trained policy."""
 
 
 def mismatch_limit(dtype: torch.dtype, width: int, temperature: float) -> float:
-    """The largest mean |log-prob by the trainer - log-prob by the sampler| per token that rounding explains, in nats.
+    """Largest mean |trainer's - sampler's log-prob| per token that rounding explains, in nats.
 
-    A state that is rounded in each of 2 L residual additions is off by a vector of sqrt(L/2) eps |h|, in a random direction,
-    so a logit of about |h| |w| cos by sqrt(L/2) eps |z| / (cos sqrt(width)): some 4 eps for L = 28, |z| = 16, cos = 1/4,
-    width = 3584. Sums of `width` fp32 products are off by sqrt(width) eps_32. Four times both, and divided by the temperature
-    as logits are: 0.125 in bfloat16, where 1e-3 to 1e-2 are seen; 2e-5 (width 96) to 1e-4 in float32, where 1e-7 is.
+    A state that is rounded in each of 2 L residual additions has an error vector of length sqrt(L/2) eps |h|
+    in a random direction. So a logit of about |h| |w| cos has an error of sqrt(L/2) eps |z| / (cos
+    sqrt(width)): about 4 eps for L = 28, |z| = 16, cos = 1/4, width = 3584. Sums of `width` fp32 products
+    have an error of sqrt(width) eps_32. The limit is four times both, divided by the temperature as logits
+    are: 0.125 in bfloat16, where 1e-3 to 1e-2 are usual; 2e-5 (width 96) to 1e-4 in float32, where 1e-7 is
+    usual.
     """
     eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
     return 16 * (eps + width**0.5 * eps32) / min(1.0, temperature)
 
 
 def pack_evenly(samples: list[Sample], config: Config, world: World) -> list[Pack]:
-    """Pack this rank's samples; then as many packs on every rank, at least one. Collective.
+    """Pack this rank's samples, with the same number of packs on every rank, at least one. Collective.
 
-    Each forward of a sharded model is a collective, so ranks with fewer packs run empty ones.
+    Each forward of a sharded model is collective, so ranks with fewer packs run empty ones.
     """
     packs = pack(samples, config.micro_batch_tokens)
     most = max(1, int(global_max(len(packs))))
@@ -60,8 +62,9 @@ def pack_evenly(samples: list[Sample], config: Config, world: World) -> list[Pac
 
 
 def require_finite(learner: Learner, packs: Sequence[Pack], trajectories: Sequence[Trajectory] = ()) -> None:
-    """Raise Diverged, on all ranks, if one has a reward that is infinite (NaN: none was given), or a trained token whose
-    advantage or sampler's log-prob is not finite. Collective.
+    """Raise Diverged, on all ranks, if a reward, advantage or sampler's log-prob is not finite. Collective.
+
+    A reward may be NaN, which means none. Advantages and log-probs are those of trained tokens.
     """
     inputs = [torch.stack([p.advantage, p.sampler_logprob]) for p in packs]  # 0 in prompts
     finite = torch.stack([values.isfinite().all() for values in inputs]).all()
@@ -81,21 +84,22 @@ def require_finite(learner: Learner, packs: Sequence[Pack], trajectories: Sequen
 
 
 def _some(found: list[str]) -> str:
-    """At most eight of them."""
+    """Join at most eight of the texts."""
     return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
 
 def update(
     learner: Learner, packs: Sequence[Pack], lr: float, config: Config, world: World, tally: Tally
 ) -> tuple[float, float]:
-    """Train on one rollout: `updates_per_rollout` optimizer steps. Returns the last one's loss and gradient norm.
+    """Take `updates_per_rollout` optimizer steps on one rollout. Returns the last one's loss and gradient
+    norm.
 
-    Where every advantage of the step is 0 and there is no KL, the loss is 0 whatever the policy is: its gradient is set to 0
-    instead of computed.
+    If every advantage of the step is 0 and there is no KL, the loss is 0 for any policy, so the gradient is
+    set to 0 and not computed.
     """
     largest = global_max(float(torch.stack([p.advantage.abs().max() for p in packs]).max()))
     tally.add("advantage_max", largest)
-    # the same on all ranks, because their backwards are collective
+    # the same on all ranks, because backwards are collective
     flat = largest == 0 and not config.kl_coef
     with torch.no_grad():
         for p in packs:
@@ -115,9 +119,9 @@ def update(
 def policy_objective(
     policy: Transformer, packs: Sequence[Pack], config: Config, tally: Tally
 ) -> Callable[[Pack], Tensor]:
-    """The policy loss of a pack, as a share of that of the whole step, whose count is taken here. Collective.
+    """Make the policy loss of a pack, divided by the whole step's count, which is summed here. Collective.
 
-    Packs have their ref_logprob, with a KL term, and their old_logprob, with more than one update per rollout.
+    Packs must have ref_logprob with a KL term, and old_logprob with more than one update per rollout.
     """
     if config.aggregate == "constant":
         denominator = float(config.problems_per_step * config.group_size * config.max_tokens)
@@ -163,17 +167,20 @@ def descend(
     world: World,
     flat: bool = False,
 ) -> tuple[float, float]:
-    """One optimizer step on the sum of `objective` over all packs and ranks. Returns that sum and the gradient
-    norm before clipping. Raises Diverged, before the step, if one of them is not finite.
+    """Take one optimizer step on the sum of `objective` over all packs and ranks.
 
-    flat: the gradient is known to be 0 on every rank. The optimizer step is taken all the same: its averages decay.
+    Returns that sum and the gradient norm before clipping. Raises Diverged, before the step, if one is not
+    finite.
+
+    flat: the gradient is known to be 0 on every rank. The optimizer step is still taken, because its averages
+    decay.
     """
     losses = []
     for p in packs:
         with torch.set_grad_enabled(not flat):
             loss = objective(p)
         if not flat:
-            (loss * world.size).backward()  # FSDP averages over ranks, ours is a sum over them
+            (loss * world.size).backward()  # FSDP averages over ranks, but the loss is a sum over them
         losses.append(loss.detach())
     if flat:
         learner.policy.reshard()  # no backward follows that would do it
@@ -187,22 +194,23 @@ def descend(
         suspects = gather([i for p, loss in zip(packs, losses) if not loss.isfinite() for i in p.ids])
         named = _some(sum(suspects, [])) or "none, only the gradient"
         raise Diverged(
-            f"loss {total}, gradient norm {grad_norm}; samples (problem/sample/turn) of the rows that are not finite: {named}",
+            f"loss {total}, gradient norm {grad_norm}; samples (problem/sample/turn) of the rows that are "
+            f"not finite: {named}",
             learner,
             packs,
         )
     for parameters in learner.optimizer.param_groups:
         parameters["lr"] = lr
     learner.optimizer.step()
-    learner.optimizer.zero_grad()  # the next rollout needs the memory
+    learner.optimizer.zero_grad()  # frees memory for the next rollout
     return total, grad_norm
 
 
 def token_logprobs(policy: Transformer, p: Pack, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-prob of each sampled token, and entropy of the distribution it came from: [T] fp32, 0 where the mask is 0.
+    """Log-prob of each sampled token and entropy of its distribution, [T] fp32, 0 where the mask is 0.
 
-    Only hidden states that predict a sampled token go through the LM head. A row with none keeps one, so that
-    every rank's backward reaches the parameters.
+    Only hidden states that predict a sampled token go through the LM head. A row without sampled tokens keeps
+    one state, so that every rank's backward reaches the parameters.
     """
     hidden, own = policy(p.tokens, p.cu_seqlens, longest=p.longest), p.places
     logprob, entropy = linear_logprob(hidden[own - 1], policy.head_weight, p.tokens[own], temperature)

@@ -1,13 +1,13 @@
-"""SIGTERM and SIGINT ask a program to stop where it loses nothing; a second one ends it at once.
+"""Stop on SIGTERM or SIGINT after finishing and saving the current step; a second signal ends at once.
 
     stop = StopRequest()
     ...
     if stop.agreed():        collective: all ranks stop at the same place, if one of them was asked to
         raise Stopped("…")   main prints it and exits with RESUMABLE
 
-Python runs a signal handler in the main thread, which may be waiting for another rank for minutes. So signals
-are also read in a thread of their own. torchrun forwards these two signals to its workers and kills those
-that are still there after 30 seconds (TORCH_ELASTIC_SHUTDOWN_TIMEOUT=SECONDS, where torchrun knows it).
+Python runs a signal handler in the main thread, which may wait for another rank for minutes. So signals are
+also read in a thread of their own. torchrun forwards these two signals to its workers and kills workers that
+are alive after 30 seconds (TORCH_ELASTIC_SHUTDOWN_TIMEOUT=SECONDS in newer versions).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from thinkrl.distributed import global_max
 
 RESUMABLE = 75  # exit status of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again later"
 ASKING = (signal.SIGTERM, signal.SIGINT)
-# A scheduler signals every process of a job, and torchrun forwards what it got: within this time they are one
-# request.
+# A scheduler signals every process of a job, and torchrun forwards its signal: within this time they count as
+# one request.
 SAME_REQUEST_SECONDS = 2.0
 
 
 class Stopped(Exception):
-    """The program was asked to stop, and did, with nothing lost. Its text says how to go on."""
+    """Raised when the program stops on request, with its state saved. The text says how to continue."""
 
 
 def exit_when_stopped(program: str, reason: Stopped) -> NoReturn:
@@ -40,14 +40,14 @@ def exit_when_stopped(program: str, reason: Stopped) -> NoReturn:
 
 
 class StopRequest:
-    """Listens from when it is made until `close`. `what` names what is finished first: "this step"."""
+    """Listener for stop requests, until `close`. what: the work that is finished first ("this step")."""
 
     def __init__(self, what: str, main: bool):
         self.asked = False
         self._what, self._main = what, main
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        # the C-level handler writes a signal's number here at once, whatever the main thread does
+        # the C-level handler writes a signal's number here immediately, even if the main thread is blocked
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._ask) for number in ASKING}
         threading.Thread(target=self._listen, daemon=True).start()
