@@ -176,7 +176,7 @@ def policy_loss(
     old_logprob    by the policy before its first update on this rollout; None: unchanged, ratio exactly 1
     weight         importance weights (`importance_weight`), which multiply the surrogate, not the KL
     surrogate      "clip", "cispo", "sapo" or "dppo", as above. The clips bound the ratio, under "dppo" the
-                   change of probability; sapo has none. TRL's CISPO has no lower bound and caps at epsilon_high:
+                   change of probability; sapo has none. TRL's CISPO has no lower bound, caps at epsilon_high:
                    clip_low=1, clip_high=epsilon_high - 1
     level          "token", or "sequence" for GSPO: the geometric mean of a sequence's ratios replaces each
     denominator    the step's count over all packs and ranks, at least 1; None: this row's own

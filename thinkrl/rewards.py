@@ -145,8 +145,8 @@ def _number(reward: Reward, value: object, t: Trajectory) -> float | None:
         return None
     if math.isinf(number):
         raise UserError(
-            f"--reward {reward.name} returned {value!r} for problem {t.problem.id}, sample {t.sample}: a finite number or None "
-            "is expected"
+            f"--reward {reward.name} returned {value!r} for problem {t.problem.id}, sample {t.sample}: "
+            "a finite number or None is expected"
         )
     return number
 

@@ -4,7 +4,7 @@
     FILE.csv    FILE.tsv       the first line names the columns
     FILE.parquet               extra [parquet]
     FILE.jsonl.gz  …           any of these but parquet, compressed
-    hub:owner/name[:config][:split]      such files of a Hugging Face dataset, extra [hub]; default split: train
+    hub:owner/name[:config][:split]      such files of a Hugging Face dataset, extra [hub]; split: train
     A+B                        the rows of A, then those of B
 
 A row is a dict of fields and its place in a file. `layouts` and `chats` interpret the fields. A row that

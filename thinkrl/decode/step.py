@@ -43,7 +43,7 @@ class RowState:
 def eager_step(
     paged: PagedModel, state: RowState, page_table: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample every row's next token [B]; return its log-prob [B] and its predicting hidden state [B, D] too."""
+    """Sample every row's next token [B]; return also its log-prob [B] and predicting hidden state [B, D]."""
     hidden = paged.decode(state.token, state.length, page_table)
     logits = paged.model.logits(hidden)
     token, logprob, _ = sample_token(logits, state.key, state.position, temperature)

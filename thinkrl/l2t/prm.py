@@ -201,8 +201,8 @@ def require_context(
         if len(prompt) + max_tokens > model.config.max_positions:
             raise UserError(
                 f"problem {problem.id} (counted from 0): a prompt of {len(prompt)} tokens and {max_tokens} "
-                f"more exceed the reward model's context of {model.config.max_positions}; lower --max_tokens, "
-                "or use another --prm"
+                f"more exceed the reward model's context of {model.config.max_positions}; lower "
+                "--max_tokens, or use another --prm"
             )
 
 

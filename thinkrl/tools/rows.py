@@ -17,8 +17,8 @@ from thinkrl.tools.reading import Chains, TrainingRun
 from thinkrl.tracing import trace
 
 LONGEST = 60_000  # characters of one turn that are shown, half from its start, half from its end
-KNOWN = {"step", "problem", "sample", "question", "gold", "level", "answer", "text", "outcome_reward", "reward",
-         "turns", "advantage", "ends", "episode_ids", "J", "fitting_gain", "compression", "penalty",
+KNOWN = {"step", "problem", "sample", "question", "gold", "level", "answer", "text", "outcome_reward",
+         "reward", "turns", "advantage", "ends", "episode_ids", "J", "fitting_gain", "compression", "penalty",
          "process_reward", "malformed", "entropy", "trained"}  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""Write what the embedded model is trained from: `python -m thinkrl.assets.tiny.make --out DIR`. `make tiny` does the rest.
+"""Write the training data and start of the embedded model; `make tiny` then trains it.
+
+    python -m thinkrl.assets.tiny.make --out DIR
 
     DIR/chains.jsonl      rows {"problem", "response"} by thinkrl.arith
     DIR/start/            a Llama checkpoint folder with random weights: config, tokenizer, model.safetensors
@@ -55,9 +57,12 @@ CONFIG = {
     "bos_token_id": None,
     "eos_token_id": VOCABULARY.index(EOS),
     "torch_dtype": "float32",
-    "thinkrl_embedded": True,  # train.py's own small defaults apply to this folder and to what descends from it
+    "thinkrl_embedded": True,  # train.py's small defaults apply to this folder and to models trained from it
 }
-CHAT_TEMPLATE = "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}"
+    "{% endif %}{% endfor %}"
+)
 
 
 def tokenizer() -> Tokenizer:
