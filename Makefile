@@ -54,6 +54,7 @@ bench: .venv/done ## kernels and sampler against their baselines, side by side, 
 	$(BIN)/python -m kernels.rotary
 	$(BIN)/python -m thinkrl.tools.bench sampler
 	$(BIN)/python -m thinkrl.tools.bench l2t
+	$(BIN)/python -m thinkrl.tools.bench cost
 
 bench-gpu: ## one table in under five minutes, on a CUDA machine with torch and triton already installed
 	$(PYTHON) -m thinkrl.tools.bench_gpu $(ARGS)

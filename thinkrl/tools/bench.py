@@ -2,6 +2,7 @@
 
     python -m thinkrl.tools.bench sampler [--cases "56M fp32,…"] [--repeat N]
     python -m thinkrl.tools.bench l2t [--repeat N]
+    python -m thinkrl.tools.bench cost [--repeat N]
 
 sampler: 8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096,
 temperature 1, no filters. Two workloads: every completion has 128 tokens; or 64 of the 4096 ids are stop ids,
@@ -12,6 +13,8 @@ down. transformers always computes in fp32.
 "matmuls" is the speed of decoding if a step were only its matrix products on 64 rows, by F.linear; "ours" is
 the same with the sampler's product.
 
+cost: how the parts of a step of a small model grow with tokens, group, episodes, width and ranks, one varied at a time.
+
 l2t: 56 M parameters, 2 prompts × 4 completions of 1,000 tokens, 10 episodes of 100, probes of 25 tokens. The
 rollout is repeated with the same keys, so its tokens are the same with and without hidden states, and with
 and without probes.
@@ -19,10 +22,14 @@ and without probes.
 
 from __future__ import annotations
 
+import json
+import statistics
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +43,11 @@ from thinkrl.l2t.episodes import Episodes
 from thinkrl.l2t.gain import Gain, Probe
 from thinkrl.model import ModelConfig, Transformer, fast_linear
 from thinkrl.options import command_line, nearest, option, parse_as
+from thinkrl.run.folder import ROOT, torchrun
 from thinkrl.sampler import Sampler
 from thinkrl.types import Turn
 
-BENCHES = ("sampler", "l2t")
+BENCHES = ("sampler", "l2t", "cost")
 VOCABULARY, PROMPTS, SAMPLES, TOKENS = 4096, 8, 8, 128
 
 CASES = {  # layers, width, heads, kv heads, mlp width, our dtype
@@ -103,15 +111,21 @@ def matmuls_alone(model: Transformer, product: Callable, rows: int = PROMPTS * S
 
 
 def l2t_parts(
-    model: Transformer, policy: Transformer, tokens: int, repeat: int, wait: Callable[[], object] = bool
+    model: Transformer,
+    policy: Transformer,
+    tokens: int,
+    repeat: int,
+    wait: Callable[[], object] = bool,
+    group: int = 4,
+    K: int = 10,
 ) -> dict[str, float]:
-    """Seconds of the parts of a step on 2 prompts × 4 completions of `tokens` tokens; best of the repeats,
-    interleaved.
+    """Seconds of the parts of a step on 2 prompts × `group` completions of `tokens` tokens in K episodes; best of the
+    repeats, interleaved.
 
     model samples, policy trains; wait blocks until the device has done what it was given.
     """
     sampler, vocabulary = Sampler(model), model.config.vocab_size
-    device, per_episode = model.embed.weight.device, max(1, tokens // 10)
+    device, per_episode = model.embed.weight.device, -(-tokens // K)
     optimizer = torch.optim.AdamW(policy.parameters())
     g = torch.Generator().manual_seed(0)
     prompts = torch.randint(vocabulary, (2, 100), generator=g).tolist()
@@ -136,7 +150,7 @@ def l2t_parts(
     def rollout(gain: Gain | None, hidden: bool):
         groups = sampler.generate(
             prompts,
-            n=4,
+            n=group,
             max_tokens=tokens,
             stop_ids=[],
             return_hidden=hidden,
@@ -195,6 +209,62 @@ def l2t_overhead(repeat: int) -> None:
     print(f"GRPO step {step:.2f} s; L2T adds {without:.1%} without probes and {with_probes:.1%} with them")
 
 
+CURVES: dict[
+    str, tuple[int, ...]
+] = {  # what is varied, one at a time; the middle one is what the others have
+    "tokens": (64, 128, 256),
+    "group": (4, 8, 16),
+    "K": (4, 8, 16),
+    "width": (64, 128, 256),
+}
+
+
+def cost_curves(
+    repeat: int, curves: dict[str, tuple[int, ...]] = CURVES, ranks: Sequence[int] = (1, 2)
+) -> None:
+    """How the parts of a step grow with a completion's tokens, the group, a completion's episodes K, the model's width; and
+    what a step of `train.py grpo` takes on so many ranks, whose cores are this machine's.
+    """
+    print(
+        "| varied | rollout | probes | penalty | training |  seconds, best of the repeats |\n|---|---|---|---|---|---|"
+    )
+    middle = {name: values[len(values) // 2] for name, values in curves.items()}
+    for name, values in curves.items():
+        for value in values:
+            at = middle | {name: value}
+            heads = at["width"] // 16
+            config = ModelConfig(
+                "Qwen2ForCausalLM",
+                VOCABULARY,
+                at["width"],
+                4,
+                heads,
+                heads // 2,
+                16,
+                3 * at["width"],
+                2048,
+                tied=True,
+            )
+            policy = Transformer.random(config)
+            parts = l2t_parts(
+                Transformer.random(config), policy, at["tokens"], repeat, group=at["group"], K=at["K"]
+            )
+            numbers = [parts[part] for part in ("rollout", "probes, of it", "penalty", "training")]
+            cells = " | ".join(f"{seconds:.3f}" for seconds in numbers)
+            print(f"| {name} {value} | {cells} | |", flush=True)
+    for n in ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["train.py", "grpo", "--steps", "4", "--eval_problems", "0", "--device", "cpu"]
+            command += ["--runs_dir", folder, "--name", "run"]
+            subprocess.run(torchrun(n, *command), cwd=ROOT, check=True, capture_output=True)
+            lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+            seconds = [json.loads(line)["seconds"] for line in lines[1:]]
+            print(
+                f"| ranks {n} | | | | | a step of 16 × 8 completions: {statistics.median(seconds):.3f} |",
+                flush=True,
+            )
+
+
 @dataclass(frozen=True)
 class Options:
     what: str = ""
@@ -222,6 +292,8 @@ def parse(argv: list[str]) -> Options:
 def main(options: Options) -> None:
     if options.what == "l2t":
         return l2t_overhead(options.repeat)
+    if options.what == "cost":
+        return cost_curves(options.repeat)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; tokens per second")
     print("case       lengths   transformers   thinkrl   ratio   matmuls   share   ours   share")
     generator = torch.Generator().manual_seed(0)
