@@ -33,8 +33,8 @@ test-fast: .venv/done lint ## the suite without its slow tests and without ahead
 	CUDA_VISIBLE_DEVICES= $(BIN)/python $(PYTEST) -m "not slow" tests
 
 # typed throughout, by mypy's default settings
-TYPED := kernels thinkrl/l2t thinkrl/longshort thinkrl/data thinkrl/run $(addprefix thinkrl/,$(addsuffix .py, \
-	types grpo length presets update session learner sampler checkpoint distributed config rollout sft)) train.py
+TYPED := kernels thinkrl/config thinkrl/l2t thinkrl/longshort thinkrl/data thinkrl/run $(addprefix thinkrl/,$(addsuffix .py, \
+	types grpo length presets update session learner sampler checkpoint distributed rollout sft)) train.py
 
 lint: .venv/done ## ruff; mypy on what is typed throughout
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ setup(
         "thinkrl",
         *(
             f"thinkrl.{folder}"
-            for folder in ("data", "decode", "grading", "l2t", "longshort", "run", "tools")
+            for folder in ("config", "data", "decode", "grading", "l2t", "longshort", "run", "tools")
         ),
         "kernels",
     ],

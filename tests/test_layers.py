@@ -23,6 +23,7 @@ LAYERS = {
 }
 # Inside a folder, from the bottom up: a module sees those before it.
 INSIDE = {
+    "config": ["fields", "values", "checks", "help", "resolve"],
     "run": ["files", "parts", "lock", "signals", "sinks", "metrics", "folder"],
     "grading": ["notation", "values", "algebra", "rules"],
     "data": ["rows", "layouts", "chats", "problems"],
