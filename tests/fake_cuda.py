@@ -1,11 +1,11 @@
 """A pretended CUDA device, for what can be known about the CUDA path without one.
 
-fake_cuda       inside it, tensors on the device CUDA have shapes and no data. PyTorch itself refuses for them
-                what a CUDA device refuses (tensors of two devices in one operation), and whatever makes the host
-                wait for a number from the device (.item(), .tolist(), nonzero) raises
+fake_cuda       inside it, tensors on the device CUDA have shapes and no data. PyTorch itself refuses for
+                them what a CUDA device refuses (tensors of two devices in one operation), and whatever makes
+                the host wait for a number from the device (.item(), .tolist(), nonzero) raises
 Launches        counts, inside fake_cuda, the kernels that are launched and the copies between devices
-Graph, record   stand for torch.cuda.CUDAGraph and torch.cuda.graph on CPU tensors: every operation is recorded
-                with the tensors and numbers it was given, and replayed on exactly these
+Graph, record   stand for torch.cuda.CUDAGraph and torch.cuda.graph on CPU tensors: every operation is
+                recorded with the tensors and numbers it was given, and replayed on exactly these
 """
 
 from __future__ import annotations

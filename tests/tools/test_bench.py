@@ -8,7 +8,7 @@ from thinkrl.tools.bench import BENCHES, cost_curves, l2t_shares, parse
 
 @pytest.mark.slow
 def test_cost_curves(capsys):
-    """One row per value; whatever is not varied has its middle value, so the middle rows are of the same step."""
+    """One row per value; other quantities have their middle value, so the middle rows are of one step."""
     cost_curves(1, {"tokens": (4, 8, 12), "group": (1, 2), "K": (2,), "width": (32,)}, ranks=(1,))
     lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

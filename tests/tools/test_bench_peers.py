@@ -1,4 +1,4 @@
-"""The table of `make bench-peers`: with transformers of this environment, and with peers that are not there."""
+"""The table of `make bench-peers`: with transformers of this environment, and without its peers."""
 
 import json
 import sys

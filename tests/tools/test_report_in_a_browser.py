@@ -1,4 +1,4 @@
-"""The page in a headless Chromium: its policy, its script, its keyboard, its widths. Skipped where there is no browser."""
+"""The page in a headless Chromium: policy, script, keyboard, widths. Skipped without a browser."""
 
 import json
 

@@ -13,7 +13,8 @@ down. transformers always computes in fp32.
 "matmuls" is the speed of decoding if a step were only its matrix products on 64 rows, by F.linear; "ours" is
 the same with the sampler's product.
 
-cost: how the parts of a step of a small model grow with tokens, group, episodes, width and ranks, one varied at a time.
+cost: how the parts of a step of a small model grow with tokens, group, episodes, width and ranks, varied one
+at a time.
 
 l2t: 56 M parameters, 2 prompts × 4 completions of 1,000 tokens, 10 episodes of 100, probes of 25 tokens. The
 rollout is repeated with the same keys, so its tokens are the same with and without hidden states, and with
@@ -119,10 +120,10 @@ def l2t_parts(
     group: int = 4,
     K: int = 10,
 ) -> dict[str, float]:
-    """Seconds of the parts of a step on 2 prompts × `group` completions of `tokens` tokens in K episodes; best of the
-    repeats, interleaved.
+    """Seconds of a step's parts on 2 × `group` completions of K episodes: best of interleaved repeats.
 
-    model samples, policy trains; wait blocks until the device has done what it was given.
+
+    tokens: of a completion. model samples, policy is trained; wait blocks until the device has finished.
     """
     sampler, vocabulary = Sampler(model), model.config.vocab_size
     device, per_episode = model.embed.weight.device, -(-tokens // K)
@@ -190,7 +191,7 @@ def l2t_parts(
 
 
 def l2t_shares(best: dict[str, float]) -> tuple[float, float]:
-    """What L2T adds to a GRPO step, as a share of it: without its probes, and with them."""
+    """Time L2T adds to a GRPO step, as a share of it: without probes, and with them."""
     step, probes = best["rollout"] + best["training"], best["probes, of it"]
     penalty = best["penalty"] + max(0.0, best["rollout, states kept, probes"] - probes - best["rollout"])
     return penalty / step, (penalty + probes) / step
@@ -222,11 +223,13 @@ CURVES: dict[
 def cost_curves(
     repeat: int, curves: dict[str, tuple[int, ...]] = CURVES, ranks: Sequence[int] = (1, 2)
 ) -> None:
-    """How the parts of a step grow with a completion's tokens, the group, a completion's episodes K, the model's width; and
-    what a step of `train.py grpo` takes on so many ranks, whose cores are this machine's.
+    """Measure how the parts of a step grow with tokens, group, episodes and width, and a step with ranks.
+
+    The last is a step of `train.py grpo` on so many ranks, which share this machine's cores.
     """
     print(
-        "| varied | rollout | probes | penalty | training |  seconds, best of the repeats |\n|---|---|---|---|---|---|"
+        "| varied | rollout | probes | penalty | training |  seconds, best of the repeats |\n"
+        "|---|---|---|---|---|---|"
     )
     middle = {name: values[len(values) // 2] for name, values in curves.items()}
     for name, values in curves.items():

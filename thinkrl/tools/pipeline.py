@@ -2,10 +2,10 @@
 
     python -m thinkrl.tools.pipeline [--key value …]
 
-    1 chunk        built-in long chains -> thoughts, importance, labels -> cold-start files   chunk.py
-    2 cold start   the base policy is fine-tuned for each role -> L0, S0                      train.py sft
-    3 rounds       L and S are trained in turns -> L1⊗S0, L2⊗S0, L2⊗S1, …                    train.py longshort
-    4 baseline     the base policy by GRPO, with the same steps, problems and attempts        train.py grpo
+    1 chunk        built-in long chains -> thoughts, importance, labels -> two files    chunk.py
+    2 cold start   the base policy is fine-tuned for each role -> L0, S0                train.py sft
+    3 rounds       L and S are trained in turns -> L1⊗S0, L2⊗S0, L2⊗S1, …               train.py longshort
+    4 baseline     the base policy by GRPO, with the same steps and attempts            train.py grpo
 
 Each stage is one torchrun. A finished stage is not repeated, so the same command continues a killed pipeline;
 config.json keeps the options, which must be the same. At the end there are a table, report.html of all
