@@ -92,8 +92,8 @@ def train_by_trl(request: dict, answer: Callable[..., None], clock: Callable[[],
             output_dir=folder, use_cpu=True, bf16=False, per_device_train_batch_size=len(texts) * samples,
             num_generations=samples, max_completion_length=tokens,
             generation_kwargs={"min_new_tokens": tokens}, temperature=1.0, top_k=0, beta=0.0,
-            learning_rate=2e-4, max_steps=1000, gradient_checkpointing=False, report_to=[], save_strategy="no",
-            logging_strategy="no", disable_tqdm=True,
+            learning_rate=2e-4, max_steps=1000, gradient_checkpointing=False, report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         trl.GRPOTrainer(
             request["model"],
