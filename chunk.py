@@ -83,6 +83,12 @@ class Options:
     )
     _run = group("Run")
     seed: int = option(42, "seed of every sampled token")
+    timeout: float = option(
+        10.0,
+        "minutes without a token after which a rank that does not wait for others is taken for stalled, or "
+        "without a sign of life for gone: the job ends, and it is named",
+        above=0,
+    )
     items_per_batch: int = option(
         8, "items in progress on a rank; a kill loses at most their unfinished work", low=1
     )
@@ -93,7 +99,7 @@ class Options:
 
 
 # --prompts: role prompts are only used when the final files are written, and `settings_of` has the requests.
-FREE_TO_CHANGE = {"given", "limit", "plot", "out", "prompts", "items_per_batch", "device", "dtype"}
+FREE_TO_CHANGE = {"given", "limit", "plot", "out", "prompts", "items_per_batch", "device", "dtype", "timeout"}
 
 
 def parse_options(argv: list[str]) -> Options:
@@ -133,6 +139,7 @@ from thinkrl.longshort import thoughts
 from thinkrl.longshort.conversation import Prompts, load_prompts
 from thinkrl.longshort.thoughts import Rejected, Thought
 from thinkrl.options import exit_with_error
+from thinkrl.run import watch
 from thinkrl.run.files import write_json
 from thinkrl.run.folder import open_out
 from thinkrl.run.lock import hold, release
@@ -202,6 +209,7 @@ def chunk(options: Options, world: World) -> None:
     at_once = world.size * options.items_per_batch
     stop_request = StopRequest("these items", world.main)
     with (
+        watch.watching("chunk.py", options.timeout, world),
         contextlib.closing(stop_request),
         open_part(folder, world.rank) as part,
         tqdm(total=len(waiting), desc="chunk", unit="item", disable=None if world.main else True) as bar,
@@ -214,6 +222,7 @@ def chunk(options: Options, world: World) -> None:
 
         for at in range(0, len(waiting), at_once):
             dealt = waiting[at : at + at_once]
+            watch.at("items", at // at_once + 1)
             together(
                 work, dealt[world.rank :: world.size]
             )  # interleaved, because adjacent rows of a file are often alike

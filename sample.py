@@ -74,6 +74,12 @@ class Options:
     probe_prefix: str = option("", "text that forces an answer for --budgets; empty: the grading rule's")
     probe_suffix: str = option("", "text that ends it; empty: the grading rule's")
     seed: int = option(42, "seed of every sampled token")
+    timeout: float = option(
+        10.0,
+        "minutes without a token after which a rank that does not wait for others is taken for stalled, or "
+        "without a sign of life for gone: the job ends, and it is named",
+        above=0,
+    )
     device: str = option("auto", "device", ("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto", "compute dtype; auto: bfloat16 on CUDA, float32 on CPU", ("auto", "float32", "bfloat16")
@@ -84,7 +90,7 @@ class Options:
 
 
 # Options that may change when an evaluation is continued.
-FREE_TO_CHANGE = ("given", "prompt", "compare", "base", "out", "device")
+FREE_TO_CHANGE = ("given", "prompt", "compare", "base", "out", "device", "timeout")
 
 
 def parse_options(argv: list[str]) -> Options:
@@ -127,6 +133,7 @@ if __name__ == "__main__":  # before torch is imported
 
 import gc
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -138,6 +145,7 @@ from thinkrl.learner import model_path
 from thinkrl.longshort import protocol as longshort
 from thinkrl.options import exit_with_error, shown
 from thinkrl.rollout import read_sampling
+from thinkrl.run import watch
 from thinkrl.run.files import write_json
 from thinkrl.run.lock import hold, release
 from thinkrl.tools import evaluation, paired
@@ -201,9 +209,15 @@ def measure(options: Options, problems: list[Problem], world: World, out: Path |
     decisive["max_tokens"] = limit(paths[0], options)
     settings = evaluation.settings_of(decisive, problems, paths)
     decoding = "sampled" if options.temperature else "greedy"
-    records = evaluation.evaluate(
-        problems, options.n, lambda: policy(options, world), world, out, settings, decoding
-    )
+
+    def load() -> OnePolicy | TwoPolicies:
+        loaded = policy(options, world)
+        watched.enter_context(watch.watching("sample.py", options.timeout, world))
+        watch.at("evaluation")
+        return loaded
+
+    with ExitStack() as watched:  # once the policy is there, which may have to be fetched
+        records = evaluation.evaluate(problems, options.n, load, world, out, settings, decoding)
     if world.main:
         result = evaluation.summary(records)
         if options.long:

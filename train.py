@@ -34,6 +34,7 @@ from thinkrl.learner import fitted, fitted_to_memory, model_path
 from thinkrl.options import exit_with_error
 from thinkrl.presets import Grpo, Preset
 from thinkrl.rollout import EVALUATION, sample_differences
+from thinkrl.run import watch
 from thinkrl.run.folder import Run
 from thinkrl.run.lock import release
 from thinkrl.run.metrics import Stopwatch, Tally
@@ -83,6 +84,7 @@ def train_step(
     """
     config, clock = preset.config, Stopwatch()
     learner, lr = preset.begin_step(step), preset.learning_rate(step)
+    watch.at("rollout", step + 1)
     trajectories, replaced = sample_differences(  # sampled and graded, with loss mask and log-probs
         lambda problems: preset.rollout(problems, step, tally), [problems, *spare], config.group_size
     )
@@ -92,12 +94,15 @@ def train_step(
     if spare:
         tally.add("resampled", len(replaced) / config.group_size, len(problems))
         tally.add_sum("sampled_tokens", sum(t.tokens for t in replaced))
+    watch.at("reward")
     preset.reward(trajectories, step, tally)  # the outcome plus the method's part
     advantages = preset.advantages(trajectories, step, tally)  # per trajectory, a value per trained token
     samples = preset.samples(trajectories, advantages, step)  # (prompt, completion) pairs
+    watch.at("update")
     packs = pack_evenly(samples, config, world)  # many samples in one row, as many rows on every rank
     require_finite(learner, packs, trajectories)
     loss, grad_norm = update(learner, packs, lr, config, world, tally)  # loss, backward, clip, AdamW
+    watch.at("weight sync")
     learner.sampler.load_weights(learner.policy)
     return trajectories, advantages, {"loss": loss, "grad_norm": grad_norm, "lr": lr}
 
@@ -146,6 +151,7 @@ def evaluate(preset: Preset, problems: list[Problem], session: Session, when: st
     """Evaluate on held-out problems, sampled and greedily, into summary.json under `when`. Collective."""
     if when in session.run.summary or not problems:
         return
+    watch.at("evaluation", step)
     c, mine = preset.config, [problems[i] for i in session.world.share(len(problems))]
     tokenizer = next(iter(preset.learners.values())).tokenizer
     results, records = [], []

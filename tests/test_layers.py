@@ -13,7 +13,18 @@ from helpers import ROOT
 
 LAYERS = {
     0: ["kernels"],
-    1: ["visible", "tracing", "options", "aliases", "intervals", "config", "types", "distributed", "run"],
+    1: [
+        "visible",
+        "tracing",
+        "options",
+        "aliases",
+        "intervals",
+        "config",
+        "types",
+        "distributed",
+        "run",
+        "launcher",
+    ],
     2: [*("model", "checkpoint", "resume", "tokenizer", "hub", "arith", "gym", "grading", "data")],
     3: ["memory", "decode", "sampler", "rollout", "grpo", "length", "rewards", "batch"],
     4: ["learner", "evaluate", "update", "session", "finish", "sft", "presets"],
@@ -24,7 +35,7 @@ LAYERS = {
 # Inside a folder, from the bottom up: a module sees those before it.
 INSIDE = {
     "config": ["fields", "values", "checks", "help", "resolve"],
-    "run": ["files", "parts", "lock", "signals", "sinks", "metrics", "folder"],
+    "run": ["files", "parts", "lock", "signals", "watch", "sinks", "metrics", "folder"],
     "grading": ["notation", "values", "algebra", "rules"],
     "data": ["rows", "layouts", "chats", "problems"],
     "decode": ["pages", "paged_model", "step", "loop"],
@@ -58,6 +69,8 @@ INSIDE = {
 # Within a layer, modules do not see each other, but for these.
 SIDEWAYS = {
     ("options", "visible"),
+    ("options", "launcher"),
+    ("distributed", "launcher"),
     ("run", "visible"),
     ("run", "config"),
     ("run", "distributed"),
@@ -103,7 +116,11 @@ def imported(path: Path) -> set[str]:
             names |= modules if modules == members else {node.module, *modules}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    ours = {name.removeprefix("thinkrl.") for name in names if name.split(".")[0] in {"thinkrl", *LAYER}}
+    ours = {
+        name.removeprefix("thinkrl.")
+        for name in names
+        if name.split(".")[0] in {"thinkrl", *LAYERS[0], *LAYERS[7]}
+    }
     return {"kernels" for name in ours if name.split(".")[0] == "kernels"} | (
         ours & (set(FILES) | set(LAYER))
     )

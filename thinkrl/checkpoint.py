@@ -28,6 +28,7 @@ from thinkrl import UserError
 from thinkrl.distributed import on_main, rank, whole
 from thinkrl.model import ModelConfig, Transformer
 from thinkrl.run.files import read_json, write_json
+from thinkrl.run.watch import alive
 
 Layout = dict[
     str, list[tuple[str, tuple[int, ...]]]
@@ -191,6 +192,7 @@ def hf_tensors(
     """
     tensors: dict[str, Tensor] = {}
     for ours, rows in layout.items():
+        alive()
         full = whole(state[ours])
         if rank() == 0:
             parts = full.to("cpu", dtype).split([shape[0] for _, shape in rows])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -29,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from thinkrl import UserError
+from thinkrl.launcher import require_launcher
 
 CGROUP = Path("/sys/fs/cgroup")  # of the container that this process runs in, if it has one
 M = TypeVar("M", bound=nn.Module)
@@ -63,7 +63,7 @@ def share(count: int, rank: int, size: int) -> range:
 
 def start(device: str = "auto") -> World:
     """Join the process group of torchrun's environment variables: NCCL on CUDA, gloo on CPU."""
-    _end_with_launcher()
+    require_launcher()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda" and not torch.cuda.is_available():
@@ -89,17 +89,6 @@ def start(device: str = "auto") -> World:
         # Rollouts differ in length between ranks, so a rank may wait a long time in the next collective.
         dist.init_process_group(backend, timeout=timedelta(hours=2), **place)
     return World(rank, size, chosen)
-
-
-def _end_with_launcher() -> None:
-    """Make the kernel kill this worker when its torchrun dies, so that no old worker remains for a resumed
-    run.
-
-    Linux only. A worker whose torchrun died earlier fails because it cannot reach torchrun's store.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of sys/prctl.h
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def stop() -> None:

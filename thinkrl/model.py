@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from kernels.attention import packed_attention
 from thinkrl import UserError
+from thinkrl.run.watch import alive
 
 SUPPORTED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 
@@ -365,6 +366,7 @@ class Transformer(nn.Module):
                     sequence of cu_seqlens
         longest     tokens of the longest sequence, for that attention; None: read back from cu_seqlens, once
         """
+        alive()
         if positions is None:
             positions = sequence_positions(cu_seqlens, len(tokens))
         if attend is None:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from thinkrl import UserError
+from thinkrl.launcher import end_with_launcher
 from thinkrl.visible import visible
 
 T = TypeVar("T")
@@ -247,6 +248,7 @@ def exit_with_error(program: str, mistake: Exception, status: int = 2) -> NoRetu
 
 def command_line(program: str, parse: Callable[[list[str]], T]) -> T:
     """Parse sys.argv; exit with an error for a user's mistake. Programs call it before they import torch."""
+    end_with_launcher()
     try:
         return parse(sys.argv[1:])
     except UserError as mistake:

@@ -31,6 +31,7 @@ from thinkrl.data.problems import Stream
 from thinkrl.distributed import World, from_main, gather, on_main
 from thinkrl.learner import Actor, Learner, compute_dtype, restore, save, save_dtype
 from thinkrl.rollout import completions_bar
+from thinkrl.run import watch
 from thinkrl.run.folder import open_run, record_launch
 from thinkrl.run.metrics import STUCK, Log, Tally, append, set_aside, why_nothing_is_learned
 from thinkrl.run.signals import Stopped, StopRequest
@@ -82,12 +83,16 @@ class Session:
         self.stop = StopRequest("this step", world.main)
 
     def __enter__(self) -> Session:
+        watch.begin("train.py", self.config.timeout, self.world)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.stop.close()
         if isinstance(error, Diverged):
             error.args = (self._keep_batch(error),)
+        elif isinstance(error, RuntimeError):
+            watch.exit_if_lost(error)
+        watch.end()
+        self.stop.close()
         self.log.close()
         for sink in self.sinks:
             sink.close()
@@ -130,6 +135,7 @@ class Session:
         samples    lines for samples.jsonl
         state      state for a resume, besides the learners
         """
+        watch.at("log")
         row, done = tally.row(step + 1, **numbers), step + 1
         self.recent.append(row)
         on_main(self._log_step, done, row, samples)
@@ -169,6 +175,7 @@ class Session:
 
     def _keep_batch(self, error: Diverged) -> str:
         """Write the rows of the step that was not taken. Returns the error's text with step and folder."""
+        watch.at("save")
         sentence = f"step {self.done + 1}: {error}; nothing was saved over the last checkpoint"
         folder = self.run.folder / "nonfinite" / f"step_{self.done + 1}"
         packs: list[Pack] = sum(gather([p.to("cpu") for p in error.packs]), [])
@@ -187,6 +194,7 @@ class Session:
 
     def save(self) -> None:
         """Write a checkpoint of the current state."""
+        watch.at("save")
         save(self.run.folder, self.done, self.learners, self.state, self.config, self.export)
         self.saved, self.saved_at = self.done, time.monotonic()
 
@@ -230,6 +238,7 @@ class Session:
         """Rewrite the run's report. An error is printed and does not stop the run."""
         if not (self.world.main and self.report):
             return
+        watch.at("report")
         try:
             self.report(self.run.folder)
         except Exception:

@@ -30,6 +30,7 @@ from thinkrl.learner import learning_rate, model_path, new_learner
 from thinkrl.model import Transformer
 from thinkrl.run.folder import Run
 from thinkrl.run.metrics import Tally
+from thinkrl.run.watch import at
 from thinkrl.session import Session, require_enough
 from thinkrl.tokenizer import Tokenizer
 from thinkrl.types import Pack, Sample
@@ -148,6 +149,7 @@ def train(
     learner = new_learner(path, config, world, tokenizer, files)
     with Session(config, world, {"policy": learner}, report=report) as session:
         for step in session.steps():
+            at("update", step + 1)
             tally, lr = Tally(), learning_rate(step, config.steps, config)
             batch = stream.take(step, config.problems_per_step, world.rank, world.size)
             packs = pack_evenly(batch, config, world)

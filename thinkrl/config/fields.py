@@ -34,6 +34,12 @@ class Config:
     resume: str = option(
         "never", "auto: continue the unfinished run with the same options | never | PATH of a run folder"
     )
+    timeout: float = option(
+        10.0,
+        "minutes without a token, a row of training or a file after which a rank that does not wait for "
+        "others is taken for stalled, or without a sign of life for gone: the job ends, and it is named",
+        above=0,
+    )
     save_every: int = option(100, "optimizer steps between checkpoints; 0: only at the end", low=0)
     save_minutes: float = option(
         0.0, "also save a checkpoint when so many minutes have passed since the last; 0: never", low=0

@@ -24,6 +24,7 @@ from torch import Tensor
 from thinkrl.decode.paged_model import PagedModel
 from thinkrl.decode.pages import Pages
 from thinkrl.decode.step import RowState, eager_step
+from thinkrl.run.watch import alive
 from thinkrl.tokenizer import StopStrings
 
 LOOK_EVERY = 8  # decode steps between two reads of a CUDA device by the host; on a CPU it reads after each
@@ -254,6 +255,7 @@ class DecodeLoop:
 
     def _step(self) -> None:
         """One token for every row."""
+        alive()
         n = len(self.rows)
         state = self.state.first(n)
         new, logprob, hidden = self.step(self.paged, state, self.page_table[:n], self.request.temperature)

@@ -29,6 +29,7 @@ from thinkrl.learner import Learner, compute_dtype, learning_rate, model_path, n
 from thinkrl.rollout import LABELS, TRAINING, prompt_ids, require_room, rollout
 from thinkrl.run.folder import Run
 from thinkrl.run.metrics import Tally
+from thinkrl.run.watch import at
 from thinkrl.sampler import Sampler
 from thinkrl.session import Session, require_enough
 from thinkrl.tokenizer import Tokenizer
@@ -58,10 +59,12 @@ def train(config: Config, world: World, report: Callable[[Path], object] | None 
     learner = new_learner(config, world, tokenizer)
     with Session(config, world, {"prm": learner}, export=save_prm, report=report) as session:
         for step in session.steps():
+            at("rollout", step + 1)
             tally, lr = Tally(), learning_rate(step, config.steps, config)
             problems = stream.take(step, config.problems_per_step, world.rank, world.size)
             trajectories, labelled = labelled_rollout(policy, problems, step, config)
             policy.release_pool()
+            at("update")
             packs = pack_evenly(labelled, config, world)
             objective = prm_objective(learner.policy, packs, tally)
             loss, grad_norm = descend(learner, packs, objective, lr, config, world)

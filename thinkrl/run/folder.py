@@ -48,6 +48,7 @@ FREE_TO_CHANGE = {
     "device",
     "report_every",
     "strict",
+    "timeout",
     "wandb",
     "wandb_project",
     "tensorboard",

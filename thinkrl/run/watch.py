@@ -1,0 +1,182 @@
+"""A rank that stalls or is gone ends the job, and is named with its step and place.
+
+    begin("train.py", minutes, world)    start watching; collective
+    at("rollout", step)                  the main thread has come here
+    alive()                              it does something: called with every forward of a model
+    end()                                with watching(…): begins and ends
+
+Stalled is a rank whose main thread has neither come to a place nor been alive for so long, unless it waits
+for other ranks, which it may do for hours: rollouts differ in length. A thread beside it judges that. It
+also says every BEAT_SECONDS, in the store that the process group was made with, that the process lives; rank
+0 listens to all ranks, and they to rank 0. So one that was frozen, or whose machine has left the network, is
+found too. The process that finds something says it and exits with status 1, and torchrun ends the others.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from thinkrl.distributed import World, global_max
+
+BEAT_SECONDS = 2.0
+LOST_BEATS = 5  # of a rank that a collective has lost: its process has ended
+COLLECTIVES = str(Path(dist.__file__).parent)
+ROOT = str(Path(__file__).resolve().parents[2])
+
+_watch: Watch | None = None
+_place, _step, _last = "the start", 0, 0.0
+
+
+def begin(program: str, minutes: float, world: World) -> None:
+    """Watch this process and its peers until `end`, or until the next `begin`. Collective."""
+    global _watch
+    end()
+    at("the start", 0)
+    _watch = Watch(program, 60 * minutes, world)
+
+
+def at(place: str, step: int | None = None) -> None:
+    """The main thread has come to this place, of this step, counted from 1; None: of the step as before."""
+    global _place, _step
+    _place, _step = place, _step if step is None else step
+    alive()
+    if _watch and _watch.store is not None:
+        _watch.say()  # now, and not at the next beat, which may not come
+
+
+def alive() -> None:
+    """The main thread does something."""
+    global _last
+    _last = time.monotonic()
+
+
+def end() -> None:
+    """Watch no more. May be called twice."""
+    global _watch
+    if _watch:
+        _watch.ended.set()
+        _watch.thread.join()
+        _watch = None
+
+
+@contextmanager
+def watching(program: str, minutes: float, world: World) -> Iterator[None]:
+    """Begin, and end whatever happens; a collective that failed with its peer ends the process."""
+    begin(program, minutes, world)
+    try:
+        yield
+    except RuntimeError as error:
+        exit_if_lost(error)
+        raise
+    finally:
+        end()
+
+
+def exit_if_lost(error: RuntimeError) -> None:
+    """Say which rank's process has ended and exit with status 1, if the error is a collective's for it."""
+    if _watch and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        _watch.exit_if_lost()
+
+
+def waits(frame: FrameType | None) -> bool:
+    """Whether a thread with this innermost frame waits for other ranks: it is in torch.distributed."""
+    file = frame.f_code.co_filename if frame else ""
+    # torch.distributed.checkpoint writes files; its collectives are elsewhere
+    return file.startswith(COLLECTIVES) and not file.startswith(os.path.join(COLLECTIVES, "checkpoint"))
+
+
+def line(frame: FrameType | None) -> str:
+    """The innermost line of ours: "thinkrl/sampler.py:120"."""
+    while frame and not frame.f_code.co_filename.startswith(ROOT):
+        frame = frame.f_back
+    return f"{os.path.relpath(frame.f_code.co_filename, ROOT)}:{frame.f_lineno}" if frame else "unknown line"
+
+
+class Watch:
+    """The thread. What a rank says is "N step place host", N counted up."""
+
+    def __init__(self, program: str, seconds: float, world: World):
+        self.program, self.seconds, self.world = program, seconds, world
+        self.beat, self.ended = 0, threading.Event()
+        self.store: Any = None  # of a job of several ranks
+        self.heard: dict[int, tuple[float, str]] = {}  # rank -> when it last said something new, and what
+        if world.size > 1:
+            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            tries = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.TCPStore(
+                *place, timeout=timedelta(seconds=max(30.0, seconds)), wait_for_workers=False
+            )
+            self.store = dist.PrefixStore(f"watch/{tries}", store)
+            self.say()
+            global_max(0.0)  # all have said something
+        self.thread = threading.Thread(target=self._run, args=(threading.get_ident(),), daemon=True)
+        self.thread.start()
+
+    def _run(self, main_thread: int) -> None:
+        while not self.ended.wait(min(BEAT_SECONDS, self.seconds / 10)):
+            frame = sys._current_frames().get(main_thread)
+            idle = time.monotonic() - _last
+            if idle > self.seconds and not waits(frame):
+                here = f"step {_step}, {_place}, {line(frame)}"
+                self._exit(
+                    f"rank {self.world.rank} on {socket.gethostname()} ({here}) has done nothing for "
+                    f"{idle:.0f} s (--timeout)"
+                )
+            if self.store is not None:
+                try:
+                    self.say()
+                    self._listen(range(1, self.world.size) if self.world.main else [0])
+                except RuntimeError as error:
+                    self._exit(f"rank {self.world.rank} does not reach torchrun's store: {error}")
+
+    def say(self) -> None:
+        self.beat += 1
+        self.store.set(str(self.world.rank), f"{self.beat} {_step} {socket.gethostname()} {_place}")
+
+    def _listen(self, ranks: range | list[int]) -> None:
+        now = time.monotonic()
+        for rank, said in zip(ranks, self._read(ranks)):
+            if self.heard.get(rank, (now, ""))[1] != said:
+                self.heard[rank] = now, said
+            since = now - self.heard[rank][0]
+            if since > self.seconds:
+                self._exit(f"{named(rank, said)} has not been heard of for {since:.0f} s (--timeout)")
+
+    def _read(self, ranks: range | list[int]) -> list[str]:
+        return [value.decode() for value in self.store.multi_get([str(rank) for rank in ranks])]
+
+    def exit_if_lost(self) -> None:
+        others = [rank for rank in range(self.world.size) if rank != self.world.rank]
+        before = self._read(others)
+        time.sleep(LOST_BEATS * BEAT_SECONDS)
+        lost = [(rank, said) for rank, said, old in zip(others, self._read(others), before) if said == old]
+        if lost:
+            sentence = (
+                f"{'; '.join(named(*one) for one in lost)}: the process has ended; what is saved stays usable"
+            )
+            # of those that are left, the first says it
+            self._exit("" if any(rank < self.world.rank for rank in {*others} - {*dict(lost)}) else sentence)
+
+    def _exit(self, sentence: str) -> NoReturn:
+        """Say it, unless another rank has said why the job ends, and end the process."""
+        if sentence and (self.store is None or self.store.add("said", 1) == 1):
+            print(f"\n{self.program}: {sentence}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def named(rank: int, said: str) -> str:
+    """A rank and what it last said, in words."""
+    _, step, host, place = said.split(" ", 3)
+    return f"rank {rank} on {host} (step {step}, {place})"
