@@ -137,7 +137,7 @@ from thinkrl.distributed import World, from_main, run_and_exit, start, stop, tog
 from thinkrl.learner import compute_dtype, model_path
 from thinkrl.longshort import thoughts
 from thinkrl.longshort.conversation import Prompts, load_prompts
-from thinkrl.longshort.thoughts import Rejected, Thought
+from thinkrl.longshort.thoughts import Rejected, Sampling, Thought
 from thinkrl.options import exit_with_error
 from thinkrl.run import watch
 from thinkrl.run.files import write_json
@@ -310,17 +310,9 @@ def measure(
 ) -> dict[int, dict]:
     """Compute rollouts, importance and labels of each chain, as fields of its line."""
     tokenizer = tools.sampler.tokenizer
-    rolled = thoughts.rollouts(
-        tools.sampler,
-        tokenizer,
-        [by_id[i].problem for i in chains],
-        list(chains.values()),
-        options.rollouts,
-        options.max_tokens,
-        options.temperature,
-        options.seed,
-        options.suffix,
-    )
+    model = Sampling(tools.sampler, tokenizer, options.max_tokens, options.temperature, options.seed)
+    problems = [by_id[i].problem for i in chains]
+    rolled = thoughts.rollouts(model, problems, list(chains.values()), options.rollouts, options.suffix)
     measured = {}
     for (i, chain), prefixes in zip(chains.items(), rolled):
         lengths = thoughts.token_lengths(chain, tokenizer)
@@ -355,15 +347,11 @@ def complete(
             for i, chain in chains.items()
         }
     written = thoughts.complete_by_model(
-        tools.instruct,
-        tools.instruct.tokenizer,
+        instruct_model(tools, options),
         [by_id[i].problem for i in chains],
         [asked[i] for i in chains],
         list(chains.values()),
         [measured[i]["labels"] for i in chains],
-        options.instruct_max_tokens,
-        options.instruct_temperature,
-        options.seed,
         tools.prompts,
     )
     return dict(zip(chains, written))
@@ -393,18 +381,16 @@ def cut(by_id: dict[int, Item], tools: Tools, options: Options) -> dict[int, lis
     chains = {i: attempt(thoughts.given_blocks, item.blocks, item.response) for i, item in by_id.items()}
     ask = [i for i, chain in chains.items() if isinstance(chain, Rejected)]
     if ask:
-        answers = thoughts.chunk_by_model(
-            tools.instruct,
-            tools.instruct.tokenizer,
-            [by_id[i].problem for i in ask],
-            [by_id[i].response for i in ask],
-            options.instruct_max_tokens,
-            options.instruct_temperature,
-            options.seed,
-            tools.prompts,
-        )
-        chains |= dict(zip(ask, answers))
+        problems, responses = [by_id[i].problem for i in ask], [by_id[i].response for i in ask]
+        model = instruct_model(tools, options)
+        chains |= dict(zip(ask, thoughts.chunk_by_model(model, problems, responses, tools.prompts)))
     return chains
+
+
+def instruct_model(tools: Tools, options: Options) -> Sampling:
+    """Model that chunks and completes, with its sampling options."""
+    sampler, limit = tools.instruct, options.instruct_max_tokens
+    return Sampling(sampler, sampler.tokenizer, limit, options.instruct_temperature, options.seed)
 
 
 def attempt(function: Callable, *arguments):

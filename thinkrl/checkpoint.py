@@ -143,31 +143,46 @@ def save_hf(
     state: Mapping[str, Any] = get_model_state_dict(model)
     dtype = dtype or model.head_weight.dtype
     parts = _split({name: state[name].numel() * dtype.itemsize for name in layout}, shard_bytes)
-    files = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
-    files = files if len(files) > 1 else ["model.safetensors"]
+    names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+    files = dict(zip(names if len(parts) > 1 else ["model.safetensors"], parts))
     with atomic_dir(Path(path)) as folder:
-        weight_map: dict[str, str] = {}
-        total = 0
-        failed: Exception | None = None
-        for file, names in zip(files, parts):
-            tensors = hf_tensors(state, {name: layout[name] for name in names}, dtype)
-            if folder and not failed:
-                try:
-                    save_file(tensors, folder / file, metadata={"format": "pt"})
-                except (OSError, SafetensorError) as error:
-                    failed = error  # raised below: other ranks wait in the next file's gather
-                weight_map |= dict.fromkeys(tensors, file)
-                total += sum(tensor.nbytes for tensor in tensors.values())
-        if failed:
-            raise failed
+        weight_map, total = _write_files(folder, files, state, layout, dtype)
+        if folder and len(files) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(folder / "model.safetensors.index.json", index)
         if folder:
-            if len(files) > 1:
-                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                write_json(folder / "model.safetensors.index.json", index)
             name = str(dtype).removeprefix("torch.")
             write_json(folder / "config.json", model.config.to_hf() | {"dtype": name, "torch_dtype": name})
-            if tokenizer is not None:
-                tokenizer.save(folder)
+        if folder and tokenizer is not None:
+            tokenizer.save(folder)
+
+
+def _write_files(
+    folder: Path | None,
+    files: dict[str, list[str]],
+    state: Mapping[str, Any],
+    layout: Layout,
+    dtype: torch.dtype,
+) -> tuple[dict[str, str], int]:
+    """Gather and write file by file, {file: our parameters}; rank 0 holds one file's tensors. Collective.
+
+    Returns, on rank 0, the file of each tensor and the bytes of all.
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    failed: Exception | None = None
+    for file, names in files.items():
+        tensors = hf_tensors(state, {name: layout[name] for name in names}, dtype)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        try:
+            if folder and not failed:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            failed = error  # raised below: other ranks wait in the next file's gather
+    if failed:
+        raise failed
+    return weight_map, total
 
 
 def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:

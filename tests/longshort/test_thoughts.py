@@ -17,6 +17,7 @@ from thinkrl.longshort.conversation import Prompts
 from thinkrl.longshort.thoughts import (
     Prefix,
     Rejected,
+    Sampling,
     Thought,
     cold_start,
     importance,
@@ -274,7 +275,7 @@ PROBLEMS = [Problem(7, "q7", "3", "math"), Problem(8, "q8", "3", "math")]
 
 def test_the_chunker_is_asked_again_until_it_parses():
     model = Scripted([GOOD, "sorry"], ["{}"], [GOOD])
-    cut = thoughts.chunk_by_model(model, Letters(), PROBLEMS, ["a\n\nb", "c\n\nd"], 100, 0.1, seed=0)
+    cut = thoughts.chunk_by_model(Sampling(model, Letters(), 100, 0.1, 0), PROBLEMS, ["a\n\nb", "c\n\nd"])
     assert [[(t.text, t.kind) for t in chain] for chain in cut] == [
         [("a", "plan"), ("b", "compute")],
         [("c", "plan"), ("d", "compute")],
@@ -286,11 +287,11 @@ def test_the_chunker_is_asked_again_until_it_parses():
 
 def test_a_chunker_that_never_parses_is_given_up():
     model = Scripted(*[["no"]] * thoughts.TRIES)
-    [why] = thoughts.chunk_by_model(model, Letters(), PROBLEMS[:1], ["a\n\nb"], 100, 0.1, seed=0)
+    [why] = thoughts.chunk_by_model(Sampling(model, Letters(), 100, 0.1, 0), PROBLEMS[:1], ["a\n\nb"])
     assert isinstance(why, Rejected) and "no JSON" in str(why) and "5 answers" in str(why)
     assert why.said == "no"
     [why] = thoughts.chunk_by_model(
-        Scripted(context=50), Letters(), PROBLEMS[:1], ["a\n\nb"], 10, 0.1, seed=0
+        Sampling(Scripted(context=50), Letters(), 10, 0.1, 0), PROBLEMS[:1], ["a\n\nb"]
     )
     assert "context of 50" in str(why)
 
@@ -299,7 +300,7 @@ def test_a_chunker_that_never_parses_is_given_up():
 def test_an_answer_may_end_at_the_last_place_of_the_context(room):
     asked = thoughts.chunk_request("q7", ["a", "b"])
     model = Scripted([GOOD], context=len(asked) + 100 + room)
-    [chain] = thoughts.chunk_by_model(model, Letters(), PROBLEMS[:1], ["a\n\nb"], 100, 0.1, seed=0)
+    [chain] = thoughts.chunk_by_model(Sampling(model, Letters(), 100, 0.1, 0), PROBLEMS[:1], ["a\n\nb"])
     assert isinstance(chain, Rejected) == (room < 0)
 
 
@@ -314,7 +315,7 @@ def test_completion_is_matched_by_place():
     answer = '{"completed": [{"part": "Setting up", "content": "<answer>u2</answer>"}, {"part": "x", "content": "so \\boxed{3}"}]}'
     model = Scripted([answer])
     [texts] = thoughts.complete_by_model(
-        model, Letters(), PROBLEMS[:1], ["q7 boxed"], [CHAIN_OF_5], [LABELS], 100, 0.1, seed=0
+        Sampling(model, Letters(), 100, 0.1, 0), PROBLEMS[:1], ["q7 boxed"], [CHAIN_OF_5], [LABELS]
     )
     assert texts == ["t1", "u2", "t3", "so \\boxed{3}"]
     [[asked]] = model.asked
@@ -334,12 +335,17 @@ def test_requests_in_other_words():
     )
     model = Scripted([GOOD])
     problem = Problem(7, "x in {steps}?", "3", "math")
-    thoughts.chunk_by_model(model, Letters(), [problem], ["a\n\nb"], 100, 0.1, seed=0, prompts=prompts)
+    thoughts.chunk_by_model(Sampling(model, Letters(), 100, 0.1, 0), [problem], ["a\n\nb"], prompts=prompts)
     assert model.asked == [['Q x in {steps}?\nStep 1: a\nStep 2: b\n{"start": 1}']]
     chain = [Thought("t1", ""), Thought("t2", "", "check")]
     model = Scripted(['["so \\boxed{3}"]'])
     thoughts.complete_by_model(
-        model, Letters(), [problem], ["q"], [chain], [["long", "short"]], 100, 0.1, seed=0, prompts=prompts
+        Sampling(model, Letters(), 100, 0.1, 0),
+        [problem],
+        ["q"],
+        [chain],
+        [["long", "short"]],
+        prompts=prompts,
     )
     assert model.asked == [['q {"part 1": "t1"\n"part 2": "check"} part 2 (check) {x}']]
 
@@ -413,9 +419,7 @@ RESPONSE = (
 def test_a_chain_goes_through_the_model_once(tiny):
     problem, chain = Problem(3, "24*3?", "72", "arith"), thoughts.tags(RESPONSE)
     before = tiny.forwards.prefill
-    [prefixes] = thoughts.rollouts(
-        tiny, tiny.tokenizer, [problem], [chain], n=4, max_tokens=40, temperature=1.0, seed=0
-    )
+    [prefixes] = thoughts.rollouts(Sampling(tiny, tiny.tokenizer, 40, 1.0, 0), [problem], [chain], n=4)
     tokens = len(prompt_ids(problem, tiny.tokenizer)) + len(
         tiny.tokenizer.encode(RESPONSE.partition("</think>")[0])
     )
@@ -429,9 +433,7 @@ def test_a_chain_goes_through_the_model_once(tiny):
 def test_rollouts_are_those_of_the_prefix_alone(tiny):
     """Slow twin: every prefix as a prompt of its own."""
     problem, chain = Problem(3, "24*3?", "72", "arith"), thoughts.tags(RESPONSE)
-    [prefixes] = thoughts.rollouts(
-        tiny, tiny.tokenizer, [problem], [chain], n=4, max_tokens=40, temperature=1.0, seed=5
-    )
+    [prefixes] = thoughts.rollouts(Sampling(tiny, tiny.tokenizer, 40, 1.0, 5), [problem], [chain], n=4)
     for i, prefix in enumerate(prefixes, start=1):
         text = "".join(t.prefix for t in chain[:i])
         prompt = prompt_ids(problem, tiny.tokenizer) + tiny.tokenizer.encode(text)
@@ -451,7 +453,7 @@ def test_a_cut_continuation_is_graded_by_what_it_says_itself(tiny):
 
     def accuracies(chain: list[Thought], max_tokens: int) -> list[float]:
         [prefixes] = thoughts.rollouts(
-            tiny, tiny.tokenizer, [problem], [chain], 1, max_tokens, temperature=0.0, seed=0
+            Sampling(tiny, tiny.tokenizer, max_tokens, 0.0, 0), [problem], [chain], 1
         )
         return [prefix.accuracy for prefix in prefixes]
 

@@ -29,8 +29,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import Any
 
 from thinkrl import UserError
+from thinkrl.decode.pages import Pages
 from thinkrl.grading import grade
 from thinkrl.longshort.conversation import BUILT_IN, Prompts, example, gradable, tagged, without_tags
 from thinkrl.rollout import prompt_ids
@@ -58,6 +60,29 @@ class Thought:
     text: str  # without tags
     prefix: str  # its part of the assistant's turn that rollouts continue
     kind: str = ""  # block type, as the chunker named it
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Model and the options that it is sampled with."""
+
+    sampler: Sampler
+    tokenizer: Tokenizer
+    max_tokens: int  # of one text
+    temperature: float
+    seed: int
+
+    def generate(self, prompts: list[list[int]], keys: list[tuple[int, ...]], **more: Any) -> list:
+        """Call `Sampler.generate` with these options."""
+        return self.sampler.generate(
+            prompts,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            stop_ids=self.tokenizer.stop_ids,
+            seed=self.seed,
+            keys=keys,
+            **more,
+        )
 
 
 def importance(lengths: Sequence[float], accuracies: Sequence[float], decay: float = 0.25) -> list[float]:
@@ -168,14 +193,7 @@ def given_blocks(blocks: dict | None, response: str) -> list[Thought]:
 
 
 def chunk_by_model(
-    sampler: Sampler,
-    tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    responses: Sequence[str],
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    prompts: Prompts = BUILT_IN,
+    model: Sampling, problems: Sequence[Problem], responses: Sequence[str], prompts: Prompts = BUILT_IN
 ) -> list[list[Thought] | Rejected]:
     """Cut each response by an instruct model. A result is Rejected if none of `TRIES` answers can be read."""
     steps = [split_response(response)[0].split(STEP) for response in responses]
@@ -184,42 +202,29 @@ def chunk_by_model(
     def read(i: int, text: str) -> list[Thought]:
         return read_blocks(repair_json(text), steps[i])
 
-    return _ask(sampler, tokenizer, requests, read, problems, CHUNKING, max_tokens, temperature, seed)
+    return _ask(model, requests, read, [(CHUNKING, problem.id) for problem in problems])
 
 
 def _ask(
-    sampler: Sampler,
-    tokenizer: Tokenizer,
+    model: Sampling,
     requests: Sequence[str],
     read: Callable[[int, str], list],
-    problems: Sequence[Problem],
-    purpose: int,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
+    addresses: Sequence[tuple[int, ...]],
 ) -> list:
     """Ask for each request, at most `TRIES` times while `read` rejects the answer; results, or the last
     Rejected.
     """
-    context = sampler.model.config.max_positions
-    prompts = [tokenizer.encode_chat([{"role": "user", "content": request}]) for request in requests]
+    context = model.sampler.model.config.max_positions
+    prompts = [model.tokenizer.encode_chat([{"role": "user", "content": request}]) for request in requests]
     results: list = [
         Rejected(f"the request has {len(prompt)} tokens, too many for a context of {context}")
         for prompt in prompts
     ]
-    left = [i for i, prompt in enumerate(prompts) if len(prompt) + max_tokens <= context]
+    left = [i for i, prompt in enumerate(prompts) if len(prompt) + model.max_tokens <= context]
     for attempt in range(TRIES if left else 0):
-        keys = [(purpose, problems[i].id, attempt, 0) for i in left]
-        groups = sampler.generate(
-            [prompts[i] for i in left],
-            max_tokens=max_tokens,
-            temperature=temperature,
-            stop_ids=tokenizer.stop_ids,
-            seed=seed,
-            keys=keys,
-        )
+        groups = model.generate([prompts[i] for i in left], [(*addresses[i], attempt, 0) for i in left])
         for i, [written] in zip(left, groups):
-            said = tokenizer.decode(written.tokens)
+            said = model.tokenizer.decode(written.tokens)
             try:
                 results[i] = read(i, said)
             except Rejected as reason:
@@ -244,14 +249,10 @@ class Prefix:
 
 
 def rollouts(
-    sampler: Sampler,
-    tokenizer: Tokenizer,
+    model: Sampling,
     problems: Sequence[Problem],
     chains: Sequence[Sequence[Thought]],
     n: int,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
     suffix: str = "",
 ) -> list[list[Prefix]]:
     """Sample and grade n continuations of every prefix of every chain. LS §3.1
@@ -265,41 +266,27 @@ def rollouts(
     """
     if not chains:
         return []
-    places = [
-        (problem, i, "".join(thought.prefix for thought in thoughts[:i]))
-        for problem, thoughts in zip(problems, chains)
-        for i in range(1, len(thoughts) + 1)
-    ]
+    prompts = [prompt_ids(problem, model.tokenizer, suffix=suffix) for problem in problems]
+    prefixes = [(p, i) for p, chain in zip(problems, chains) for i in range(1, len(chain) + 1)]
     with ExitStack() as held:
-        pages = [
-            prefix
-            for problem, thoughts in zip(problems, chains)
-            for prefix in _prefill(
-                sampler, prompt_ids(problem, tokenizer, suffix=suffix), thoughts, tokenizer, held
-            )
-        ]
-        groups = sampler.generate(
-            [[]] * len(places),
+        pages = [_prefill(model, *chain, held) for chain in zip(prompts, chains)]
+        groups = model.generate(
+            [[]] * len(prefixes),
+            [(ROLLOUT, problem.id, i, sample) for problem, i in prefixes for sample in range(n)],
             n=n,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            stop_ids=tokenizer.stop_ids,
-            seed=seed,
-            keys=[(ROLLOUT, problem.id, i, sample) for problem, i, _ in places for sample in range(n)],
-            prefix=pages,
+            prefix=sum(pages, []),
         )
-    graded = iter(
-        _graded(problem, text, group, tokenizer) for (problem, _, text), group in zip(places, groups)
-    )
-    return [[next(graded) for _ in thoughts] for thoughts in chains]
+    remaining, results = iter(groups), []
+    for problem, chain in zip(problems, chains):
+        texts = accumulate(thought.prefix for thought in chain)
+        results.append([_graded(problem, text, next(remaining), model.tokenizer) for text in texts])
+    return results
 
 
-def _prefill(
-    sampler: Sampler, prompt: list[int], thoughts: Sequence[Thought], tokenizer: Tokenizer, held: ExitStack
-) -> list:
+def _prefill(model: Sampling, prompt: list[int], thoughts: Sequence[Thought], held: ExitStack) -> list[Pages]:
     """Prefill one chain and fork the pages of every prefix; `held` releases them."""
-    pieces = [tokenizer.encode(thought.prefix) for thought in thoughts]
-    whole = sampler.prefill(prompt + sum(pieces, []))
+    pieces = [model.tokenizer.encode(thought.prefix) for thought in thoughts]
+    whole = model.sampler.prefill(prompt + sum(pieces, []))
     held.callback(whole.release)
     prefixes = []
     for cut in list(accumulate(map(len, pieces), initial=len(prompt)))[1:]:
@@ -391,15 +378,11 @@ def read_completion(answer: object, count: int) -> list[str]:
 
 
 def complete_by_model(
-    sampler: Sampler,
-    tokenizer: Tokenizer,
+    model: Sampling,
     problems: Sequence[Problem],
     questions: Sequence[str],
     chains: Sequence[Sequence[Thought]],
     labels: Sequence[Sequence[str]],
-    max_tokens: int,
-    temperature: float,
-    seed: int,
     prompts: Prompts = BUILT_IN,
 ) -> list[list[str] | Rejected]:
     """Texts of each chain's segments, the short ones written by an instruct model. LS §4.1"""
@@ -413,7 +396,7 @@ def complete_by_model(
             for role, indices in parts
         ]
 
-    return _ask(sampler, tokenizer, requests, read, problems, COMPLETING, max_tokens, temperature, seed)
+    return _ask(model, requests, read, [(COMPLETING, problem.id) for problem in problems])
 
 
 def segments(texts: Sequence[str], labels: Sequence[str], problem: Problem) -> list[str]:
