@@ -55,6 +55,7 @@ def the_second_policy_is_spoiled(monkeypatch):
     monkeypatch.setattr(Grpo, "begin_step", spoiling)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_computed_again(tmp_path, capsys, the_second_policy_is_spoiled):
     sentence = stopped(tmp_path, capsys, "grpo", *RL.split(), "--micro_batch_tokens", "40")
     reason, command = sentence.removeprefix("train.py: step 2: ").split(

@@ -77,6 +77,7 @@ def test_l2t_measures_compiled_policies_as_others(tmp_path):
     assert rows[1]["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-3) and rows[0]["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_without_a_compiler():
     done = python("train.py", "grpo", "--compile", "true", "--device", "cpu", CXX="no-such-compiler")
     assert done.returncode == 2

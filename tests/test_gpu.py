@@ -38,6 +38,7 @@ def test_recorded_steps_write_what_eager_steps_write():
     assert len({tuple(c.tokens) for (c,) in groups[0]}) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["grpo", "l2t"])
 def test_a_run_on_the_device_that_is_here(preset, tmp_path):
     done = python(

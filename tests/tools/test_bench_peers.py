@@ -25,6 +25,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_sampler_beside_its_peers(folder, capsys, world):
     pytest.importorskip("transformers")
     main(parse(["--folder", str(folder), "--cases", "1.3M fp32", "--repeat", "1", "--tokens", "4"]))
@@ -61,6 +62,7 @@ def test_the_step_without_trl(tmp_path, capsys, world):
     assert row.endswith("(1.00) |")
 
 
+@pytest.mark.slow
 def test_an_environment_that_cannot_be_made(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_peers, "ENVIRONMENTS", {"vllm": [str(tmp_path / "no-such-package")]})
     python_path, error = environment("vllm", tmp_path, install=True)
@@ -78,6 +80,7 @@ def test_ratios_are_to_the_first_that_ran():
     assert last_line("a\n\n b \n\n") == "b" and last_line("") == "it said nothing"
 
 
+@pytest.mark.slow
 def test_an_unknown_line():
     done = python("-m", "thinkrl.tools.bench_peers", "--cases", "GRPO stop")
     assert done.returncode == 2 and "GRPO step" in done.stderr and json.dumps(done.stdout) == '""'
