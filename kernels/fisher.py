@@ -198,12 +198,14 @@ def episode_quadratic_triton(
     return partial.sum(1, dtype=torch.float64)
 
 
-def ghost_norm_triton(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
-    """As `ghost_norm`, for bf16, fp16 or fp32 on a GPU (or in the interpreter). Reads lengths back."""
+def ghost_norm_triton(x: Tensor, g: Tensor, cu_episodes: Tensor, longest: int | None = None) -> Tensor:
+    """As `ghost_norm`, for bf16, fp16 or fp32 on a GPU (or in the interpreter)."""
     _check(x, g)
     x, g, K = x.contiguous(), g.contiguous(), len(cu_episodes) - 1
     tiling = GHOST_TILES[0 if INTERPRET else x.dtype.itemsize]
-    rows = max(triton.cdiv(int(cu_episodes.diff().max()), tiling["BLOCK_T"]), 1) if K else 1
+    if longest is None and K:
+        longest = int(cu_episodes.diff().max())
+    rows = max(triton.cdiv(longest or 0, tiling["BLOCK_T"]), 1)
     partial = torch.empty(K, rows, dtype=torch.float32, device=x.device)
     if K:
         _ghost_kernel[(K, rows)](
@@ -265,7 +267,7 @@ def episode_quadratic_torch(
     return values
 
 
-def ghost_norm_torch(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
+def ghost_norm_torch(x: Tensor, g: Tensor, cu_episodes: Tensor, longest: int | None = None) -> Tensor:
     """As `ghost_norm`, by batched products of equal lengths."""
     _check(x, g)
     values = torch.zeros(len(cu_episodes) - 1, dtype=torch.float64, device=x.device)
@@ -289,14 +291,15 @@ def episode_quadratic(
 
 
 @torch.no_grad()
-def ghost_norm(x: Tensor, g: Tensor, cu_episodes: Tensor) -> Tensor:
+def ghost_norm(x: Tensor, g: Tensor, cu_episodes: Tensor, longest: int | None = None) -> Tensor:
     """Compute ‖G_k‖² of every episode k, [K] fp64, from dot products of tokens.
 
     Equals `episode_quadratic(x, g, cu_episodes)`, and is cheaper while episodes are shorter than 2 D1 D2 /
-    (D1 + D2) tokens. Raises ValueError if the shapes do not fit.
+    (D1 + D2) tokens. longest: tokens of the longest episode; None: a GPU is waited for to know it. Raises
+    ValueError if the shapes do not fit.
     """
     run = ghost_norm_triton if x.is_cuda and x.dtype != torch.float64 else ghost_norm_torch
-    return run(x, g, cu_episodes)
+    return run(x, g, cu_episodes, longest)
 
 
 @torch.no_grad()

@@ -6,11 +6,13 @@ import dataclasses
 import inspect
 import sys
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fake_cuda import CUDA, FusedNorm, Graph, Launches, fake_cuda, record, tensors_in
 from kernels.attention import packed_attention, paged_attention_triton
@@ -24,13 +26,16 @@ from thinkrl.decode.paged_model import PagedModel, TokenForwards
 from thinkrl.decode.pages import PagePool
 from thinkrl.decode.step import GraphStep, bucket
 from thinkrl.distributed import World, checkpoint_block
+from thinkrl.l2t.compression import Proxy
+from thinkrl.l2t.episodes import Episodes
+from thinkrl.l2t.gain import Gain, Probe
 from thinkrl.learner import Learner, new_optimizer
 from thinkrl.longshort.preset import LongShort
 from thinkrl.model import ModelConfig, Transformer, inverse_frequencies
 from thinkrl.run.metrics import Tally
 from thinkrl.sampler import Sampler
 from thinkrl.sft import nll_loss
-from thinkrl.types import Sample, pack
+from thinkrl.types import Sample, Turn, pack
 from thinkrl.update import descend, token_logprobs, update
 
 
@@ -121,6 +126,7 @@ def test_buckets():
     assert len({bucket(n) for n in range(1, 513)}) == 18
 
 
+THREE = Episodes(torch.arange(6) // 2, torch.tensor([1, 3, 5]), torch.tensor([1, 3, 5]))
 PACKS = pack(  # by the host, which the pretended device is not: two rows of four sequences
     [Sample([1] * 5, [2] * n, torch.ones(n), torch.zeros(n), str(n)) for n in range(5, 13)], 50
 )
@@ -270,6 +276,53 @@ def test_attention_by_our_kernels(dtype, width, flash, monkeypatch, waits):
     with Launches() as seen:
         packed_attention(*heads(dtype, width), cu_seqlens, longest=7).sum().backward()
     assert seen.count["_packed_forward_kernel"] == seen.count["_packed_backward_kv_kernel"] == 1
+
+
+@pytest.mark.parametrize(
+    "proxy, kind", [("svd", "diag"), ("svd", "rank1"), ("lm_head", "invariant"), ("last_block", "rank1")]
+)
+def test_the_penalty_waits_twice_however_many_rows(proxy, kind, monkeypatch, waits):
+    """For the values of all rows, and for each matrix's sum of squared gradients over ranks."""
+    with _disable_current_modes():  # which layers are drawn is the host's
+        ours = Proxy(Transformer.random(config(2)), proxy)
+    ours.model = fake_model(config(2))
+    if proxy == "svd":
+        ours.V, ours.S = torch.zeros(32, 4, device=CUDA), torch.zeros(4, device=CUDA)
+    turns = [Turn("policy", [1, 2], [3] * 6, [0.0] * 6, "stop") for _ in range(4)]
+    read, cpu, tensor = [], torch.Tensor.cpu, torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *x, device="cpu", **kwargs: tensor(*x, **kwargs).to(device))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: read.append(x) or cpu(x))
+
+    def reduce(x: torch.Tensor) -> torch.Tensor:
+        read.extend([x] * x.is_cuda)
+        return x
+
+    found = []
+    for budget in (1000, 1000, 16, 8):  # one row, one, two, four
+        with Launches() as seen:
+            ours.penalties(kind, turns, [THREE] * 4, budget, reduce)
+        found.append((len(read), seen.count["copy"]))
+        read.clear()
+    per_matrix = {"svd": 1, "lm_head": 1, "last_block": 4}[proxy]
+    assert [n for n, _ in found] == [1 + per_matrix] * 4
+    assert found[3][1] > found[2][1] > found[1][1], "every row is copied to the device"
+
+
+def test_probes_wait_once_for_all(monkeypatch):
+    probes = [Probe([1], [2, 3]), Probe([1, 1], [4], ((0, (5, 6)),))]
+    with fake_cuda():
+        scores = [torch.zeros(3, device=CUDA), torch.zeros(4, device=CUDA)]
+    read = []
+
+    def cpu(x: torch.Tensor) -> torch.Tensor:
+        read.append(x)
+        return torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.125, 0.25]).log()
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    gain = Gain(SimpleNamespace(score=lambda *asked: scores), probes, lambda tokens: None)
+    gain._waiting = {(i,): SimpleNamespace(prompt=i, fork=None) for i in range(2)}
+    gain._score()
+    assert gain._J == pytest.approx({(0,): 0.25, (1,): 0.125 + 0.25}) and len(read) == 1
 
 
 def test_the_frozen_partner_s_moments_wait_on_the_host(fake):

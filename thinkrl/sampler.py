@@ -300,8 +300,10 @@ class Sampler:
         chosen = hidden.new_empty(len(asked), dtype=torch.float32)
         for ids, where in places.items():
             wanted = torch.tensor(ids, device=self.device)
-            for at in torch.tensor(where, device=self.device).split(64):  # bounds the memory of logits
-                states = hidden[[asked[place][0] for place in at.tolist()]]
+            for first in range(0, len(where), 64):  # bounds the memory of logits
+                some = where[first : first + 64]
+                at = torch.tensor(some, device=self.device)
+                states = hidden[[asked[place][0] for place in some]]
                 logits = self.model.logits(states).float()
                 chosen[at] = logits[:, wanted].logsumexp(-1) - logits.logsumexp(-1)
         return chosen

@@ -47,7 +47,9 @@ class Row:
     tokens: Tensor  # [L] int64, prompts included
     cu_seqlens: Tensor  # [S+1] int32
     own: Tensor  # [T] int64, positions of the completions' tokens in the row
-    cu_episodes: Tensor  # [K+1] int64, over the T own tokens
+    cuts: list[int]  # the K+1 bounds of episodes among the T own tokens, known to the host
+    cu_episodes: Tensor  # [K+1] int64, the same
+    longest: int  # tokens of the longest sequence
     hidden: Tensor | None  # [T, D], the states that predicted those tokens, if the sampler kept them
 
     @staticmethod
@@ -61,13 +63,16 @@ class Row:
             )
             tokens += turn.prompt + turn.completion
             lengths.append(len(tokens))
-            cu += (cut.ends + 1 + cu[-1]).tolist()
+            before = cu[-1]
+            cu += [before + end + 1 for end in cut.ends.tolist()]
         kept = [turn.hidden for turn in turns if turn.hidden is not None]
         return Row(
             torch.tensor(tokens, device=device),
             torch.tensor(lengths, dtype=torch.int32, device=device),
             torch.tensor(own, device=device),
+            cu,
             torch.tensor(cu, device=device),
+            max(b - a for a, b in pairwise(lengths)),
             torch.cat(kept).to(device) if len(kept) == len(turns) else None,
         )
 
@@ -126,7 +131,7 @@ def block_factors(model: Transformer, row: Row, layer: int = -1) -> Factors:
     )
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return packed_attention(q, k, v, row.cu_seqlens)
+        return packed_attention(q, k, v, row.cu_seqlens, row.longest)
 
     def capture(module, inputs, output):
         captured.append((inputs[0].detach(), output))
@@ -157,10 +162,10 @@ def block_factors(model: Transformer, row: Row, layer: int = -1) -> Factors:
 def parameter_factors(model: Transformer, row: Row, parameters: Sequence[Tensor]) -> Factors:
     """Exact gradients of any parameters, by one backward per episode (slow), as factors [K, 1] and [K, P]."""
     with torch.enable_grad():
-        hidden = model(row.tokens, row.cu_seqlens)[row.own - 1]
+        hidden = model(row.tokens, row.cu_seqlens, longest=row.longest)[row.own - 1]
         logprob, _ = linear_logprob(hidden, model.head_weight, row.tokens[row.own])
         flat = []
-        for start, end in pairwise(row.cu_episodes.tolist()):
+        for start, end in pairwise(row.cuts):
             gradients = torch.autograd.grad(logprob[start:end].sum(), parameters, retain_graph=True)
             flat.append(torch.cat([gradient.flatten() for gradient in gradients]))
     return [(torch.stack(flat), torch.ones(len(flat), 1, dtype=flat[0].dtype, device=flat[0].device))]
@@ -176,6 +181,7 @@ def compression(
     fisher: Sequence[Tensor],
     count: float,
     move: Sequence[Tensor] = (),
+    longest: int | None = None,
 ) -> Tensor:
     """Compression C_k of every episode, [K] fp64, for gradients g_k given as factors.
 
@@ -201,7 +207,7 @@ def compression(
     if kind == "invariant":
         return 0.5 * quadratic(1 / (nF + DAMPING) for nF in fisher)
     if kind == "rank1":
-        return sum((ghost_norm(x, g, cu_episodes) for x, g in factors), zeros) ** 2  # L2T Eq. 4
+        return sum((ghost_norm(x, g, cu_episodes, longest) for x, g in factors), zeros) ** 2  # L2T Eq. 4
     if kind == "natural":
         return quadratic(1 / (nF / max(count, 1) + DAMPING) for nF in fisher) ** 2
     if kind == "drift":
@@ -321,12 +327,16 @@ class Proxy:
         squares, values = self._zeros(), []
         for row in self._rows(turns, episodes, budget):
             factors = self.factors(row)
-            cu_episodes = torch.arange(len(row.cu_episodes)) if self.kind == "layers" else row.cu_episodes
-            values.append(compression(kind, factors, cu_episodes, self.fisher, self.count, move).cpu())
+            cu_episodes, longest = row.cu_episodes, max(b - a for a, b in pairwise(row.cuts))
+            if self.kind == "layers":  # an episode's gradient is laid out as one token
+                cu_episodes, longest = torch.arange(len(row.cuts)), 1
+            values.append(compression(kind, factors, cu_episodes, self.fisher, self.count, move, longest))
             _add_squares(squares, factors)
         if not first:
             self._update_fisher(squares, turns, reduce)
-        return list(torch.cat(values).split([len(e) for e in episodes])) if values else []
+        if not values:
+            return []
+        return list(torch.cat(values).cpu().split([len(e) for e in episodes]))  # one wait for all rows
 
     def factors(self, row: Row) -> Factors:
         """The gradient factors of a row's completion tokens."""
@@ -339,7 +349,7 @@ class Proxy:
         hidden, weight, targets = row.hidden, self.model.head_weight.detach(), row.tokens[row.own]
         if hidden is None:
             with torch.no_grad():
-                hidden = self.model(row.tokens, row.cu_seqlens)[row.own - 1]
+                hidden = self.model(row.tokens, row.cu_seqlens, longest=row.longest)[row.own - 1]
         if self.kind == "lm_head":
             return head_factors(hidden, weight, targets)
         return svd_factors(hidden, weight, targets, self.V, self.S)

@@ -362,7 +362,8 @@ class Gain:
             [probe.suffix for probe in probes],
             [probe.choices for probe in probes],
         )
-        for key, probe, logprob in zip(waiting, probes, logprobs):
+        read = torch.cat(logprobs).cpu()  # one wait for all probes
+        for key, probe, logprob in zip(waiting, probes, read.split([len(x) for x in logprobs])):
             self._J[key] = float(answer_probability(logprob, probe, self.scale))
 
     def _sample(self) -> None:
