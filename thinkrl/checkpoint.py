@@ -252,6 +252,7 @@ def atomic_dir(path: Path) -> Iterator[Path | None]:
 
 
 def temporary(path: Path) -> Path:
+    """Path under which a file or folder is written before it is renamed."""
     return path.with_name(path.name + ".tmp")
 
 

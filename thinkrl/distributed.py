@@ -40,6 +40,8 @@ AFTER_A_FAILED_WRITE = (
 
 @dataclass(frozen=True)
 class World:
+    """Rank and size of the process group, and this process's device."""
+
     rank: int
     size: int
     device: torch.device
@@ -92,6 +94,7 @@ def start(device: str = "auto") -> World:
 
 
 def stop() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -223,6 +226,7 @@ def global_sum(value: Tensor | float) -> Tensor:
 
 
 def global_max(value: float) -> float:
+    """Largest value over all ranks. Collective."""
     highest = torch.tensor(float(value), dtype=torch.float64)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     return float(highest)
@@ -281,4 +285,5 @@ def on_main(function: Callable, *arguments: Any) -> Any:
 
 
 def rank() -> int:
+    """Rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -32,6 +32,7 @@ class Attempt:
 
 
 def attempt_of(t: Trajectory) -> Attempt:
+    """Make an Attempt from a graded trajectory."""
     truncated = any(turn.finish_reason == "length" for turn in t.turns)
     vote = _vote(t.correct, t.answer, t.problem.source)
     return Attempt(t.problem.id, t.problem.level, t.correct, t.tokens, truncated, vote)

@@ -1,6 +1,6 @@
-"""A worker of torchrun ends with it: a run that is started again has no worker of the old one beside it.
+"""End a worker with its torchrun, so that no old worker runs beside a run that is started again.
 
-end_with_launcher()    first of all, before torch is imported
+end_with_launcher()    first, before torch is imported
 require_launcher()     before the process group waits for a store that torchrun keeps
 """
 
@@ -18,7 +18,7 @@ SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of sys/prctl.h
 
 
 def end_with_launcher() -> None:
-    """From here on the kernel sends SIGKILL when torchrun ends, whatever ended it. Linux only."""
+    """Make the kernel kill this process when torchrun ends for any reason. Linux only."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
@@ -27,8 +27,9 @@ def end_with_launcher() -> None:
 
 
 def require_launcher() -> None:
-    """Raise UserError if torchrun was gone before `end_with_launcher`: nobody listens where its store was,
-    for which torch would wait for many minutes.
+    """Raise UserError if torchrun ended before `end_with_launcher`, so that its store cannot be reached.
+
+    torch would wait for the store for many minutes.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return

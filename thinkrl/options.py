@@ -74,6 +74,7 @@ class Group(NamedTuple):
 
 
 def group(title: str, presets: tuple[str, ...] = ()) -> Group:
+    """Make a heading, with the presets that read its options."""
     return Group(title, presets)
 
 
@@ -197,6 +198,7 @@ def requirement(f: dataclasses.Field) -> str:
 
 
 def type_name(f: dataclasses.Field) -> str:
+    """Name of a field's type: int, float, bool or str."""
     return f.type if isinstance(f.type, str) else f.type.__name__
 
 
@@ -227,6 +229,7 @@ def shown(value: Any) -> str:
 
 
 def asks_for_help(argv: list[str]) -> bool:
+    """Whether --help or -h was given."""
     return "--help" in argv or "-h" in argv
 
 

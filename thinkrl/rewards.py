@@ -36,6 +36,8 @@ VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
 class Reward(NamedTuple):
+    """One function of --reward with its weight."""
+
     name: str  # "module:function" or "outcome"
     function: Callable | None  # None: the outcome
     weight: float

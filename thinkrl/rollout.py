@@ -69,6 +69,7 @@ def completions_bar(
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, system: str = "", suffix: str = "") -> list[int]:
+    """Prompt ids of a problem, by the chat template. system, suffix: see `messages`."""
     return tokenizer.encode_chat(messages(problem, system, suffix))
 
 

@@ -38,6 +38,8 @@ from thinkrl.update import descend, pack_evenly, token_logprobs
 
 
 class Row(NamedTuple):
+    """One completion to train on, with the chat before it."""
+
     messages: list[dict[str, str]]  # the chat up to the completion
     completion: str
     where: str = ""  # "file:row"
@@ -105,7 +107,7 @@ def nll_loss(logprob: Tensor, mask: Tensor, denominator: Tensor | float) -> Tens
 
 
 def sft_objective(policy: Transformer, packs: Sequence[Pack]) -> Callable[[Pack], Tensor]:
-    """The loss of a pack, as a share of that of the whole step, whose tokens are counted here. Collective."""
+    """Make the loss of a pack, divided by the whole step's tokens, which are counted here. Collective."""
     denominator = float(global_sum(sum(p.mask.sum() for p in packs)))
 
     def objective(p: Pack) -> Tensor:

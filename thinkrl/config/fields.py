@@ -22,6 +22,8 @@ SAMPLING = (*RL, "prm")
 
 @dataclass(frozen=True)
 class Config:
+    """Options of a run. `config[name]` is the value of an option."""
+
     preset: str = option(
         DEFAULT_PRESET, "what is trained, by which method", tuple(PRESETS), presets=tuple(PRESETS)
     )

@@ -166,6 +166,7 @@ def _in_rows(
 
 
 def is_generator(spec: str) -> bool:
+    """Whether a `--data` value is a single generator, arith or gym:TASK."""
     return spec == "arith" or spec.startswith("gym:") and len(rows.split_spec(spec)) == 1
 
 

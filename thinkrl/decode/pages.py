@@ -92,6 +92,7 @@ class PagePool:
         return Pages(self, list(tokens), [], 0)
 
     def allocate(self) -> int:
+        """Take a free page. Raises OutOfPages."""
         if not self._free:
             raise OutOfPages(f"all {self.num_pages} KV pages are in use")
         page = self._free.pop()
@@ -99,6 +100,7 @@ class PagePool:
         return page
 
     def share(self, pages: list[int]) -> list[int]:
+        """Add a reference to each page; returns a copy of the list."""
         for page in pages:
             self.references[page] += 1
         return list(pages)

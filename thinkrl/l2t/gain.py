@@ -102,8 +102,8 @@ def make_probe(tokenizer: Tokenizer, answer: str, prefix: str, suffix: str) -> P
     """Make the probe of one problem: `prefix` forces the answer, `suffix` or else the end of a number ends
     it.
 
-    Prefix and answer are encoded together, as a model would write them: where they share a token, such as `
-    42` behind `####`, that token is scored.
+    Prefix and answer are encoded together, as a model would write them: if they share a token, such as ` 42`
+    after `####`, that token is scored.
 
     Raises UserError for an answer without tokens.
     """

@@ -10,8 +10,8 @@ Two kinds of checkpoint are read, which differ in four points:
 
                       made here                          Qwen2.5-Math-PRM and alike
     head          one linear layer, D -> 2           two, D -> D -> 2, with ReLU between
-    read at       the prefix's own last token        a separator token `<extra_0>` put behind every step
-    J_0           at the end of the prompt           at a separator behind the prompt, in a row of its own
+    read at       the prefix's own last token        a separator token `<extra_0>` after every step
+    J_0           at the end of the prompt           at a separator after the prompt, in a row of its own
     vocabulary    the policy's, whose ids it reads   its own: attempts are re-tokenized for it (`retokenize`)
 
 Readings: separator models were trained without a J_0. It is computed in a row of its own, because an empty
@@ -52,7 +52,7 @@ class StepRewardModel(nn.Module):
     """A decoder without its LM head, and a two-class score head.
 
     Under FSDP the score head is in the root unit, so `logits` comes after `forward`.
-    separator  id of the token behind each step, where the score is read; None: no such token, see above
+    separator  id of the token after each step, where the score is read; None: no such token, see above
     forwards   tokens that went through the model so far
     """
 
@@ -287,7 +287,7 @@ def _separator(path: Path) -> int:
     ids = tokenizer.encode(SEPARATOR)
     if len(ids) != 1 or tokenizer.decode(ids) != SEPARATOR:  # a tokenizer may drop unknown characters
         raise UserError(
-            f"{path}: its tokenizer has no token {SEPARATOR}, behind which such a model scores its steps"
+            f"{path}: its tokenizer has no token {SEPARATOR}, after which such a model scores its steps"
         )
     return ids[0]
 

@@ -196,7 +196,7 @@ def prm_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float) -> Ten
 
 
 def prm_objective(model: StepRewardModel, packs: Sequence[Pack], tally: Tally) -> Callable[[Pack], Tensor]:
-    """The loss of a pack, as a share of that of the whole step, whose labels are counted here. Collective."""
+    """Make the loss of a pack, divided by the whole step's labels, which are counted here. Collective."""
     denominator = float(global_sum(sum(len(label_positions(p)) for p in packs)))
 
     def objective(p: Pack) -> Tensor:

@@ -266,6 +266,7 @@ def role_rewards(
 
 
 def own_tokens(talk: Trajectory, role: str) -> int:
+    """Number of tokens sampled by a role."""
     return sum(len(turn.completion) for turn in talk.turns if turn.role == role)
 
 

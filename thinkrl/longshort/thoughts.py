@@ -57,6 +57,8 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Thought:
+    """One thought of a chain."""
+
     text: str  # without tags
     prefix: str  # its part of the assistant's turn that rollouts continue
     kind: str = ""  # block type, as the chunker named it
@@ -303,6 +305,7 @@ def _graded(problem: Problem, text: str, group: Sequence[Completion], tokenizer:
 
 
 def token_lengths(thoughts: Sequence[Thought], tokenizer: Tokenizer) -> list[int]:
+    """Length of each thought's text in tokens."""
     return [len(tokenizer.encode(thought.text)) for thought in thoughts]
 
 

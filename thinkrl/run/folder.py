@@ -63,6 +63,8 @@ BY_MEMORY = {"activation_checkpointing", "micro_batch_tokens"}  # set by the fir
 
 @dataclass(frozen=True)
 class Run:
+    """Run folder of this process, new or resumed."""
+
     folder: Path
     resumed: bool
     config: Config  # resolved, with `steps` known

@@ -260,6 +260,8 @@ def append(path: Path, row: dict) -> None:
 
 
 class Stopwatch:
+    """Clock that starts when it is made."""
+
     def __init__(self) -> None:
         self.start = time.perf_counter()
 

@@ -1,15 +1,15 @@
-"""A rank that stalls or is gone ends the job, and is named with its step and place.
+"""End the job if a rank stalls or is lost, with an error that names the rank, its step and its place.
 
     begin("train.py", minutes, world)    start watching; collective
-    at("rollout", step)                  the main thread has come here
-    alive()                              it does something: called with every forward of a model
+    at("rollout", step)                  the main thread reaches this place
+    alive()                              it is active: called with every forward of a model
     end()                                with watching(…): begins and ends
 
-Stalled is a rank whose main thread has neither come to a place nor been alive for so long, unless it waits
-for other ranks, which it may do for hours: rollouts differ in length. A thread beside it judges that. It
-also says every BEAT_SECONDS, in the store that the process group was made with, that the process lives; rank
-0 listens to all ranks, and they to rank 0. So one that was frozen, or whose machine has left the network, is
-found too. The process that finds something says it and exits with status 1, and torchrun ends the others.
+A rank is stalled if its main thread has neither reached a place nor been active for so long, unless it waits
+for other ranks, which may take hours because rollouts differ in length. A thread in each process checks that.
+Every BEAT_SECONDS it also writes to the process group's store that the process lives; rank 0 reads the
+messages of all ranks, and they read rank 0's. So a frozen process, or one whose machine has left the network,
+is found too. The process that finds an error prints it and exits with status 1, and torchrun ends the others.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def begin(program: str, minutes: float, world: World) -> None:
 
 
 def at(place: str, step: int | None = None) -> None:
-    """The main thread has come to this place, of this step, counted from 1; None: of the step as before."""
+    """Record that the main thread reached a place of a step, from 1; None: of the same step."""
     global _place, _step
     _place, _step = place, _step if step is None else step
     alive()
@@ -57,13 +57,13 @@ def at(place: str, step: int | None = None) -> None:
 
 
 def alive() -> None:
-    """The main thread does something."""
+    """Record that the main thread is active."""
     global _last
     _last = time.monotonic()
 
 
 def end() -> None:
-    """Watch no more. May be called twice."""
+    """Stop watching. May be called twice."""
     global _watch
     if _watch:
         _watch.ended.set()
@@ -73,7 +73,7 @@ def end() -> None:
 
 @contextmanager
 def watching(program: str, minutes: float, world: World) -> Iterator[None]:
-    """Begin, and end whatever happens; a collective that failed with its peer ends the process."""
+    """Watch during the block; a collective that fails because a peer ended ends the process."""
     begin(program, minutes, world)
     try:
         yield
@@ -85,7 +85,7 @@ def watching(program: str, minutes: float, world: World) -> Iterator[None]:
 
 
 def exit_if_lost(error: RuntimeError) -> None:
-    """Say which rank's process has ended and exit with status 1, if the error is a collective's for it."""
+    """Print which rank's process has ended and exit with status 1, if that caused the error."""
     if _watch and (isinstance(error, dist.DistError) or "gloo" in str(error)):
         _watch.exit_if_lost()
 
@@ -98,14 +98,14 @@ def waits(frame: FrameType | None) -> bool:
 
 
 def line(frame: FrameType | None) -> str:
-    """The innermost line of ours: "thinkrl/sampler.py:120"."""
+    """Innermost line of this project in a stack: "thinkrl/sampler.py:120"."""
     while frame and not frame.f_code.co_filename.startswith(ROOT):
         frame = frame.f_back
     return f"{os.path.relpath(frame.f_code.co_filename, ROOT)}:{frame.f_lineno}" if frame else "unknown line"
 
 
 class Watch:
-    """The thread. What a rank says is "N step place host", N counted up."""
+    """Watching thread. A rank's message is "N step place host", N counted up."""
 
     def __init__(self, program: str, seconds: float, world: World):
         self.program, self.seconds, self.world = program, seconds, world
@@ -170,13 +170,13 @@ class Watch:
             self._exit("" if any(rank < self.world.rank for rank in {*others} - {*dict(lost)}) else sentence)
 
     def _exit(self, sentence: str) -> NoReturn:
-        """Say it, unless another rank has said why the job ends, and end the process."""
+        """Print the reason, unless another rank has printed one, and end the process."""
         if sentence and (self.store is None or self.store.add("said", 1) == 1):
             print(f"\n{self.program}: {sentence}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
 def named(rank: int, said: str) -> str:
-    """A rank and what it last said, in words."""
+    """Describe a rank by its last message."""
     _, step, host, place = said.split(" ", 3)
     return f"rank {rank} on {host} (step {step}, {place})"
