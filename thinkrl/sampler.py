@@ -252,21 +252,7 @@ class Sampler:
             for fork, suffix in zip(forks, suffixes, strict=True):
                 self._require(fork.tokens, len(suffix), "probe")
             while len(results) < len(forks):
-                batch: list[tuple[Pages, list[int], list[int]]] = []
-                size = 0
-                for fork, suffix in zip(forks[len(results) :], suffixes[len(results) :]):
-                    self.idle.discard(fork)
-                    fed = fork.unfed + suffix[:-1]  # the prediction after the suffix is not needed
-                    if batch and size + len(fed) > self.max_tokens_per_forward:
-                        break
-                    try:
-                        fork.reserve(fork.filled + len(fed))
-                    except OutOfPages:
-                        if batch:
-                            break
-                        self.pool.reserve(fork, fork.filled + len(fed))
-                    batch.append((fork, fed, suffix))
-                    size += len(fed)
+                batch = self._probe_batch(forks[len(results) :], suffixes[len(results) :])
                 results += self._score(batch, choices[len(results) :])
                 for fork, _, _ in batch:
                     fork.release()
@@ -274,6 +260,27 @@ class Sampler:
             for fork in forks:
                 fork.release()
         return results
+
+    def _probe_batch(
+        self, forks: Sequence[Pages], suffixes: Sequence[list[int]]
+    ) -> list[tuple[Pages, list[int], list[int]]]:
+        """Reserve pages for the first probes that fit one forward: (fork, tokens to feed, suffix)."""
+        batch: list[tuple[Pages, list[int], list[int]]] = []
+        size = 0
+        for fork, suffix in zip(forks, suffixes):
+            self.idle.discard(fork)
+            fed = fork.unfed + suffix[:-1]  # the prediction after the suffix is not needed
+            if batch and size + len(fed) > self.max_tokens_per_forward:
+                break
+            try:
+                fork.reserve(fork.filled + len(fed))
+            except OutOfPages:
+                if batch:
+                    break
+                self.pool.reserve(fork, fork.filled + len(fed))
+            batch.append((fork, fed, suffix))
+            size += len(fed)
+        return batch
 
     def _score(
         self, batch: list[tuple[Pages, list[int], list[int]]], choices: Sequence[Sequence[Choice]]
