@@ -3,7 +3,8 @@
 import pytest
 
 from thinkrl import UserError
-from thinkrl.tools.bench import BENCHES, cost_curves, l2t_shares, parse
+from thinkrl.model import ModelConfig
+from thinkrl.tools.bench import BENCHES, compiled_updates, cost_curves, l2t_shares, parse
 
 
 @pytest.mark.slow
@@ -17,6 +18,12 @@ def test_cost_curves(capsys):
     ]  # fmt: skip
     assert all(float(cell) > 0 for row in cells[2:-1] for cell in row[1:5])
     assert cells[-1][5].startswith("a step of 16 × 8 completions: ")
+
+
+@pytest.mark.slow
+def test_compiled_beside_eager(capsys):
+    compiled_updates(1, {"small": (ModelConfig("LlamaForCausalLM", 72, 32, 1, 2, 1, 16, 48, 512), 128)})
+    assert capsys.readouterr().out.startswith("small, 128 tokens: eager 0.")
 
 
 def test_shares_by_hand():

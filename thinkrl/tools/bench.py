@@ -3,6 +3,7 @@
     python -m thinkrl.tools.bench sampler [--cases "56M fp32,…"] [--repeat N]
     python -m thinkrl.tools.bench l2t [--repeat N]
     python -m thinkrl.tools.bench cost [--repeat N]
+    python -m thinkrl.tools.bench compile [--repeat N]
 
 sampler: 8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096,
 temperature 1, no filters. Two workloads: every completion has 128 tokens; or 64 of the 4096 ids are stop ids,
@@ -15,6 +16,9 @@ the same with the sampler's product.
 
 cost: how the parts of a step of a small model grow with tokens, group, episodes, width and ranks, varied one
 at a time.
+
+compile: an update of the embedded model's shape and of 56 M parameters, with --compile and without, in turns;
+processor time.
 
 l2t: 56 M parameters, 2 prompts × 4 completions of 1,000 tokens, 10 episodes of 100, probes of 25 tokens. The
 rollout is repeated with the same keys, so its tokens are the same with and without hidden states, and with
@@ -38,17 +42,22 @@ import torch.nn.functional as F
 from kernels.logprob import linear_logprob
 from thinkrl import UserError
 from thinkrl.checkpoint import load_model
+from thinkrl.config import parse as parse_training
+from thinkrl.distributed import shard, start
 from thinkrl.grpo import policy_loss
 from thinkrl.l2t.compression import Proxy
 from thinkrl.l2t.episodes import Episodes
 from thinkrl.l2t.gain import Gain, Probe
+from thinkrl.learner import Learner, new_optimizer
 from thinkrl.model import ModelConfig, Transformer, fast_linear
 from thinkrl.options import command_line, nearest, option, parse_as
 from thinkrl.run.folder import ROOT, torchrun
+from thinkrl.run.metrics import Tally
 from thinkrl.sampler import Sampler
-from thinkrl.types import Turn
+from thinkrl.types import Sample, Turn, pack
+from thinkrl.update import update
 
-BENCHES = ("sampler", "l2t", "cost")
+BENCHES = ("sampler", "l2t", "cost", "compile")
 VOCABULARY, PROMPTS, SAMPLES, TOKENS = 4096, 8, 8, 128
 
 CASES = {  # layers, width, heads, kv heads, mlp width, our dtype
@@ -268,6 +277,36 @@ def cost_curves(
             )
 
 
+COMPILED = {  # shape, tokens of the row
+    "embedded model's shape": (ModelConfig("LlamaForCausalLM", 72, 96, 4, 6, 3, 16, 256, 1024), 4096),
+    "56M": (ModelConfig("Qwen2ForCausalLM", VOCABULARY, 640, 12, 10, 2, 64, 1728, 2048, tied=True), 1024),
+}
+
+
+def compiled_updates(repeat: int, shapes: dict[str, tuple[ModelConfig, int]] = COMPILED) -> None:
+    """Print the processor time of an update on one row, compiled and eager in turns: medians and ratio."""
+    config, world = parse_training(["grpo"]), start("cpu")
+    for name, (shape, tokens) in shapes.items():
+        signs = [torch.full((120,), 1.0 - 2 * (j % 2)) for j in range(tokens // 128)]
+        samples = [Sample([1] * 8, [j % 72] * 120, sign, torch.zeros(120)) for j, sign in enumerate(signs)]
+        packs = pack(samples, tokens)
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        learners = {}
+        for compiled in seconds:
+            policy = shard(Transformer.random(shape), world, torch.float32, compiled=compiled)
+            learners[compiled] = Learner(policy, None, new_optimizer(policy, config))  # type: ignore[arg-type]
+        for _ in range(repeat + 1):  # the first compiles
+            for compiled, learner in learners.items():
+                begun = time.process_time()
+                update(learner, packs, 1e-4, config, world, Tally())
+                seconds[compiled].append(time.process_time() - begun)
+        eager, fused = (statistics.median(seconds[compiled][1:]) for compiled in (False, True))
+        print(
+            f"{name}, {tokens} tokens: eager {eager:.3f} s, compiled {fused:.3f} s, {fused / eager:.2f}",
+            flush=True,
+        )
+
+
 @dataclass(frozen=True)
 class Options:
     what: str = ""
@@ -295,6 +334,8 @@ def parse(argv: list[str]) -> Options:
 def main(options: Options) -> None:
     if options.what == "l2t":
         return l2t_overhead(options.repeat)
+    if options.what == "compile":
+        return compiled_updates(options.repeat)
     if options.what == "cost":
         return cost_curves(options.repeat)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; tokens per second")

@@ -83,7 +83,8 @@ def train_by_trl(request: dict, answer: Callable[..., None], clock: Callable[[],
         def on_step_end(self, args, state, control, **kwargs):
             answer(seconds=clock() - self.begun)
 
-    def reward(completions: list[str], **kwargs) -> list[float]:
+    def reward(completions: list[str], completion_ids: list[list[int]], **kwargs) -> list[float]:
+        assert [len(ids) for ids in completion_ids] == [tokens] * len(texts) * samples
         return [float(i % 2) for i in range(len(completions))]
 
     texts, samples, tokens = request["texts"], request["samples"], request["tokens"]
