@@ -98,7 +98,12 @@ def test_who_waits():
     )
 
 
-@pytest.mark.parametrize("program", ["train.py", "chunk.py", "sample.py"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "program", ["train.py", pytest.param("chunk.py", marks=SLOW), pytest.param("sample.py", marks=SLOW)]
+)
 def test_a_worker_whose_launcher_is_gone_ends_at_once(tmp_path, program):
     """Where torchrun's store was, nobody listens: it was killed while its workers started."""
     with socket.socket() as free:

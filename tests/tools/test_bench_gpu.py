@@ -69,6 +69,7 @@ def test_products_are_the_model_s_matrices():
     )  # tied: the embedding is the head
 
 
+@pytest.mark.slow
 def test_names_of_parts():
     done = python("-m", "thinkrl.tools.bench_gpu", "--parts", "kernel")
     assert done.returncode == 2 and "did you mean" in done.stderr and ", ".join(PARTS) in done.stderr

@@ -80,7 +80,7 @@ def highest(run: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("how", CHECKPOINTING)
-@pytest.mark.parametrize("config, row", [(UNTIED, 2048), (TIED, 1024)])
+@pytest.mark.parametrize("config, row", [(UNTIED, 2048), pytest.param(TIED, 1024, marks=pytest.mark.slow)])
 def test_the_peak_of_an_update_is_the_formula_s(config, row, how, world):
     """Of a whole update on two rows, in fp32 on a CPU: from the second row on there are gradients beside
     activations.
