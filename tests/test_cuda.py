@@ -363,6 +363,7 @@ def as_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
+@pytest.mark.slow
 def test_a_graph_writes_what_eager_steps_write(as_on_cuda):
     """Six completions in five rows that end one by one, across pages, with preemptions; then new weights."""
     small = dataclasses.replace(config(1, "Qwen3"), heads=2, kv_heads=1)

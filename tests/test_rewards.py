@@ -2,11 +2,13 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 
-from helpers import ID, ROOT, python, write_tokenizer
+import train
+from helpers import ID, write_tokenizer
 from thinkrl import UserError
 from thinkrl.config import parse
 from thinkrl.data.problems import load_problems, reading
@@ -242,20 +244,17 @@ def test_options_that_go_by_the_outcome_are_refused(more, message):
         parse([preset, "--reward", "my_rewards:length", *rest])
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     "preset, more",
     [
         ("grpo", ()),
-        pytest.param("l2t", (), marks=SLOW),
-        pytest.param("l2t", ("--credit", "guarded"), marks=SLOW),
-        pytest.param("l2t", ("--advantage_std", "batch"), marks=SLOW),
-        pytest.param("l2t", ("--credit", "to_go"), marks=SLOW),
+        ("l2t", ()),
+        ("l2t", ("--credit", "guarded")),
+        ("l2t", ("--advantage_std", "batch")),
+        ("l2t", ("--credit", "to_go")),
     ],
 )
-def test_training_by_a_reward_of_ones_own(tmp_path, preset, more):
+def test_training_by_a_reward_of_ones_own(tmp_path, monkeypatch, preset, more):
     """Shorter is better, and what thinks of a 7 cannot be rewarded: it gets no advantage and does not move
     the others'.
     """
@@ -263,36 +262,13 @@ def test_training_by_a_reward_of_ones_own(tmp_path, preset, more):
         "def brief(completions, **columns):\n    return [None if '7' in text else -len(text) for text in "
         "completions]\n"
     )
-    run = python(
-        *(
-            "train.py",
-            preset,
-            "--steps",
-            "1",
-            "--problems_per_step",
-            "2",
-            "--group_size",
-            "4",
-            "--max_tokens",
-            "60",
-        ),
-        *(
-            "--reward",
-            "brief:brief",
-            "--eval_problems",
-            "0",
-            "--log_groups",
-            "2",
-            "--runs_dir",
-            str(tmp_path),
-            "--name",
-            "run",
-        ),
-        *more,
-        PYTHONPATH=f"{ROOT}:{tmp_path}",
-        OMP_NUM_THREADS="1",
+    monkeypatch.syspath_prepend(tmp_path)
+    options = (
+        "--steps 1 --problems_per_step 2 --group_size 4 --max_tokens 60 --eval_problems 0 --log_groups 2"
     )
-    assert run.returncode == 0, run.stderr[-2000:]
+    where = ["--reward", "brief:brief", "--runs_dir", str(tmp_path), "--name", "run"]
+    train.main(parse([preset, *options.split(), *where, *more]))
+    sys.modules.pop("brief")  # the next one is another file
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     [row] = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     none = [s for s in samples if s["reward"] is None]
