@@ -11,7 +11,7 @@ TEST   ?= -n auto --maxprocesses 8 --dist worksteal
 PYTEST := -m pytest -q $(TEST)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast test-gpu lint bench bench-gpu bench-kernels bench-peers tiny compare longshort docs lines clean
+.PHONY: help train test test-fast test-long test-gpu lint bench bench-gpu bench-kernels bench-peers tiny compare longshort docs lines clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -30,7 +30,10 @@ test: .venv/done lint ## the whole suite, CPU only, no network
 	THINKRL_AOT=1 $(BIN)/python $(PYTEST) tests/kernels/test_aot.py
 
 test-fast: .venv/done lint ## the suite without its slow tests and without ahead-of-time compilation
-	CUDA_VISIBLE_DEVICES= $(BIN)/python $(PYTEST) -m "not slow" tests
+	CUDA_VISIBLE_DEVICES= $(BIN)/python $(PYTEST) -m "not slow and not long" tests
+
+test-long: .venv/done ## what takes hours: kills at random places, 500 steps, two hosts; LONG_KILLS=3 LONG_STEPS=100 for less
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m long tests
 
 # typed throughout, by mypy's default settings
 TYPED := kernels thinkrl/config thinkrl/l2t thinkrl/longshort thinkrl/data thinkrl/run $(addprefix thinkrl/,$(addsuffix .py, \

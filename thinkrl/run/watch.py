@@ -139,7 +139,9 @@ class Watch:
                     self.say()
                     self._listen(range(1, self.world.size) if self.world.main else [0])
                 except RuntimeError as error:
-                    self._exit(f"rank {self.world.rank} does not reach torchrun's store: {error}")
+                    reason = str(error).partition("\n")[0]
+                    self.store = None  # an `add` to it would wait for ever
+                    self._exit(f"rank {self.world.rank} does not reach torchrun's store ({reason})")
 
     def say(self) -> None:
         self.beat += 1
