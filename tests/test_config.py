@@ -11,7 +11,6 @@ import pytest
 
 from helpers import ROOT
 from thinkrl import UserError, config, length
-from thinkrl.aliases import ELSEWHERE, elsewhere
 from thinkrl.config import (
     PRESETS,
     Config,
@@ -23,6 +22,7 @@ from thinkrl.config import (
     preset_values,
     readers,
 )
+from thinkrl.config.aliases import ELSEWHERE, elsewhere
 from thinkrl.options import exit_with_error, group, option, parse_as, within
 from thinkrl.tools.docs import PAGES
 

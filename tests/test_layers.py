@@ -13,20 +13,9 @@ from helpers import ROOT
 
 LAYERS = {
     0: ["kernels"],
-    1: [
-        "visible",
-        "tracing",
-        "options",
-        "aliases",
-        "intervals",
-        "config",
-        "types",
-        "distributed",
-        "run",
-        "launcher",
-    ],
+    1: ["visible", "tracing", "options", "intervals", "config", "types", "distributed", "run", "launcher"],
     2: [*("model", "checkpoint", "resume", "tokenizer", "hub", "arith", "gym", "grading", "data")],
-    3: ["memory", "decode", "sampler", "rollout", "grpo", "length", "rewards", "batch"],
+    3: ["memory", "decode", "sampler", "rollout", "grpo", "length", "rewards"],
     4: ["learner", "evaluate", "update", "session", "finish", "sft", "presets"],
     5: ["l2t", "longshort"],
     6: ["tools"],
@@ -34,8 +23,8 @@ LAYERS = {
 }
 # Inside a folder, from the bottom up: a module sees those before it.
 INSIDE = {
-    "config": ["fields", "values", "checks", "help", "resolve"],
-    "run": ["files", "parts", "lock", "signals", "watch", "sinks", "metrics", "folder"],
+    "config": ["aliases", "fields", "values", "checks", "help", "resolve"],
+    "run": ["files", "parts", "lock", "signals", "watch", "sinks", "metrics", "batch", "folder"],
     "grading": ["notation", "values", "algebra", "rules"],
     "data": ["rows", "layouts", "chats", "problems"],
     "decode": ["pages", "paged_model", "step", "loop"],
@@ -73,9 +62,9 @@ SIDEWAYS = {
     ("distributed", "launcher"),
     ("run", "visible"),
     ("run", "config"),
+    ("run", "types"),
     ("run", "distributed"),
     ("config", "options"),
-    ("config", "aliases"),
     ("checkpoint", "model"),
     ("resume", "checkpoint"),
     ("hub", "tokenizer"),

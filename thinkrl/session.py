@@ -24,7 +24,6 @@ import torch
 from tqdm import tqdm
 
 from thinkrl import UserError
-from thinkrl.batch import write_packs
 from thinkrl.checkpoint import save_hf
 from thinkrl.config import Config, as_dict
 from thinkrl.data.problems import Stream
@@ -32,6 +31,7 @@ from thinkrl.distributed import World, from_main, gather, on_main
 from thinkrl.learner import Actor, Learner, compute_dtype, restore, save, save_dtype
 from thinkrl.rollout import completions_bar
 from thinkrl.run import watch
+from thinkrl.run.batch import write_packs
 from thinkrl.run.folder import open_run, record_launch
 from thinkrl.run.metrics import STUCK, Log, Tally, append, set_aside, why_nothing_is_learned
 from thinkrl.run.signals import Stopped, StopRequest

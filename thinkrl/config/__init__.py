@@ -10,6 +10,7 @@ Read in this order:
     values     what presets, profiles and methods set
     checks     contradictions between options
     help       the texts of --help
+    aliases    what TRL, verl and others call the same options
     resolve    the command line -> Config
 """
 

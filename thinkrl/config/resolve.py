@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from thinkrl import UserError
-from thinkrl.aliases import elsewhere
+from thinkrl.config.aliases import elsewhere
 from thinkrl.config.checks import check, require_read, schedule
 from thinkrl.config.fields import DEFAULT_PRESET, PRESETS, Config, readers
 from thinkrl.config.help import overview, preset_help

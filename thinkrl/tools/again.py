@@ -1,4 +1,4 @@
-"""Compute again the step at which a run was not finite, from the files that it kept (thinkrl/batch.py):
+"""Compute again the step at which a run was not finite, from the files that it kept (thinkrl/run/batch.py):
 
     python -m thinkrl.tools.again runs/NAME/nonfinite/step_N
 
@@ -14,13 +14,13 @@ import dataclasses
 from pathlib import Path
 
 from thinkrl import UserError
-from thinkrl.batch import read_packs
 from thinkrl.config import Config
 from thinkrl.distributed import World, shard, start, stop
 from thinkrl.l2t.prm import load_prm
 from thinkrl.l2t.prm_training import prm_objective
 from thinkrl.learner import Learner, compute_dtype, new_learner, new_optimizer
 from thinkrl.options import exit_with_error
+from thinkrl.run.batch import read_packs
 from thinkrl.run.files import read_json
 from thinkrl.run.metrics import Tally
 from thinkrl.sft import sft_objective

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from thinkrl.aliases import ELSEWHERE
 from thinkrl.config import (
     LENGTH_VALUES,
     METHOD_VALUES,
@@ -19,6 +18,7 @@ from thinkrl.config import (
     preset_values,
     readers,
 )
+from thinkrl.config.aliases import ELSEWHERE
 from thinkrl.options import groups, requirement, shown
 from thinkrl.run.folder import ROOT
 from thinkrl.run.metrics import DEFINITIONS

@@ -8,10 +8,10 @@ import torch
 
 import train
 from helpers import python, torchrun
-from thinkrl.batch import read_packs
 from thinkrl.config import parse
 from thinkrl.distributed import start
 from thinkrl.presets import Grpo
+from thinkrl.run.batch import read_packs
 from thinkrl.sampler import Sampler
 from thinkrl.tools import again
 from thinkrl.types import empty_pack
