@@ -14,6 +14,7 @@ is found too. The process that finds an error prints it and exits with status 1,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -31,6 +32,7 @@ import torch.distributed as dist
 from thinkrl.distributed import World, global_max
 
 BEAT_SECONDS = 2.0
+ASK_SECONDS = 10.0  # for the store's word on whether another rank has printed the reason
 LOST_BEATS = 5  # of a rank that a collective has lost: its process has ended
 COLLECTIVES = str(Path(dist.__file__).parent)
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -67,7 +69,7 @@ def end() -> None:
     global _watch
     if _watch:
         _watch.ended.set()
-        _watch.thread.join()
+        _watch.talker.join()
         _watch = None
 
 
@@ -105,43 +107,60 @@ def line(frame: FrameType | None) -> str:
 
 
 class Watch:
-    """Watching thread. A rank's message is "N step place host", N counted up."""
+    """Two threads: one talks to the store, which may never answer if the network is gone; the other judges.
+
+    A rank's message is "N step host place", N counted up.
+    """
 
     def __init__(self, program: str, seconds: float, world: World):
         self.program, self.seconds, self.world = program, seconds, world
         self.beat, self.ended = 0, threading.Event()
+        self.pause = min(BEAT_SECONDS, seconds / 10)
+        self.patience = max(30.0, seconds)  # with the store, which a busy machine may keep from answering
         self.store: Any = None  # of a job of several ranks
         self.heard: dict[int, tuple[float, str]] = {}  # rank -> when it last said something new, and what
         if world.size > 1:
             place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             tries = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.TCPStore(
-                *place, timeout=timedelta(seconds=max(30.0, seconds)), wait_for_workers=False
-            )
+            store = dist.TCPStore(*place, timeout=timedelta(seconds=self.patience), wait_for_workers=False)
             self.store = dist.PrefixStore(f"watch/{tries}", store)
             self.say()
             global_max(0.0)  # all have said something
-        self.thread = threading.Thread(target=self._run, args=(threading.get_ident(),), daemon=True)
-        self.thread.start()
+        self.answered = time.monotonic()
+        self.talker = threading.Thread(target=self._talk, daemon=True)
+        self.talker.start()
+        threading.Thread(target=self._judge, args=(threading.get_ident(),), daemon=True).start()
 
-    def _run(self, main_thread: int) -> None:
-        while not self.ended.wait(min(BEAT_SECONDS, self.seconds / 10)):
-            frame = sys._current_frames().get(main_thread)
-            idle = time.monotonic() - _last
-            if idle > self.seconds and not waits(frame):
-                here = f"step {_step}, {_place}, {line(frame)}"
-                self._exit(
-                    f"rank {self.world.rank} on {socket.gethostname()} ({here}) has done nothing for "
-                    f"{idle:.0f} s (--timeout)"
-                )
+    def _talk(self) -> None:
+        """Tell the store that this process lives, and read from it who else does, until `end`."""
+        while not self.ended.wait(self.pause):
             if self.store is not None:
                 try:
                     self.say()
                     self._listen(range(1, self.world.size) if self.world.main else [0])
                 except RuntimeError as error:
                     reason = str(error).partition("\n")[0]
-                    self.store = None  # an `add` to it would wait for ever
                     self._exit(f"rank {self.world.rank} does not reach torchrun's store ({reason})")
+                self.answered = time.monotonic()
+
+    def _judge(self, main_thread: int) -> None:
+        """End the process if its main thread stalls, or if the store does not answer."""
+        while self.talker.is_alive():
+            self.talker.join(self.pause)
+            frame, now = sys._current_frames().get(main_thread), time.monotonic()
+            if waits(frame):
+                alive()  # so that a rank is not called stalled when others let it go on
+            elif now - _last > self.seconds and not self.ended.is_set():
+                here = f"step {_step}, {_place}, {line(frame)}"
+                self._exit(
+                    f"rank {self.world.rank} on {socket.gethostname()} ({here}) has done nothing for "
+                    f"{now - _last:.0f} s (--timeout)"
+                )
+            if self.store is not None and now - self.answered > self.patience:
+                self._exit(
+                    f"rank {self.world.rank} on {socket.gethostname()} has had no answer from torchrun's "
+                    f"store for {now - self.answered:.0f} s"
+                )
 
     def say(self) -> None:
         self.beat += 1
@@ -173,9 +192,23 @@ class Watch:
 
     def _exit(self, sentence: str) -> NoReturn:
         """Print the reason, unless another rank has printed one, and end the process."""
-        if sentence and (self.store is None or self.store.add("said", 1) == 1):
+        if sentence and self._first():
             print(f"\n{self.program}: {sentence}", file=sys.stderr, flush=True)
         os._exit(1)
+
+    def _first(self) -> bool:
+        """Whether no other rank has printed a reason, as far as the store can say."""
+        said: list[int] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):  # the store is gone: nobody can know
+                said.append(self.store.add("said", 1))
+
+        if self.store is not None:
+            asking = threading.Thread(target=ask, daemon=True)
+            asking.start()
+            asking.join(ASK_SECONDS)
+        return said in ([], [1])
 
 
 def named(rank: int, said: str) -> str:
