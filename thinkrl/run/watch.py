@@ -70,6 +70,7 @@ def end() -> None:
     if _watch:
         _watch.ended.set()
         _watch.talker.join()
+        _watch.judge.join()  # no thread is left that the end of the interpreter would cut off
         _watch = None
 
 
@@ -129,7 +130,8 @@ class Watch:
         self.answered = time.monotonic()
         self.talker = threading.Thread(target=self._talk, daemon=True)
         self.talker.start()
-        threading.Thread(target=self._judge, args=(threading.get_ident(),), daemon=True).start()
+        self.judge = threading.Thread(target=self._judge, args=(threading.get_ident(),), daemon=True)
+        self.judge.start()
 
     def _talk(self) -> None:
         """Tell the store that this process lives, and read from it who else does, until `end`."""
