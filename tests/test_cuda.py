@@ -189,6 +189,7 @@ def test_a_training_step_waits_no_more_for_more_packs(options, waits):
     assert len(waits) - once == once == 1 + 2 * updates + ("constant" not in options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, per_layer", [("none", 48), ("selective", 51), ("full", 62)])
 def test_the_launches_of_training(how, per_layer, waits):
     """Per layer of one more pack, forward and backward; one kernel each for the attention, and for AdamW's

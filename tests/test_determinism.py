@@ -24,6 +24,7 @@ def completions(folder: Path, step: int) -> dict:
     return {(row["problem"], row["sample"]): row["turns"][0]["completion"] for row in logged}
 
 
+@pytest.mark.slow
 def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path):
     runs = {}
     for name, seed in (("one", "1"), ("again", "1"), ("other", "2")):

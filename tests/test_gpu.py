@@ -13,6 +13,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.mark.slow
 def test_recorded_steps_write_what_eager_steps_write():
     """In fp32. Seven rows in a bucket of eight, which end one by one, then new weights."""
     config = ModelConfig("Qwen3ForCausalLM", 97, 64, 2, 4, 2, 16, 96, 512)

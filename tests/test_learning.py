@@ -60,6 +60,7 @@ def test_and_does_not_when_broken(method, lr):
     assert final_reward(method, lr) < LINE
 
 
+@pytest.mark.slow
 def test_the_example_method_trains():
     """The whole of tests/example_method.py, two steps: it samples as grpo does, and its updates change the
     policy.

@@ -75,6 +75,7 @@ def test_l2t_pays_every_episode(default):
     assert tally.sums["penalty_tokens"] == 0, "the states that the sampler kept serve"
 
 
+@pytest.mark.slow
 def test_rollouts_do_not_depend_on_the_preset(world, default):
     """So that arms of a comparison differ in the reward alone: the same address gives the same completion."""
     _, trajectories, _, _ = step_of(world, "grpo")
@@ -270,6 +271,7 @@ def test_equal_groups_make_place_for_others():
     assert sample_differences(sample, [[]], group_size=2) == ([], [])
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_in_a_step(world):
     """Two problems of one digit, which the embedded policy always solves, make place for two of three."""
     easy, hard = heldout()[:2], heldout()[240:300:50]
@@ -305,6 +307,7 @@ def test_each_of_several_rewards_is_compared_on_its_own(world, monkeypatch):
         assert advantage.tolist() == pytest.approx([float(value)] * len(advantage), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_flat_compression_is_grpo_with_a_fixed_price_per_episode(world):
     options = ["--gain", "none", "--compression", "flat", "--alpha", "0.5", "--beta", "0.04"]
     _, trajectories, advantages, _ = step_of(world, "l2t", *options)
@@ -367,6 +370,7 @@ def listen(monkeypatch, pair, **texts: list[str]) -> list[tuple]:
     return asked
 
 
+@pytest.mark.slow
 def test_trained_role_partner_and_evaluation_are_sampled_differently(world, monkeypatch):
     pair = pair_of(
         world,

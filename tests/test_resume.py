@@ -199,6 +199,7 @@ def test_a_checkpoint_of_another_model_is_named(two, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(two, tmp_path):
     """A limit on the size of files is met where a full disk would be."""
     model, optimizer = learner()

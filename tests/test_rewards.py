@@ -244,6 +244,7 @@ def test_options_that_go_by_the_outcome_are_refused(more, message):
         parse([preset, "--reward", "my_rewards:length", *rest])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset, more",
     [

@@ -134,11 +134,13 @@ def test_a_conversation_is_measured_then_compared(tmp_path, data, capsys, monkey
         assert line["ended"] in ("answered", "malformed", "turns")
 
 
+@pytest.mark.slow
 def test_a_base_that_is_never_right(data, capsys):
     run("--data", data, "--base", "tiny", "--max_tokens", "1")
     assert "no AES: it is relative to the accuracy of B, which is 0 here\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_evaluations_are_compared(tmp_path, data, capsys):
     for name, limit in (("a", "200"), ("b", "8")):
         run("--data", data, "--n", "2", "--max_tokens", limit, "--out", str(tmp_path / name))

@@ -44,6 +44,7 @@ def test_the_limit():
     assert mismatch_limit(torch.float32, 225, 2.0) == 256 * 2**-23
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_normal_run_is_far_below_it(tmp_path, capsys, dtype):
     rows = run(tmp_path, "--steps", "2", "--dtype", dtype, "--temperature", "0.5", "--strict")
@@ -51,6 +52,7 @@ def test_a_normal_run_is_far_below_it(tmp_path, capsys, dtype):
     assert all(row["mismatch"] < limit / 10 for row in rows) and "warning" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_changed_weight_is_warned_of_once(tmp_path, capsys, one_weight_is_changed):
     """The first rollout is before the first sync: from the second step on."""
     rows = run(tmp_path, "--steps", "4")
@@ -61,6 +63,7 @@ def test_one_changed_weight_is_warned_of_once(tmp_path, capsys, one_weight_is_ch
     assert f"warning: step 2: log-probs of sampler and trainer differ by {rows[1]['mismatch']:.2g}" in said
 
 
+@pytest.mark.slow
 def test_strict_stops_before_anything_is_saved(tmp_path, capsys, one_weight_is_changed):
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, "--steps", "4", "--save_every", "1", "--strict")

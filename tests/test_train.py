@@ -520,6 +520,7 @@ def test_rounds_begin_at_their_reference_and_saving_changes_nothing(tmp_path):
         assert torch.equal(one, other) if torch.is_tensor(one) else one == other
 
 
+@pytest.mark.slow
 def test_a_step_in_which_the_trained_role_never_speaks(tmp_path):
     train.main(
         parse(
@@ -550,6 +551,7 @@ def test_a_step_in_which_the_trained_role_never_speaks(tmp_path):
     assert row["turns"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_out_is_made_up(tmp_path):
     """Killed after a step was saved: its evaluation, and for a finished run the numbers of its last step."""
     options = [

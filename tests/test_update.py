@@ -47,6 +47,7 @@ def two_steps(*argv: str, advantage: float = 0.0) -> tuple[dict, list, Tally, in
     return state, list(numbers), tally, len(backwards)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", [[], ["--updates_per_rollout", "2"], ["--aggregate", "constant"]])
 def test_a_flat_step_is_the_step_without_its_backward(monkeypatch, argv):
     """Weights, AdamW's averages and count, loss, norm and metrics: as with a backward, to the last bit."""

@@ -14,6 +14,7 @@ def nothing_remembered():
     rules._equal_by_parts.cache_clear()
 
 
+@pytest.mark.slow
 @needs_algebra
 def test_a_comparison_that_never_ends_is_killed_and_the_next_one_works(monkeypatch):
     assert equal(r"\sqrt{8}", r"2\sqrt{2}", "math")

@@ -146,6 +146,7 @@ def test_tokens_of_other_episodes_cannot_leak(op):
     assert torch.equal(values[[0, 1, 2, 3, 5]], clean[[0, 1, 2, 3, 5]]) and values[4].isnan()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [*QUADRATICS[1:3], *GHOSTS[1:3]])
 def test_slots_are_summed_in_fp64(op):
     """Two tokens in different tiles and rows: 2^24 + 1, which fp32 does not have."""
@@ -155,6 +156,7 @@ def test_slots_are_summed_in_fp64(op):
     assert op(x, g, torch.tensor([0, 65])).tolist() == [2.0**24 + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "op, weighted",
     [

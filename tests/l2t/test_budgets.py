@@ -50,6 +50,7 @@ def test_thinking_is_cut_at_the_budgets_and_where_it_ends():
     assert len(cut_at([], [4], tokenizer)) == 0
 
 
+@pytest.mark.slow
 def test_an_evaluation_with_budgets():
     """J is that of full forwards of the cut completions, which are those of an evaluation without budgets."""
     config, problems = parse(CONFIG), heldout()[40:240:100]

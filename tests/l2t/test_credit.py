@@ -784,6 +784,7 @@ def test_probes_cost_a_fifth_of_full_forwards():
     assert sum(seen) >= 5 * (forwards.probe + trunk)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mc", "continue"])
 def test_sampled_gains_estimate_the_probability_of_being_right(kind):
     """Right is an answer that starts with an even digit, or a completion whose last digit is even: about
@@ -828,6 +829,7 @@ def test_sampled_gains_estimate_the_probability_of_being_right(kind):
     )  # the same address, the same draws
 
 
+@pytest.mark.slow
 def test_a_sampled_answer_is_right_as_often_as_the_forced_one_is_probable():
     """On the embedded model, which knows how to answer behind its forcing text and nowhere else."""
     tokenizer, problems = Tokenizer(TINY), heldout()[150:500:90]

@@ -129,6 +129,7 @@ def test_continuations_are_drawn_at_their_own_address_as_the_completion_was(worl
         assert {key[2] for key in call["keys"]} <= {p.id for p in PROBLEMS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("std", ["sample", "population", "none"])
 def test_the_return_counts_malformed_tags_and_its_std_is_the_one_asked_for(world, std):
     options = ["--max_tokens", "60", "--malformed_penalty", "0.5", "--advantage_std", std]
@@ -144,6 +145,7 @@ def test_the_return_counts_malformed_tags_and_its_std_is_the_one_asked_for(world
     torch.testing.assert_close(A, expected.float())
 
 
+@pytest.mark.slow
 def test_the_basis_has_its_rank_and_is_refreshed_in_time(world):
     preset = preset_of(world, "--rank_share", "0.25", "--refresh_every", "2", "--fisher_decay", "0.25")
     bases, tokens = [], []
@@ -157,6 +159,7 @@ def test_the_basis_has_its_rank_and_is_refreshed_in_time(world):
     assert bases[1] is bases[0] and bases[2] is not bases[0] and preset.proxy.count == tokens[2]
 
 
+@pytest.mark.slow
 def test_penalty_tokens_are_those_of_one_step(world):
     preset = preset_of(world, "--proxy", "last_block", "--max_tokens", "20")
     rolled(preset)
@@ -170,6 +173,7 @@ def test_malformed_completions_are_counted(world):
     assert any(t.episodes.malformed for t in trajectories), "an episode is left open"
 
 
+@pytest.mark.slow
 def test_the_natural_step_divides_by_the_mean_fisher(world):
     preset = preset_of(world, "--compression", "natural", "--proxy", "lm_head")
     trajectories, _ = rolled(preset)
@@ -211,6 +215,7 @@ def scores(model: StepRewardModel, row: list[int], positions: list[int]) -> torc
         return model.step_scores(torch.tensor(row), cu_seqlens, torch.tensor(positions)).double()
 
 
+@pytest.mark.slow
 def test_a_reward_model_never_sees_the_answer(world, tmp_path):
     preset, seen = preset_of(world, "--gain", "prm", "--prm", save_own(tmp_path)), []
     preset.prm.body.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[0].tolist()))
@@ -252,6 +257,7 @@ def test_a_separator_model_is_told_one_step_per_episode(world, tmp_path):
     assert several and read <= tally.sums["probe_tokens"]
 
 
+@pytest.mark.slow
 def test_beyond_a_separator_model_s_context_nothing_is_gained(world, tmp_path):
     long, short = (
         rolled(preset_of(world, "--gain", "prm", "--prm", save_separator(tmp_path / str(context), context)))[

@@ -194,6 +194,7 @@ def test_labels_are_drawn_at_the_completions_temperature(tokenizer):
     assert (labels[~labels.isnan()] == 1).all()
 
 
+@pytest.mark.slow
 def test_the_loss_is_divided_by_the_labels_of_all_ranks(tmp_path, monkeypatch):
     """As if a second rank had as many: the loss that this one adds is half as large."""
     options = ["prm", "--steps", "1", "--problems_per_step", "2", "--group_size", "2", "--max_tokens", "30"]

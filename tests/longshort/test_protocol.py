@@ -328,6 +328,7 @@ def tiny():
     return Sampler(load_model(TINY), Tokenizer(TINY), num_pages=300)
 
 
+@pytest.mark.slow
 def test_the_real_sampler_holds_a_conversation(tiny):
     """The embedded policy was not taught the roles: what matters is that ids, stops and ends fit together."""
     prompts = Prompts("<|long|>", "<|short|>", joiner="")

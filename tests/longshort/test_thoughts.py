@@ -430,6 +430,7 @@ def test_a_chain_goes_through_the_model_once(tiny):
     assert prefixes[2].new_tokens < prefixes[0].new_tokens
 
 
+@pytest.mark.slow
 def test_rollouts_are_those_of_the_prefix_alone(tiny):
     """Slow twin: every prefix as a prompt of its own."""
     problem, chain = Problem(3, "24*3?", "72", "arith"), thoughts.tags(RESPONSE)

@@ -103,6 +103,7 @@ def test_a_reward(tmp_path, capsys, monkeypatch, value):
     assert again_sentence.startswith("advantage nan of ") and again_sentence in sentence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset, options", [("sft", ""), ("prm", "--gain_samples 1 --group_size 2 --max_tokens 30")]
 )

@@ -39,6 +39,7 @@ def holder(tmp_path):
     process.communicate()
 
 
+@pytest.mark.slow
 def test_the_second_is_told_who_the_first_is_until_that_is_killed(holder, tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} is in use by process {holder.pid} on .* since 20"):
         lock.take(tmp_path)

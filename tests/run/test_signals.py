@@ -43,6 +43,7 @@ def test_the_first_signal_asks_and_handlers_are_put_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once():
     """Also while the main thread waits in C and runs no handler: here, for a lock that never comes free."""
     program = (

@@ -25,6 +25,7 @@ def table(capsys, monkeypatch, *argv: str) -> list[list[str]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part, rows",
     [

@@ -38,6 +38,7 @@ def test_the_sampler_beside_its_peers(folder, capsys, world):
     assert vllm == "not run: no module named vllm" and float(ours.split()[0].replace(",", "")) > 0
 
 
+@pytest.mark.slow
 def test_the_step_without_trl(tmp_path, capsys, world):
     main(
         parse(

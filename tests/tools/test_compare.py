@@ -58,6 +58,7 @@ def method(accuracy, tokens, seeds=("1", "2"), budgets=()) -> Measured:
     return Measured(list(seeds), before, after, after, [(10, accuracy, tokens)], 1.0, list(budgets))
 
 
+@pytest.mark.slow
 def test_differences_are_paired_by_seed_and_problem():
     rows = compare(
         {"grpo": method(0.5, 50), "short": method(0.5, 40, seeds=("2", "3")), "good": method(0.9, 50)}, "grpo"
@@ -71,6 +72,7 @@ def test_differences_are_paired_by_seed_and_problem():
     assert value == low == high == pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 def test_conclusions_name_what_is_shown():
     rows = compare({"grpo": method(0.5, 50), "short": method(0.5, 40), "good": method(0.9, 50)}, "grpo")
     text = conclusions(rows, "grpo")
@@ -83,6 +85,7 @@ def test_conclusions_name_what_is_shown():
     )
 
 
+@pytest.mark.slow
 def test_the_gap_to_the_frontier_is_shown_where_every_method_has_budgets():
     with_budgets = {"a": method(0.5, 50, budgets=(0.2, 0.6)), "b": method(0.5, 50, budgets=(0.4, 0.5))}
     rows = compare(with_budgets, "a")  # best: .4, .6

@@ -59,6 +59,7 @@ def test_only_the_same_problems_are_paired():
         compare(a, [record(0, True, 9) | {"gold": "2"}], ("a", "b"))
 
 
+@pytest.mark.slow
 def test_shared_budgets_are_compared():
     a = [record(i, True, 9, at_budgets=[[8, 0.5], [16, 1.0]]) for i in range(2)]
     b = [record(i, True, 9, at_budgets=[[8, 0.25], [16, 1.0]]) for i in range(2)]
@@ -69,6 +70,7 @@ def test_shared_budgets_are_compared():
     assert list(compare(a, others, ("a", "b"))["quantities"]) == ["accuracy", "tokens"]
 
 
+@pytest.mark.slow
 def test_without_accuracy_there_is_no_aes():
     out = compare([record(0, True, 9)], [record(0, False, 9)], ("a", "b"))
     assert out["aes"] is None and out["aes_interval"] == [] and "no AES" in tables(out)

@@ -222,6 +222,7 @@ def test_a_tag_in_a_model_s_text_is_text(tmp_path):
     assert len(page.all("script")) == 2 and not any("onclick" in a for _, a, _ in page.elements)
 
 
+@pytest.mark.slow
 def test_a_page_is_never_larger_than_its_limit(tmp_path):
     log = new_run(tmp_path)
     with_tokenizer(log)
