@@ -1,12 +1,12 @@
 """Compare methods on tasks and seeds, from the same start for the same number of steps.   `make compare`
 
-    python -m thinkrl.tools.compare [--methods grpo,l2t,kimi] [--seeds 1,2,3] [--steps 100] [--tasks
-    FILE.json] [--against grpo] [--runs_dir runs/compare] [--jobs 2]
+    python -m thinkrl.tools.compare [--methods grpo,l2t,kimi] [--seeds 1,2,3] [--steps 100]
+        [--tasks FILE.json] [--against grpo] [--runs_dir runs/compare] [--jobs 2]
 
 Each run is `torchrun --nproc_per_node=1 train.py …` on a core of its own. A finished run is not repeated, so
-a comparison can be stopped and continued, or extended by seeds, methods and tasks. --tasks is a file {"NAME":
-{"options": "--model … --data …", "tokens": 80}}; "tokens" is the start policy's mean number of tokens, to
-which token limits are scaled. The built-in task is the embedded model's.
+a comparison can be stopped and continued, or extended by seeds, methods and tasks. --tasks is a file
+{"NAME": {"options": "--model … --data …", "tokens": 80}}; "tokens" is the start policy's mean number of
+tokens, to which token limits are scaled. The built-in task is the embedded model's.
 
 For each task it prints a table and conclusions, and writes to runs/compare/TASK/: comparison.md,
 summary.json, report.html with the runs, and, if matplotlib is installed, accuracy_tokens.svg.

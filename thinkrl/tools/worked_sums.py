@@ -1,8 +1,8 @@
 """Make solutions of reasoning-gym's chain_sum, to fine-tune a pretrained model before RL (extra [gym]).
 
     python -m thinkrl.tools.worked_sums --out sums.jsonl [--data gym:chain_sum,min_terms=4,max_terms=4]
-    [--rows 4000] torchrun … train.py sft --model DIR --data sums.jsonl torchrun … train.py grpo --model
-    runs/NAME/hf --data gym:chain_sum,min_terms=4,max_terms=4
+    torchrun … train.py sft --model DIR --data sums.jsonl
+    torchrun … train.py grpo --model runs/NAME/hf --data gym:chain_sum,min_terms=4,max_terms=4
 
 A solution adds one term per paragraph. After some steps a paragraph repeats the step, which RL can learn to
 leave out. The rows are of another stream than RL's, and none is held out.
