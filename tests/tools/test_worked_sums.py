@@ -40,3 +40,12 @@ def test_the_file_is_one_that_sft_reads(tmp_path):
     assert "between <answer> and </answer>" in user["content"] and assistant["content"].startswith(
         "<think>\nStart"
     )
+
+
+def test_prompts_of_ones_own(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    out = tmp_path / "sums.jsonl"
+    main(parse(["--out", str(out), "--rows", "1", "--system", "Be exact.", "--suffix", "Think first."]))
+    system, user, _ = json.loads(out.read_text())["messages"]
+    assert system == {"role": "system", "content": "Be exact."}
+    assert user["content"].endswith(" =\nThink first.")

@@ -28,6 +28,8 @@ class Options:
     data: str = option("gym:chain_sum,min_terms=4,max_terms=4,min_digits=2,max_digits=2", "the task")
     rows: int = option(4000, "solutions to write", low=1)
     repeats: float = option(0.33, "share of the steps that are repeated", low=0, high=1)
+    system: str = option("", "system message of every row; RL then needs the same --system")
+    suffix: str = option("", "text after every question; RL then needs the same --suffix")
     seed: int = option(1, "stream of problems; RL's is its own --seed, 42 if not given")
 
 
@@ -64,7 +66,7 @@ def main(options: Options) -> None:
             problem = gym.training_problem(options.data, options.seed, index)
             row = {
                 "messages": [
-                    *messages(problem),
+                    *messages(problem, options.system, options.suffix),
                     {"role": "assistant", "content": solution(problem, draw, options.repeats)},
                 ]
             }
