@@ -23,7 +23,7 @@ from thinkrl.config import (
     readers,
 )
 from thinkrl.config.aliases import ELSEWHERE, elsewhere
-from thinkrl.options import exit_with_error, group, option, parse_as, within
+from thinkrl.options import exit_with_error, group, option, parse_as, run_tool, within
 from thinkrl.tools.docs import PAGES
 
 OPTIONS = [f for f in dataclasses.fields(Config) if f.metadata]
@@ -340,6 +340,16 @@ def test_a_mistake_that_only_another_rank_sees_is_told_too(monkeypatch, capsys):
         and waited == [30]
         and capsys.readouterr().err == "train.py: problem 7 is too long\n"
     )
+
+
+def test_a_tool_exits_with_the_mistake_of_its_main(monkeypatch, capsys):
+    def main(words: list[str]) -> None:
+        raise UserError(f"no file {words[0]}")
+
+    monkeypatch.setattr("sys.argv", ["tool", "a.jsonl"])
+    with pytest.raises(SystemExit) as stopped:
+        run_tool("tool", list, main)
+    assert stopped.value.code == 2 and capsys.readouterr().err == "tool: no file a.jsonl\n"
 
 
 def test_help_comes_once_from_all_ranks(monkeypatch, capsys):

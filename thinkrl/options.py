@@ -256,3 +256,12 @@ def command_line(program: str, parse: Callable[[list[str]], T]) -> T:
         return parse(sys.argv[1:])
     except UserError as mistake:
         exit_with_error(program, mistake)
+
+
+def run_tool(program: str, parse: Callable[[list[str]], T], main: Callable[[T], None]) -> None:
+    """Parse sys.argv and run main on it; exit with an error for a user's mistake in either."""
+    options = command_line(program, parse)
+    try:
+        main(options)
+    except UserError as mistake:
+        exit_with_error(program, mistake)

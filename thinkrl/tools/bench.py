@@ -50,7 +50,7 @@ from thinkrl.l2t.episodes import Episodes
 from thinkrl.l2t.gain import Gain, Probe
 from thinkrl.learner import Learner, new_optimizer
 from thinkrl.model import ModelConfig, Transformer, fast_linear
-from thinkrl.options import command_line, nearest, option, parse_as
+from thinkrl.options import nearest, option, parse_as, run_tool
 from thinkrl.run.folder import ROOT, torchrun
 from thinkrl.run.metrics import Tally
 from thinkrl.sampler import Sampler
@@ -366,4 +366,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(command_line("bench", parse))
+    run_tool("thinkrl.tools.bench", parse, main)

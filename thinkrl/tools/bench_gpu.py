@@ -47,7 +47,7 @@ from thinkrl.distributed import World, shard, start
 from thinkrl.learner import Learner, new_optimizer
 from thinkrl.memory import CHECKPOINTING, Setting, update_bytes
 from thinkrl.model import ModelConfig, Transformer
-from thinkrl.options import command_line, exit_with_error, nearest, option, parse_as
+from thinkrl.options import nearest, option, parse_as, run_tool
 from thinkrl.run.metrics import Tally
 from thinkrl.sampler import Sampler
 from thinkrl.tools.bench import l2t_parts, l2t_shares
@@ -79,7 +79,7 @@ def full_size() -> Size:
     shapes = {
         name.removeprefix("Qwen2.5-"): c
         for name, c in models(PlanOptions()).items()
-        if name[8:] in "0.5B 1.5B 7B"
+        if name.removeprefix("Qwen2.5-") in ("0.5B", "1.5B", "7B")
     }
     small = {name: shapes[name] for name in ("0.5B", "1.5B")}
     qwen3 = ModelConfig("Qwen3ForCausalLM", 151936, 1024, 28, 16, 8, 128, 3072, 32768, tied=True)  # 0.6B
@@ -436,11 +436,10 @@ def main(o: Options) -> None:
     )
     chip = torch.cuda.get_device_name() if b.device == "cuda" else "a CPU"
     product, copy = ceilings(b.device)
+    print(f"{chip}, torch {torch.__version__}, {b.dtype}.")
     print(
-        f"{chip}, torch {torch.__version__}, {b.dtype}. Measured ceilings: {product / 1e12:.3g} TFLOP/s in a "
-        "large"
+        f"Ceilings: {product / 1e12:.3g} TFLOP/s in a large product, {copy / 1e9:.4g} GB/s in a large copy.\n"
     )
-    print(f"product, {copy / 1e9:.4g} GB/s in a large copy.\n")
     print("| what | time | rate | share of the ceiling | peak memory | |\n|---|---|---|---|---|---|")
     begun = time.monotonic()
     for part in o.parts.split(","):
@@ -454,8 +453,4 @@ def main(o: Options) -> None:
 
 
 if __name__ == "__main__":
-    OPTIONS = command_line("thinkrl.tools.bench_gpu", parse)
-    try:
-        main(OPTIONS)
-    except UserError as mistake:
-        exit_with_error("thinkrl.tools.bench_gpu", mistake)
+    run_tool("thinkrl.tools.bench_gpu", parse, main)

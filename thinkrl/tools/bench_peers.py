@@ -33,7 +33,7 @@ from thinkrl.arith import heldout
 from thinkrl.config import parse as parse_training
 from thinkrl.distributed import World, start
 from thinkrl.learner import TINY, new_actor
-from thinkrl.options import command_line, exit_with_error, nearest, option, parse_as
+from thinkrl.options import nearest, option, parse_as, run_tool
 from thinkrl.rollout import prompt_ids
 from thinkrl.run.folder import ROOT
 from thinkrl.run.metrics import Tally
@@ -253,8 +253,4 @@ def main(o: Options) -> None:
 
 
 if __name__ == "__main__":
-    OPTIONS = command_line("thinkrl.tools.bench_peers", parse)
-    try:
-        main(OPTIONS)
-    except UserError as mistake:
-        exit_with_error("thinkrl.tools.bench_peers", mistake)
+    run_tool("thinkrl.tools.bench_peers", parse, main)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thinkrl import UserError
-from thinkrl.options import command_line, nearest, option, parse_as
+from thinkrl.options import nearest, option, parse_as, run_tool
 from thinkrl.run.files import write_json
 from thinkrl.run.folder import ROOT, finished, torchrun
 from thinkrl.tools.differences import compare, conclusions, measure, table
@@ -239,4 +239,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(command_line("compare", parse))
+    run_tool("thinkrl.tools.compare", parse, main)

@@ -31,7 +31,7 @@ from types import ModuleType
 from thinkrl import UserError
 from thinkrl.data.problems import load_problems
 from thinkrl.grading import grade
-from thinkrl.options import asks_for_help, command_line, exit_with_error, option, parse_as
+from thinkrl.options import asks_for_help, option, parse_as, run_tool
 
 Grader = Callable[[str, str], bool]  # (completion, gold answer) -> right?
 Case = tuple[str, str, str]  # (gold answer, what was done to it, completion)
@@ -300,12 +300,9 @@ def report(path: Path, show: int) -> str:
 
 
 def main(paths: list[Path], options: Options) -> None:
-    try:
-        for path in paths:
-            print(report(path, options.show), flush=True)
-    except UserError as mistake:
-        exit_with_error("thinkrl.tools.grading_report", mistake)
+    for path in paths:
+        print(report(path, options.show), flush=True)
 
 
 if __name__ == "__main__":
-    main(*command_line("thinkrl.tools.grading_report", parse))
+    run_tool("thinkrl.tools.grading_report", parse, lambda parsed: main(*parsed))

@@ -19,7 +19,7 @@ from pathlib import Path
 from thinkrl import UserError
 from thinkrl.memory import CHECKPOINTING, Setting, parameters, update_bytes
 from thinkrl.model import ModelConfig
-from thinkrl.options import command_line, exit_with_error, group, option, parse_as
+from thinkrl.options import group, option, parse_as, run_tool
 
 # Qwen2.5 by its config.json: layers, width, MLP width, heads, kv heads, head dim, vocabulary, tied
 QWEN = {
@@ -195,8 +195,4 @@ def main(o: Options) -> None:
 
 
 if __name__ == "__main__":
-    OPTIONS = command_line("thinkrl.tools.plan", parse)
-    try:
-        main(OPTIONS)
-    except UserError as mistake:
-        exit_with_error("thinkrl.tools.plan", mistake)
+    run_tool("thinkrl.tools.plan", parse, main)

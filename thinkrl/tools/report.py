@@ -29,7 +29,7 @@ import jinja2
 from markupsafe import Markup
 
 from thinkrl import UserError
-from thinkrl.options import asks_for_help, command_line, exit_with_error, option, parse_as
+from thinkrl.options import asks_for_help, option, parse_as, run_tool
 from thinkrl.run.metrics import DEFINITIONS
 from thinkrl.tools.figures import importance_by_place, points_of_a_line, run_class, thin
 from thinkrl.tools.formats import SHARES, change, duration, number, script_json, visible
@@ -209,11 +209,8 @@ def step_set(text: str) -> set[int] | None:
 
 def main(folders: list[Path], options: Options) -> None:
     out = Path(options.out) if options.out else None
-    try:
-        print(write_report(*folders, out=out, steps=step_set(options.steps)))
-    except UserError as mistake:
-        exit_with_error("thinkrl.tools.report", mistake)
+    print(write_report(*folders, out=out, steps=step_set(options.steps)))
 
 
 if __name__ == "__main__":
-    main(*command_line("thinkrl.tools.report", parse))
+    run_tool("thinkrl.tools.report", parse, lambda parsed: main(*parsed))

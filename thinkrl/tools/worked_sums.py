@@ -18,7 +18,7 @@ from pathlib import Path
 
 from thinkrl import UserError, gym
 from thinkrl.data.problems import messages
-from thinkrl.options import command_line, option, parse_as
+from thinkrl.options import option, parse_as, run_tool
 from thinkrl.types import Problem
 
 
@@ -75,4 +75,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(command_line("worked_sums", parse))
+    run_tool("thinkrl.tools.worked_sums", parse, main)

@@ -20,9 +20,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from thinkrl import UserError
 from thinkrl.arith import MAX_EPISODES, sft_rows
-from thinkrl.options import command_line, exit_with_error, option, parse_as
+from thinkrl.options import option, parse_as, run_tool
 from thinkrl.run.lock import take
 
 EOS, UNK = "<|eos|>", "<|unk|>"
@@ -145,10 +144,7 @@ def parse(argv: list[str]) -> Options:
 
 def main(options: Options) -> None:
     out = Path(options.out)
-    try:
-        take(out)
-    except UserError as mistake:
-        exit_with_error("make", mistake)
+    take(out)
     write_folder(out / "start", random_weights(options.seed))
     with (out / "chains.jsonl").open("w") as file:
         for row in sft_rows(options.seed, options.rows):
@@ -156,4 +152,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(command_line("make", parse))
+    run_tool("make", parse, main)
