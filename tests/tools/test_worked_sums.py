@@ -25,8 +25,9 @@ def test_one_term_after_the_other():
 
 
 def test_other_problems_are_refused():
-    with pytest.raises(UserError, match="no chain of sums"):
-        solution(Problem(0, "What is 3 + 4?", "8", "arith"), random.Random(0), repeats=0)
+    for question in ("What is 3 + 4?", "Spell sun backward", "- 3 + 4"):
+        with pytest.raises(UserError, match="no chain of sums"):
+            solution(Problem(0, question, "8", "arith"), random.Random(0), repeats=0)
     with pytest.raises(UserError, match="--out FILE is missing"):
         parse([])
 

@@ -44,7 +44,10 @@ def solution(problem: Problem, draw: random.Random, repeats: float) -> str:
     """Write "<think>\\nStart with 3.\\n\\n3 + 4 = 7\\n\\n7 - 2 = 5\\n</think>\\n<answer>5</answer>" for "3 +
     4 - 2".
     """
+    no_sum = UserError(f"{problem.question!r} is no chain of sums and differences of positive numbers")
     terms = re.findall(r"[+-]|\d+", problem.question.split(":")[-1])
+    if not terms or not terms[0].isdecimal():
+        raise no_sum
     total, paragraphs = int(terms[0]), [f"Start with {terms[0]}."]
     for sign, term in zip(terms[1::2], terms[2::2]):
         after = total + int(term) if sign == "+" else total - int(term)
@@ -54,7 +57,7 @@ def solution(problem: Problem, draw: random.Random, repeats: float) -> str:
             paragraphs.append(f"Let me check this step again: {step}, yes.")
         total = after
     if str(total) != problem.answer:
-        raise UserError(f"{problem.question!r} is no chain of sums and differences of positive numbers")
+        raise no_sum
     thinking = "\n\n".join(paragraphs)
     return f"<think>\n{thinking}\n</think>\n<answer>{total}</answer>"
 
