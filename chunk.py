@@ -1,6 +1,4 @@
-"""Make the cold-start files of Long⊗Short: chains of thought -> thoughts -> importance -> labels -> two
-files.
-
+"""Make the cold-start files of Long⊗Short: chains -> thoughts -> importance -> labels -> two files.
 
     torchrun --nproc_per_node=8 chunk.py --data FILE.jsonl --model DIR --out DIR [--key value …]
 
