@@ -358,6 +358,7 @@ def as_on_cuda(monkeypatch):
         ("rotate_and_store", rotate_and_store_triton),
     ]:
         monkeypatch.setattr(f"thinkrl.decode.paged_model.{name}", kernel)
+    monkeypatch.setattr("thinkrl.decode.paged_model.pack_weight", lambda weight: weight)
     monkeypatch.setattr("thinkrl.decode.step.sample_token", sample_token_triton)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)

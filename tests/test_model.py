@@ -16,6 +16,7 @@ from thinkrl.model import (
     fast_linear,
     inverse_frequencies,
     make_rotate,
+    pack_weight,
     sequence_positions,
 )
 
@@ -245,16 +246,18 @@ def tiny(architecture: str) -> ModelConfig:
     return ModelConfig.from_hf(raw_config(architecture))
 
 
-def test_the_fast_product_is_the_plain_one():
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("prepare", [lambda weight: weight, pack_weight], ids=["plain", "packed"])
+def test_the_fast_product_is_the_plain_one(rows, prepare):
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(*shape, generator=generator) for shape in [(64, 300), (200, 300)])
+    x, weight = (torch.randn(*shape, generator=generator) for shape in [(rows, 300), (200, 300)])
     exact = x.double() @ weight.double().T
     with torch.inference_mode():
-        fast = fast_linear(x, weight)
+        fast = fast_linear(x, prepare(weight))
     # Either sums 300 products in some order of its own: both are within a few roundings of the largest
     # partial sum.
     assert (fast - exact).abs().max() < 300**0.5 * 2.0**-23 * exact.abs().max()
     with torch.inference_mode():  # oneDNN has no bf16 product for a processor without AVX-512
-        fast = fast_linear(x.bfloat16(), weight.bfloat16()).double()
+        fast = fast_linear(x.bfloat16(), prepare(weight.bfloat16())).double()
     bf16_exact = x.bfloat16().double() @ weight.bfloat16().double().T
     assert (fast - bf16_exact).abs().max() <= 2.0**-8 * bf16_exact.abs().max()

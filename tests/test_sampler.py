@@ -106,6 +106,23 @@ def test_logprobs_and_hidden_states_are_those_of_a_packed_forward(model):
             assert not completion.hidden.is_inference()
 
 
+@pytest.mark.parametrize("changed", ["blocks.0.qkv.weight", "blocks.1.down.weight", "embed.weight"])
+def test_changed_weights_are_packed_anew(changed):
+    """Those of a model that the caller shares with the sampler, between two calls."""
+    model = random_model()
+    sampler = Sampler(model, num_pages=20)
+
+    def greedy(sampler: Sampler) -> list[float]:
+        [[completion]] = sampler.generate([[1, 2, 3]], max_tokens=5, temperature=0, stop_ids=[])
+        return completion.logprobs
+
+    before, packed = greedy(sampler), sampler.paged.packed
+    assert greedy(sampler) == before and sampler.paged.packed is packed
+    with torch.no_grad():
+        model.get_parameter(changed).mul_(2)
+    assert greedy(sampler) == greedy(Sampler(model, num_pages=20)) != before
+
+
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama"])
 def test_a_decode_step_is_a_forward_with_attention_over_pages(family):
     """Three sequences of 5, 17 and 32 tokens, and one token more of each: at a page's start, inside, at its
@@ -120,6 +137,7 @@ def test_a_decode_step_is_a_forward_with_attention_over_pages(family):
     token, position = torch.tensor([[pages.tokens[-1], pages.filled] for pages in sequences]).T.contiguous()
     before = sampler.pool.storage.clone()
     with torch.inference_mode():
+        sampler.paged.pack_weights()
         fast = sampler.paged.decode(token, position, table)
         stored = sampler.pool.storage.clone()
         sampler.pool.storage.copy_(before)

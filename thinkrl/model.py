@@ -230,13 +230,14 @@ def make_rotate(positions: Tensor, head_dim: int, rope: Rope) -> Rotate:
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute F.linear, by oneDNN in inference mode on a CPU: MKL's fp32 product takes twice as long on AMD
-    CPUs.
+    """Compute F.linear, by oneDNN in inference mode on a CPU: MKL's fp32 product takes up to twice as long on
+    AMD CPUs.
 
-    oneDNN's product has no derivative, and for less than 8 rows it is not faster. It is not used in compiled
-    blocks, which are for training.
+    weight: [out, in], or a copy by `pack_weight`. oneDNN's product has no derivative, and of a weight that is
+    not packed it is not faster for less than 8 rows. It is not used in compiled blocks, which are for
+    training.
     """
-    if (
+    if weight.is_mkldnn or (
         not torch.compiler.is_compiling()
         and len(x) >= 8
         and weight.is_cpu
@@ -245,6 +246,16 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     ):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def pack_weight(weight: Tensor, rows: int = 64) -> Tensor:
+    """Copy a weight [out, in] into the layout of oneDNN's product with about `rows` rows, on a CPU.
+
+    Otherwise every product copies it. Where oneDNN is not used, returns the weight itself.
+    """
+    if weight.is_cpu and _onednn_multiplies(weight.dtype):
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    return weight
 
 
 @functools.cache
@@ -386,11 +397,12 @@ class Transformer(nn.Module):
         """Weight of the LM head, [V, D]; the embedding's if tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, packed: Tensor | None = None) -> Tensor:
         """Compute logits, [T, D] -> [T, V]. In inference mode on CUDA in fp32, as in the loss.
 
-        Neighbouring bf16 values of large logits differ by 0.1, a few per cent of a probability.
+        Neighbouring bf16 values of large logits differ by 0.1, a few per cent of a probability. packed: the
+        head's weight by `pack_weight`.
         """
         if torch.is_inference_mode_enabled() and hidden.is_cuda and hidden.dtype.itemsize == 2:
             return torch.mm(hidden, self.head_weight.T, out_dtype=torch.float32)
-        return fast_linear(hidden, self.head_weight)
+        return fast_linear(hidden, self.head_weight if packed is None else packed)

@@ -101,6 +101,7 @@ class DecodeLoop:
         step: Callable = eager_step,
         hidden: Tensor | None = None,
     ):
+        paged.pack_weights()
         self.paged, self.pool, self.waiting, self.request = paged, paged.pool, waiting, request
         self.look_every, self.step, self.hidden = look_every, step, hidden
         self.rows: list[Row] = []

@@ -17,7 +17,7 @@ from kernels.gate import silu_mul
 from kernels.norm import add_rms_norm
 from kernels.rotary import Places, rotate_and_store
 from thinkrl.decode.pages import PagePool, Pages
-from thinkrl.model import Attend, Transformer, inverse_frequencies
+from thinkrl.model import Attend, Transformer, fast_linear, inverse_frequencies, pack_weight
 
 
 @dataclass
@@ -42,6 +42,21 @@ class PagedModel:
         self.model, self.pool, self.forwards = model, pool, forwards
         self.max_tokens_per_forward = max_tokens_per_forward
         self.device = model.embed.weight.device
+        self.packed: list[list[Tensor]] = []  # qkv, o, gate_up and down of each block, then the head
+        self._packed_from: list[list[Tensor]] = []
+        self._packed_versions: list[tuple[int, int]] = []  # of these weights: identity, changes in place
+
+    def pack_weights(self) -> None:
+        """Pack the weights that `decode` and `logits` multiply with, unless they are those packed before.
+
+        See `pack_weight`. The owner of the model may have changed them since the last call.
+        """
+        blocks = [[b.qkv, b.o, b.gate_up, b.down] for b in self.model.blocks]
+        weights = [[linear.weight for linear in block] for block in blocks] + [[self.model.head_weight]]
+        versions = [(id(w), 0 if w.is_inference() else w._version) for ws in weights for w in ws]
+        if versions != self._packed_versions:
+            self.packed = [[pack_weight(w) for w in ws] for ws in weights]
+            self._packed_from, self._packed_versions = weights, versions
 
     def feed(self, sequences: list[Pages]) -> None:
         """Fill the K/V of all tokens but the last of each sequence. Their pages must be reserved."""
@@ -83,7 +98,7 @@ class PagedModel:
 
     def decode(self, token: Tensor, position: Tensor, page_table: Tensor) -> Tensor:
         """Feed one token [B] of every sequence at its position [B] (int64); returns hidden [B, D], writes K/V
-        to pages.
+        to pages. By the weights of the last `pack_weights`.
 
         The same function as `Transformer.forward` with attention over pages. Small operations are fused,
         because the number of kernels bounds a step: 9 per layer on CUDA, 10 if attention splits the context.
@@ -92,14 +107,19 @@ class PagedModel:
         frequencies = inverse_frequencies(model.config.head_dim, model.config.rope, self.device)
         places, lengths = Places(position, page_table, frequencies, pool.page_size), position + 1
         x, delta = model.embed(token), None
-        for block, keys, values in zip(model.blocks, pool.keys, pool.values):
+        for block, weights, keys, values in zip(model.blocks, self.packed, pool.keys, pool.values):
+            qkv, o_weight, gate_up, down = weights
             x, h = add_rms_norm(x, delta, block.attention_norm.weight, eps)
             norms = (block.q_norm.weight, block.k_norm.weight, eps) if block.q_norm else ()
-            q = rotate_and_store(block.qkv(h), places, keys, values, *norms)
-            o = block.o(paged_attention(q, keys, values, page_table, lengths).flatten(1))
-            x, h = add_rms_norm(x, o, block.mlp_norm.weight, eps)
-            delta = block.down(silu_mul(block.gate_up(h)))
+            q = rotate_and_store(fast_linear(h, qkv, block.qkv.bias), places, keys, values, *norms)
+            o = paged_attention(q, keys, values, page_table, lengths).flatten(1)
+            x, h = add_rms_norm(x, fast_linear(o, o_weight), block.mlp_norm.weight, eps)
+            delta = fast_linear(silu_mul(fast_linear(h, gate_up)), down)
         return add_rms_norm(x, delta, model.norm.weight, eps)[1]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute `Transformer.logits` by the packed weight of the head."""
+        return self.model.logits(hidden, self.packed[-1][0])
 
 
 def storing(pool: PagePool, slots: Tensor, attend: Attend) -> Attend:

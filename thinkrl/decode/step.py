@@ -45,7 +45,7 @@ def eager_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample every row's next token [B]; return also its log-prob [B] and predicting hidden state [B, D]."""
     hidden = paged.decode(state.token, state.length, page_table)
-    logits = paged.model.logits(hidden)
+    logits = paged.logits(hidden)
     token, logprob, _ = sample_token(logits, state.key, state.position, temperature)
     return token, logprob, hidden
 

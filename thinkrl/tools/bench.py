@@ -49,7 +49,7 @@ from thinkrl.l2t.compression import Proxy
 from thinkrl.l2t.episodes import Episodes
 from thinkrl.l2t.gain import Gain, Probe
 from thinkrl.learner import Learner, new_optimizer
-from thinkrl.model import ModelConfig, Transformer, fast_linear
+from thinkrl.model import ModelConfig, Transformer, fast_linear, pack_weight
 from thinkrl.options import nearest, option, parse_as, run_tool
 from thinkrl.run.folder import ROOT, torchrun
 from thinkrl.run.metrics import Tally
@@ -103,12 +103,13 @@ def run_ours(sampler: Sampler, prompts: list[list[int]], stop_ids: list[int], se
     return sum(len(completion.tokens) for group in groups for completion in group)
 
 
-def matmuls_alone(model: Transformer, product: Callable, rows: int = PROMPTS * SAMPLES) -> float:
-    """Tokens per second if a decode step were only its matrix products."""
+def matmuls_alone(model: Transformer, product: Callable, prepare: Callable = lambda weight: weight) -> float:
+    """Tokens per second if a decode step were only its matrix products, by prepared weights."""
+    rows = PROMPTS * SAMPLES
     weights = [
         linear.weight for block in model.blocks for linear in (block.qkv, block.o, block.gate_up, block.down)
     ]
-    weights.append(model.head_weight)
+    weights = [prepare(weight) for weight in [*weights, model.head_weight]]
     inputs = [torch.randn(rows, weight.shape[1]).to(weight.dtype) for weight in weights]
     best = 0.0
     with torch.inference_mode():
@@ -359,7 +360,7 @@ def main(options: Options) -> None:
                     tokens = run()
                     speed[name] = max(speed[name], tokens / (time.perf_counter() - start))
                 plain = max(plain, matmuls_alone(model, F.linear))
-                fast = max(fast, matmuls_alone(model, fast_linear))
+                fast = max(fast, matmuls_alone(model, fast_linear, pack_weight))
             ours = speed["ours"]
             print(f"{case:10} {workload:7} {speed['theirs']:14.0f} {ours:9.0f} {ours / speed['theirs']:7.2f} "
                   f"{plain:9.0f} {ours / plain:7.0%} {fast:6.0f} {ours / fast:7.0%}", flush=True)  # fmt: skip
