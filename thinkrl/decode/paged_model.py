@@ -43,8 +43,8 @@ class PagedModel:
         self.max_tokens_per_forward = max_tokens_per_forward
         self.device = model.embed.weight.device
         self.packed: list[list[Tensor]] = []  # qkv, o, gate_up and down of each block, then the head
-        self._packed_from: list[list[Tensor]] = []
-        self._packed_versions: list[tuple[int, int]] = []  # of these weights: identity, changes in place
+        self._packed_from: list[list[Tensor]] = []  # held, or another tensor could take an id
+        self._packed_versions: list[tuple[int, int]] = []  # their ids and numbers of changes in place
 
     def pack_weights(self) -> None:
         """Pack the weights that `decode` and `logits` multiply with, unless they are those packed before.
