@@ -106,9 +106,10 @@ def test_logprobs_and_hidden_states_are_those_of_a_packed_forward(model):
             assert not completion.hidden.is_inference()
 
 
-@pytest.mark.parametrize("changed", ["blocks.0.qkv.weight", "blocks.1.down.weight", "embed.weight"])
-def test_changed_weights_are_packed_anew(changed):
+@pytest.mark.parametrize("changed", ["blocks.0.qkv.weight", "blocks.1.down.weight", "head.weight"])
+def test_changed_weights_are_packed_anew(changed, monkeypatch):
     """Those of a model that the caller shares with the sampler, between two calls."""
+    monkeypatch.setattr("thinkrl.model.PACKED_FROM", 0)
     model = random_model()
     sampler = Sampler(model, num_pages=20)
 
@@ -124,10 +125,11 @@ def test_changed_weights_are_packed_anew(changed):
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama"])
-def test_a_decode_step_is_a_forward_with_attention_over_pages(family):
+def test_a_decode_step_is_a_forward_with_attention_over_pages(family, monkeypatch):
     """Three sequences of 5, 17 and 32 tokens, and one token more of each: at a page's start, inside, at its
     end.
     """
+    monkeypatch.setattr("thinkrl.model.PACKED_FROM", 0)
     model = random_model(family=family)
     sampler = Sampler(model, num_pages=20)
     sequences = [sampler.prefill(list(range(n, 2 * n))) for n in (6, 17, 33)]

@@ -248,12 +248,16 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return F.linear(x, weight, bias)
 
 
+PACKED_FROM = 1 << 18  # elements; with smaller weights a rollout gains nothing (BENCHMARKS.md)
+
+
 def pack_weight(weight: Tensor, rows: int = 64) -> Tensor:
     """Copy a weight [out, in] into the layout of oneDNN's product with about `rows` rows, on a CPU.
 
-    Otherwise every product copies it. Where oneDNN is not used, returns the weight itself.
+    Otherwise every product copies it. Where oneDNN is not used, or a copy takes no time worth saving, returns
+    the weight itself.
     """
-    if weight.is_cpu and _onednn_multiplies(weight.dtype):
+    if weight.is_cpu and weight.numel() >= PACKED_FROM and _onednn_multiplies(weight.dtype):
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
     return weight
 
