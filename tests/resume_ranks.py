@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from helpers import PRM_CONFIG
 from thinkrl.distributed import run_and_exit, start, stop
 from thinkrl.model import Transformer
-from thinkrl.resume import load_latest, point_latest, save_step
+from thinkrl.resume import begin_step, load_latest, point_latest, save_step
 
 
 def learner(**changes) -> tuple[Transformer, torch.optim.Optimizer]:
@@ -41,7 +41,7 @@ def train(model: Transformer, optimizer: torch.optim.Optimizer, steps: range) ->
 
 
 def save(folder, step: int, model, optimizer, extra=None, keep=2) -> None:
-    save_step(folder, step, {"policy": model}, {"policy": optimizer}, extra or {"step": step})
+    save_step(begin_step(folder, step, {"policy": model}, {"policy": optimizer}, extra or {"step": step}))
     point_latest(folder, step, keep)
 
 

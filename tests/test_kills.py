@@ -34,6 +34,7 @@ CHECKPOINT = {
     "torch:save": 2,
     "safetensors.torch:save_file": 2,
     "thinkrl.run.files:write_json": 4,
+    "thinkrl.resume:begin_step": 2,
     "thinkrl.resume:save_step": 2,
     "thinkrl.resume:point_latest": 2,
     "shutil:rmtree": 4,

@@ -14,7 +14,7 @@ from helpers import torchrun
 from thinkrl import UserError
 from thinkrl.distributed import start, stop
 from thinkrl.model import Transformer
-from thinkrl.resume import load_step, point_latest, save_step
+from thinkrl.resume import begin_step, load_step, point_latest, save_step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +44,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path):
         "rng": torch.get_rng_state(),
         "name": "l2t",
     }
-    save_step(tmp_path, 2, {"policy": model}, {"policy": optimizer}, extra)
+    save_step(begin_step(tmp_path, 2, {"policy": model}, {"policy": optimizer}, extra))
     assert load(tmp_path, *learner()) == (0, {}), "nobody has said that it is complete"
     point_latest(tmp_path, 2)
 
@@ -60,11 +60,27 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path):
     assert equal(weights(model), weights(straight))
 
 
+def test_what_is_saved_is_the_copy_and_not_what_training_makes_of_it_since(tmp_path):
+    model, optimizer = learner()
+    train(model, optimizer, range(1))
+    before, extra = weights(model), {"fisher": torch.zeros(3)}
+    snapshot = begin_step(tmp_path, 1, {"policy": model}, {"policy": optimizer}, extra)
+    train(model, optimizer, range(1, 2))
+    extra["fisher"] += 1
+    save_step(snapshot)
+    point_latest(tmp_path, 1)
+
+    restored, optimizer = learner()
+    assert load(tmp_path, restored, optimizer) == (1, {"fisher": pytest.approx(torch.zeros(3))})
+    assert equal(weights(restored), before) and not equal(weights(model), before)
+    assert optimizer.state[restored.norm.weight]["step"] == 1
+
+
 def test_two_policies_share_one_checkpoint(tmp_path):
     (long, long_optimizer), (short, short_optimizer) = learner(), learner()
     train(long, long_optimizer, range(1))
     modules, optimizers = {"long": long, "short": short}, {"long": long_optimizer, "short": short_optimizer}
-    save_step(tmp_path, 1, modules, optimizers, {})
+    save_step(begin_step(tmp_path, 1, modules, optimizers, {}))
     assert long_optimizer.state and not short_optimizer.state, (
         "saving takes no step, not even one of zero length"
     )
@@ -91,7 +107,7 @@ def test_old_checkpoints_go_and_half_written_ones_do_not_count(tmp_path):
     interrupted = Interrupted(model.parameters(), momentum=0.9)
     train(model, interrupted, range(1))
     with pytest.raises(KeyboardInterrupt):
-        save_step(tmp_path, 11, {"policy": model}, {"policy": interrupted}, {})
+        begin_step(tmp_path, 11, {"policy": model}, {"policy": interrupted}, {})
     assert load(tmp_path, model, optimizer)[0] == 10 and not (checkpoints / "step_11").exists()
     save(tmp_path, 11, model, optimizer)  # over the remains
     save(tmp_path, 11, model, optimizer, {"again": True})

@@ -1,11 +1,13 @@
-"""What a run says about its own steps: a sampler that does not compute the policy that is trained."""
+"""What a run does after its steps: it saves while it goes on, and says if the sampler is another policy."""
 
 import json
+import threading
 
 import pytest
 import torch
 
 import train
+from thinkrl import learner
 from thinkrl.config import parse
 from thinkrl.sampler import Sampler
 from thinkrl.update import mismatch_limit
@@ -70,3 +72,46 @@ def test_strict_stops_before_anything_is_saved(tmp_path, capsys, one_weight_is_c
     [sentence] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert stopped.value.code == 1 and "step 2: log-probs" in sentence and "--strict" in sentence
     assert (tmp_path / "run" / "latest").read_text() == "step_1\n" and len(lines(tmp_path)) == 2
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_written_while_the_next_step_runs(tmp_path, monkeypatch):
+    """The first one is held back until the second step has sampled. The last is there when the run ends."""
+    sampled, met, rollouts = threading.Event(), [], []
+    save_step, release = learner.save_step, Sampler.release_pool
+
+    def held_back(snapshot, group) -> None:
+        met.append(sampled.wait(60))
+        save_step(snapshot, group)
+
+    def released(self) -> None:
+        rollouts.append(self)
+        if len(rollouts) == 2:
+            sampled.set()
+        release(self)
+
+    monkeypatch.setattr(learner, "save_step", held_back)
+    monkeypatch.setattr(Sampler, "release_pool", released)
+    run(tmp_path, "--steps", "3", "--save_every", "1", "--keep_checkpoints", "3")
+    assert met == [True, True, True] and (tmp_path / "run" / "latest").read_text() == "step_3\n"
+    folders = (tmp_path / "run" / "checkpoints").iterdir()
+    assert sorted(folder.name for folder in folders) == ["step_1", "step_2", "step_3"]
+
+
+@pytest.mark.slow
+def test_a_write_that_fails_ends_the_run_and_the_checkpoint_before_stays(tmp_path, monkeypatch, capsys):
+    """In the place of step 2's folder of shards is a file."""
+    begin_step = learner.begin_step
+
+    def spoilt(folder, step, *state):
+        snapshot = begin_step(folder, step, *state)
+        if step == 2:
+            (snapshot.path.with_name("step_2.tmp") / "dcp").touch()
+        return snapshot
+
+    monkeypatch.setattr(learner, "begin_step", spoilt)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, "--steps", "4", "--save_every", "1")
+    [sentence] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert stopped.value.code == 2 and "step_2" in sentence and "File exists" in sentence
+    assert (tmp_path / "run" / "latest").read_text() == "step_1\n" and len(lines(tmp_path)) == 3

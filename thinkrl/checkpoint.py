@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -222,13 +223,27 @@ def atomic_dir(path: Path) -> Iterator[Path | None]:
     Yields the folder on rank 0, None on others. If it cannot be written, UserError is raised on all ranks and
     `path` is unchanged; therefore code that fills it must raise only after its last collective.
     """
+    make_temporary(path)
+    with moved_at_the_end(path) as folder:
+        yield folder
+
+
+def make_temporary(path: Path) -> None:
+    """Make an empty `temporary(path)`, which `moved_at_the_end` moves. Collective; may raise UserError."""
+
+    def make() -> None:
+        shutil.rmtree(temporary(path), ignore_errors=True)
+        temporary(path).mkdir(parents=True)
+
+    on_main(make)
+
+
+@contextlib.contextmanager
+def moved_at_the_end(path: Path, group: dist.ProcessGroup | None = None) -> Iterator[Path | None]:
+    """The second half of `atomic_dir`, after `make_temporary`. Collective in the group."""
     folder, error = temporary(path), ""
 
-    def begin() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-
-    def end() -> None:
+    def move() -> None:
         if error:
             raise OSError(0, error, str(path))
         for file in [file for file in folder.rglob("*") if file.is_file()]:
@@ -241,14 +256,13 @@ def atomic_dir(path: Path) -> Iterator[Path | None]:
         folder.rename(path)
         shutil.rmtree(retired, ignore_errors=True)
 
-    on_main(begin)
     try:
         yield folder if rank() == 0 else None
     except CheckpointException as failed:  # of one rank, raised on all
         error = str(min(failed.failures.items())[1][0])
     except (OSError, SafetensorError) as failed:
         error = str(failed)
-    on_main(end)
+    on_main(move, group=group)
 
 
 def temporary(path: Path) -> Path:

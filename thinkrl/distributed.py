@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from thinkrl import UserError
 from thinkrl.launcher import require_launcher
 
+PATIENCE = timedelta(hours=2)  # rollouts differ in length, so a rank may wait long in the next collective
 CGROUP = Path("/sys/fs/cgroup")  # of the container that this process runs in, if it has one
 M = TypeVar("M", bound=nn.Module)
 
@@ -88,8 +89,7 @@ def start(device: str = "auto") -> World:
         place: dict[str, Any] = (
             {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         )
-        # Rollouts differ in length between ranks, so a rank may wait a long time in the next collective.
-        dist.init_process_group(backend, timeout=timedelta(hours=2), **place)
+        dist.init_process_group(backend, timeout=PATIENCE, **place)
     return World(rank, size, chosen)
 
 
@@ -232,43 +232,48 @@ def global_max(value: float) -> float:
     return float(highest)
 
 
-def gather(value: Any) -> list[Any]:
+def background_group() -> dist.ProcessGroup:
+    """Make a group of all ranks for the collectives of a second thread, on the CPU. Collective."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Gather every rank's object, in rank order, on every rank."""
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, value)
+    dist.all_gather_object(parts, value, group=group)
     return parts
 
 
-def from_main(value: Any) -> Any:
+def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Broadcast rank 0's object to every rank."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def raise_on_all_ranks(error: str) -> None:
+def raise_on_all_ranks(error: str, group: dist.ProcessGroup | None = None) -> None:
     """Raise UserError on every rank if any rank has an error message. Collective."""
-    sentences = [s for s in (gather(error) if dist.is_initialized() else [error]) if s]
+    sentences = [s for s in (gather(error, group) if dist.is_initialized() else [error]) if s]
     if sentences:
         raise UserError(sentences[0])
 
 
-def together(function: Callable, *arguments: Any) -> Any:
+def together(function: Callable, *arguments: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Call a function on every rank; return the own result, or raise any rank's UserError. Collective."""
     result, error = None, ""
     try:
         result = function(*arguments)
     except UserError as mistake:
         error = str(mistake)
-    raise_on_all_ranks(error)
+    raise_on_all_ranks(error, group)
     return result
 
 
-def on_main(function: Callable, *arguments: Any) -> Any:
+def on_main(function: Callable, *arguments: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Call a function on rank 0 and return its result on every rank. Collective, and so a barrier.
 
     Its UserError, and an OSError of writing, are raised on every rank. Without a process group this is rank
-    0.
+    0. group: of `background_group`, in its thread.
     """
 
     def own() -> Any:
@@ -280,8 +285,8 @@ def on_main(function: Callable, *arguments: Any) -> Any:
                 f"writing{where} failed ({failed.strerror or failed}): {AFTER_A_FAILED_WRITE}"
             ) from None
 
-    result = together(own)
-    return from_main(result) if dist.is_initialized() else result
+    result = together(own, group=group)
+    return from_main(result, group) if dist.is_initialized() else result
 
 
 def rank() -> int:

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from thinkrl import UserError
-from thinkrl.checkpoint import load_model, read_config, save_hf
+from thinkrl.checkpoint import load_model, read_config, save_hf, temporary
 from thinkrl.config import SAMPLING, Config, fit_to_context
 from thinkrl.distributed import World, free_memory, global_max, on_main, shard
 from thinkrl.hub import HUB_NAME, fetch_model
 from thinkrl.memory import Setting, fit_to_memory, parameters
 from thinkrl.model import Transformer
-from thinkrl.resume import load_latest, point_latest, save_step
+from thinkrl.resume import begin_step, load_latest, point_latest, save_step
 from thinkrl.run.folder import begun_with
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
@@ -186,18 +187,26 @@ def save(
     learners: Mapping[str, Learner],
     state: dict,
     config: Config,
+    group: dist.ProcessGroup,
     export: Callable = save_hf,
-) -> None:
-    """Write checkpoints/step_N: the state for a resume and, by `export`, a folder per learner. Collective.
+) -> Callable[[], None]:
+    """Begin checkpoints/step_N: the state for a resume and, by `export`, a folder per learner. Collective.
 
-    `latest` is updated last, so a run that is killed before resumes from the previous checkpoint.
+    The state is copied and the folders are written. Returns a function that writes the copy, for another
+    thread, with the group's collectives. It updates `latest` last, so a run that is killed before resumes
+    from the previous checkpoint.
     """
-    path = save_step(folder, step, _modules(learners), _optimizers(learners), state)
+    snapshot = begin_step(folder, step, _modules(learners), _optimizers(learners), state)
     for name, learner in learners.items():
-        own = path / {"policy": "hf", "prm": "prm"}.get(name, f"hf_{name}")
+        own = temporary(snapshot.path) / {"policy": "hf", "prm": "prm"}.get(name, f"hf_{name}")
         export(learner.policy, learner.tokenizer, own)
         on_main(_write_files, own, learner.files)
-    point_latest(folder, step, keep=config.keep_checkpoints)
+
+    def write() -> None:
+        save_step(snapshot, group)
+        point_latest(folder, step, config.keep_checkpoints, group)
+
+    return write
 
 
 def restore(folder: Path, learners: Mapping[str, Learner]) -> tuple[int, dict]:

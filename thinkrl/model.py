@@ -249,16 +249,17 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 PACKED_FROM = 1 << 18  # elements; with smaller weights a rollout gains nothing (BENCHMARKS.md)
+PACKED_FOR = 64  # rows of the other factor, about
 
 
-def pack_weight(weight: Tensor, rows: int = 64) -> Tensor:
-    """Copy a weight [out, in] into the layout of oneDNN's product with about `rows` rows, on a CPU.
+def pack_weight(weight: Tensor) -> Tensor:
+    """Copy a weight [out, in] into the layout of oneDNN's product, on a CPU.
 
     Otherwise every product copies it. Where oneDNN is not used, or a copy takes no time worth saving, returns
     the weight itself.
     """
     if weight.is_cpu and weight.numel() >= PACKED_FROM and _onednn_multiplies(weight.dtype):
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR)
     return weight
 
 

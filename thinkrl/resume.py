@@ -11,9 +11,9 @@ and every value that is not a tensor. Here the index is the JSON header of the s
 tensors only. extra.pt is read by torch's restricted unpickler, which only builds tensors and plain
 containers.
 
-A checkpoint is written under a temporary name, then renamed; `latest` is updated last, and then older
-checkpoints are removed. A resume skips a checkpoint with files of the wrong size or that cannot be read, and
-takes the one before it.
+`begin_step` copies the state to host memory. `save_step` writes the copy while the run goes on, under a
+temporary name, then renames it; `point_latest` updates `latest`, then removes older checkpoints. A resume
+skips a checkpoint with files of the wrong size or that cannot be read, and takes the one before it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,45 +40,68 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from thinkrl import UserError
-from thinkrl.checkpoint import atomic_dir, temporary
+from thinkrl.checkpoint import make_temporary, moved_at_the_end, temporary
 from thinkrl.distributed import gather, on_main
 from thinkrl.run.files import read_json, write_json
 
 
-def save_step(
+@dataclass(frozen=True)
+class Snapshot:
+    """State of a run after a step, copied to host memory: it is written while the run goes on."""
+
+    path: Path  # of the checkpoint
+    tensors: dict[str, Any]  # this rank's shards of parameters and optimizer states
+    extra: bytes  # the content of extra.pt
+    writer: HuggingFaceStorageWriter
+
+
+def begin_step(
     run_dir: str | Path,
     step: int,
     modules: dict[str, nn.Module],
     optimizers: dict[str, Optimizer],
     extra: dict,
-) -> Path:
-    """Write checkpoints/step_N and return its path. Collective. Raises UserError if it cannot be written.
+) -> Snapshot:
+    """Copy what checkpoints/step_N will hold, and make its temporary folder. Collective.
+
+    Other files of the checkpoint may be written to that folder before `save_step`. Raises UserError if the
+    folder cannot be made.
 
     extra  nested dicts and lists of tensors, numbers and strings, such as a preset's state; rank 0's is
            saved, so it must be the same on all ranks
     """
-    path = Path(run_dir) / "checkpoints" / f"step_{step}"
+    path = _folder(Path(run_dir), step)
+    make_temporary(path)
     # reading the state of an optimizer without steps makes torch take one
     stepped = {name: optimizer for name, optimizer in optimizers.items() if optimizer.state}
-    with atomic_dir(path) as folder:
-        tensors, states = _state(modules, stepped)
-        shards = temporary(path) / "dcp"
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(shards), save_distributed=True))
+    tensors, states = _state(modules, stepped)
+    groups = {name: state["param_groups"] for name, state in states.items()}
+    written = io.BytesIO()
+    torch.save({"extra": extra, "param_groups": groups}, written)
+    writer = HuggingFaceStorageWriter(str(temporary(path) / "dcp"), save_distributed=True)
+    return Snapshot(path, writer.stage(tensors), written.getvalue(), writer)
+
+
+def save_step(snapshot: Snapshot, group: dist.ProcessGroup | None = None) -> None:
+    """Write a checkpoint, in any thread. Collective in the group. Raises UserError if it fails."""
+    shards = temporary(snapshot.path) / "dcp"
+    with moved_at_the_end(snapshot.path, group) as folder:
+        dcp.save(snapshot.tensors, storage_writer=snapshot.writer, process_group=group)
         # each rank reports its own files: another machine may not see them immediately
         own = shards.glob(f"shard-{dist.get_rank() + 1:05}-*")
         files = {f"dcp/{file.name}": file.stat().st_size for file in own}
-        files = {name: size for part in gather(files) for name, size in part.items()}
+        files = {name: size for part in gather(files, group) for name, size in part.items()}
         if folder:
-            groups = {name: state["param_groups"] for name, state in states.items()}
-            written = io.BytesIO()
-            torch.save({"extra": extra, "param_groups": groups}, written)
-            (folder / "extra.pt").write_bytes(written.getbuffer())
-            write_json(folder / "files.json", {**files, "extra.pt": written.getbuffer().nbytes})
-    return path
+            (folder / "extra.pt").write_bytes(snapshot.extra)
+            write_json(folder / "files.json", {**files, "extra.pt": len(snapshot.extra)})
 
 
-def point_latest(run_dir: str | Path, step: int, keep: int = 2) -> None:
-    """Set `latest` to checkpoints/step_N, and remove all but the newest `keep` checkpoints. Collective."""
+def point_latest(
+    run_dir: str | Path, step: int, keep: int = 2, group: dist.ProcessGroup | None = None
+) -> None:
+    """Set `latest` to checkpoints/step_N, and remove all but the newest `keep` checkpoints. Collective in the
+    group.
+    """
     run_dir = Path(run_dir)
 
     def point() -> None:
@@ -88,7 +112,7 @@ def point_latest(run_dir: str | Path, step: int, keep: int = 2) -> None:
             if old != step:
                 shutil.rmtree(_folder(run_dir, old))
 
-    on_main(point)
+    on_main(point, group=group)
 
 
 def load_latest(

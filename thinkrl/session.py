@@ -12,10 +12,12 @@ After SIGTERM or SIGINT, the step or evaluation is finished, the state is saved,
 from __future__ import annotations
 
 import sys
+import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -27,13 +29,13 @@ from thinkrl import UserError
 from thinkrl.checkpoint import save_hf
 from thinkrl.config import Config, as_dict
 from thinkrl.data.problems import Stream
-from thinkrl.distributed import World, from_main, gather, on_main
+from thinkrl.distributed import World, background_group, from_main, gather, global_max, on_main
 from thinkrl.learner import Actor, Learner, compute_dtype, restore, save, save_dtype
 from thinkrl.rollout import completions_bar
 from thinkrl.run import watch
 from thinkrl.run.batch import write_packs
 from thinkrl.run.folder import open_run, record_launch
-from thinkrl.run.metrics import STUCK, Log, Tally, append, set_aside, why_nothing_is_learned
+from thinkrl.run.metrics import STUCK, Log, Tally, append, set_aside, why_stuck
 from thinkrl.run.signals import Stopped, StopRequest
 from thinkrl.run.sinks import Sink, flat, open_sinks, table_rows
 from thinkrl.types import Pack
@@ -81,6 +83,10 @@ class Session:
         self.mismatched = False  # whether the user was warned that sampler and trainer differ
         on_main(self._begin)
         self.stop = StopRequest("this step", world.main)
+        self.group = background_group()
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writer_thread = self.writer.submit(threading.get_ident).result()
+        self.writing: Future[None] | None = None  # of the newest checkpoint
 
     def __enter__(self) -> Session:
         watch.begin("train.py", self.config.timeout, self.world)
@@ -91,6 +97,7 @@ class Session:
             error.args = (self._keep_batch(error),)
         elif isinstance(error, RuntimeError):
             watch.exit_if_lost(error)
+        self.writer.shutdown()  # after the checkpoint that is being written: nothing saved is lost
         watch.end()
         self.stop.close()
         self.log.close()
@@ -118,6 +125,7 @@ class Session:
         on_main(self._open_log)
         self.stop_if_asked()
         yield from range(self.first, self.config.steps)
+        self.finish_save()
         self.log.close()
 
     def end_step(
@@ -139,6 +147,8 @@ class Session:
         row, done = tally.row(step + 1, **numbers), step + 1
         self.recent.append(row)
         on_main(self._log_step, done, row, samples)
+        if self.writing and not global_max(not self.writing.done()):
+            self.finish_save()  # raises now, and not at the next save, if it failed
         if "mismatch" in row:
             self._check_mismatch(done, row["mismatch"])
         self.done, self.state = done, state or {}
@@ -193,10 +203,22 @@ class Session:
         return minutes > 0 and from_main(time.monotonic() - self.saved_at > 60 * minutes)
 
     def save(self) -> None:
-        """Write a checkpoint of the current state."""
+        """Save the current state: copy it, and let a thread write the copy while the run goes on."""
+        self.finish_save()
         watch.at("save")
-        save(self.run.folder, self.done, self.learners, self.state, self.config, self.export)
+        write = save(
+            self.run.folder, self.done, self.learners, self.state, self.config, self.group, self.export
+        )
+        self.writing = self.writer.submit(write)
         self.saved, self.saved_at = self.done, time.monotonic()
+
+    def finish_save(self) -> None:
+        """Wait until the newest checkpoint is written. Raises its UserError. Collective."""
+        if self.writing:
+            watch.at("save")
+            writing, self.writing = self.writing, None
+            with watch.waiting_for(self.writer_thread):
+                writing.result()
 
     def stop_if_asked(self) -> None:
         """Save, unless saved, and raise Stopped, if a rank was asked to stop."""
@@ -204,12 +226,13 @@ class Session:
             return
         if self.saved < self.done:
             self.save()
+        self.finish_save()
         at = f"after step {self.done}, which is saved" if self.done else "before the first step was taken"
         raise Stopped(f"stopped {at}: the same command with --resume auto continues {self.run.folder}")
 
     def warn_if_stuck(self, rule: str) -> None:
-        """Warn once if all advantages of the newest steps are 0, with the reason. rule: the grading rule."""
-        sentence = why_nothing_is_learned(self.recent, rule) if len(self.recent) == STUCK else ""
+        """Warn once if the newest steps have no advantage or no right answer. rule: the grading rule."""
+        sentence = why_stuck(self.recent, rule) if len(self.recent) == STUCK else ""
         if sentence and not self.stuck and self.world.main:
             tqdm.write(f"warning: {sentence}", file=sys.stderr)
         self.stuck = bool(sentence)

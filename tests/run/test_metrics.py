@@ -2,7 +2,7 @@
 
 import pytest
 
-from thinkrl.run.metrics import STUCK, why_nothing_is_learned
+from thinkrl.run.metrics import STUCK, why_stuck
 
 LEARNS = {"advantage_max": 0.5, "answered": 1.0, "accuracy": 0.5, "truncated": 0.0, "unrewarded": 0.0}
 STANDS = LEARNS | {"advantage_max": 0.0}
@@ -20,15 +20,26 @@ STANDS = LEARNS | {"advantage_max": 0.0}
     ],
 )
 def test_the_likely_cause_is_named(shares, why):
-    sentence = why_nothing_is_learned([STANDS | shares] * STUCK, "gsm8k")
+    sentence = why_stuck([STANDS | shares] * STUCK, "gsm8k")
     assert sentence.startswith(f"nothing was learned in the last {STUCK} steps") and why in sentence
 
 
 def test_one_step_that_taught_something_is_enough():
-    assert why_nothing_is_learned([STANDS] * 4 + [LEARNS], "gsm8k") == ""
-    assert why_nothing_is_learned([], "gsm8k") == ""
+    assert why_stuck([STANDS] * 4 + [LEARNS], "gsm8k") == ""
+    assert why_stuck([], "gsm8k") == ""
+
+
+def test_a_run_that_learns_from_wrong_answers_alone_is_told():
+    """As a conversation does, whose format is rewarded, under a rule that finds no answer."""
+    rows = [LEARNS | {"accuracy": 0.0, "answered": 0.0}] * STUCK
+    sentence = why_stuck(rows, "arith")
+    assert sentence.startswith(
+        f"no answer was right in the last {STUCK} steps, only other parts of the reward"
+    )
+    assert "the grading rule arith found no answer" in sentence
+    assert why_stuck([*rows[1:], LEARNS], "arith") == ""
 
 
 def test_a_cause_holds_in_every_step():
     rows = [STANDS | {"answered": 0.0, "accuracy": 0.0}] * 4 + [STANDS | {"answered": 0.25, "accuracy": 0.0}]
-    assert "every answer was wrong" in why_nothing_is_learned(rows, "math")
+    assert "every answer was wrong" in why_stuck(rows, "math")

@@ -15,9 +15,9 @@ HALF_A_MINUTE = "0.5"  # no step of SMALL takes as long, not on a machine with o
 SMALL = "grpo --steps 50 --problems_per_step 2 --group_size 2 --max_tokens 10 --eval_problems 0 --name run"
 
 
-def train(tmp_path, place: str, times: int, timeout: str, **environment: str) -> list[str]:
+def train(tmp_path, place: str, times: int, timeout: str, *options: str, **environment: str) -> list[str]:
     """What a run of two ranks says that is struck there."""
-    command = ["train.py", *SMALL.split(), "--runs_dir", str(tmp_path), "--timeout", timeout]
+    command = ["train.py", *SMALL.split(), "--runs_dir", str(tmp_path), "--timeout", timeout, *options]
     done = torchrun(2, "tests/killed.py", place, str(times), *command, **environment)
     assert done.returncode != 0 and 'train.py", line' not in done.stderr, done.stderr[-3000:]
     return [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
@@ -31,6 +31,16 @@ def test_a_rank_that_stalls_is_named(tmp_path):
         f"train.py: rank 1 on {socket.gethostname()} (step 3, rollout, tests/killed.py:"
     ), said
     assert ") has done nothing for 3" in said and said.endswith(" s (--timeout)")
+
+
+@pytest.mark.slow
+def test_a_stall_of_the_thread_that_saves_is_named(tmp_path):
+    """The second rank's, at the first checkpoint; the main thread takes a step and waits before the next."""
+    environment = {"KILL_SIGNAL": "STALL", "KILL_WHO": "1"}
+    [said] = train(tmp_path, "thinkrl.resume:save_step", 1, HALF_A_MINUTE, "--save_every", "1", **environment)
+    assert said.startswith(f"train.py: rank 1 on {socket.gethostname()} (step 2, save, tests/killed.py:"), (
+        said
+    )
 
 
 @pytest.mark.slow

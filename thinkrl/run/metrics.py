@@ -75,21 +75,22 @@ DEFINITIONS = {
 }
 
 
-STUCK = 5  # steps with all advantages 0 after which a run warns
+STUCK = 5  # steps without any advantage, or without a right answer, after which a run warns
 
 
-def why_nothing_is_learned(rows: Sequence[dict], rule: str) -> str:
-    """Explain why all advantages in these newest lines of metrics.jsonl are 0; "" if some are not.
+def why_stuck(rows: Sequence[dict], rule: str) -> str:
+    """Explain why these newest lines of metrics.jsonl have no advantage, or no right answer; "" if they have.
 
     rule: the grading rule's name, for the sentence.
     """
-    if not rows or any(row["advantage_max"] > 0 for row in rows):
-        return ""
     shares = {
         key: [row.get(key, 0.0) for row in rows]
         for key in ("answered", "accuracy", "truncated", "unrewarded")
     }
     all_of, none_of = ({key for key, values in shares.items() if set(values) == {x}} for x in (1, 0))
+    taught = any(row["advantage_max"] > 0 for row in rows)
+    if not rows or (taught and "accuracy" not in none_of):
+        return ""
     if "unrewarded" in all_of:
         why = "--reward gave no completion a number"
     elif "truncated" in all_of:
@@ -108,7 +109,13 @@ def why_nothing_is_learned(rows: Sequence[dict], rule: str) -> str:
         why = "every answer was right; take harder data"
     else:
         why = "the rewards of each group were equal; raise --group_size or --temperature"
-    return f"nothing was learned in the last {len(rows)} steps, all advantages were 0: {why}"
+    if taught:
+        what = (
+            f"no answer was right in the last {len(rows)} steps, only other parts of the reward are learned"
+        )
+    else:
+        what = f"nothing was learned in the last {len(rows)} steps, all advantages were 0"
+    return f"{what}: {why}"
 
 
 class Tally:

@@ -3,6 +3,7 @@
     begin("train.py", minutes, world)    start watching; collective
     at("rollout", step)                  the main thread reaches this place
     alive()                              it is active: called with every forward of a model
+    with waiting_for(thread):            it waits for this thread, which is watched in its place
     end()                                with watching(…): begins and ends
 
 A rank is stalled if its main thread has neither reached a place nor been active for so long, unless it waits
@@ -39,6 +40,7 @@ ROOT = str(Path(__file__).resolve().parents[2])
 
 _watch: Watch | None = None
 _place, _step, _last = "the start", 0, 0.0
+_instead: int | None = None  # identifier of the thread that the main thread waits for
 
 
 def begin(program: str, minutes: float, world: World) -> None:
@@ -62,6 +64,19 @@ def alive() -> None:
     """Record that the main thread is active."""
     global _last
     _last = time.monotonic()
+
+
+@contextmanager
+def waiting_for(thread: int) -> Iterator[None]:
+    """While the main thread waits for another thread of this process, that one is watched in its place."""
+    global _instead
+    alive()
+    _instead = thread
+    try:
+        yield
+    finally:
+        _instead = None
+        alive()
 
 
 def end() -> None:
@@ -149,7 +164,7 @@ class Watch:
         """End the process if its main thread stalls, or if the store does not answer."""
         while self.talker.is_alive():
             self.talker.join(self.pause)
-            frame, now = sys._current_frames().get(main_thread), time.monotonic()
+            frame, now = sys._current_frames().get(_instead or main_thread), time.monotonic()
             if waits(frame):
                 alive()  # so that a rank is not called stalled when others let it go on
             elif now - _last > self.seconds and not self.ended.is_set():
