@@ -70,22 +70,8 @@ def two_hosts():
     hosts = [f"thinkrl{os.getpid()}{x}" for x in "ab"]
     made = [ip("netns", "add", host) for host in hosts]
     try:
-        made.append(
-            ip(
-                "link",
-                "add",
-                "cable0",
-                "netns",
-                hosts[0],
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "cable1",
-                "netns",
-                hosts[1],
-            )
-        )
+        ends = "netns", hosts[0], "type", "veth", "peer", "name", "cable1", "netns", hosts[1]
+        made.append(ip("link", "add", "cable0", *ends))
         if wrong := [one.stderr.strip() for one in made if one.returncode]:
             pytest.skip(f"no network namespaces here: {wrong[0]}")
         for i, host in enumerate(hosts):
