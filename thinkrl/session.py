@@ -83,7 +83,7 @@ class Session:
         self.mismatched = False  # whether the user was warned that sampler and trainer differ
         on_main(self._begin)
         self.stop = StopRequest("this step", world.main)
-        self.group = background_group()
+        self.group = background_group()  # of the thread that writes checkpoints
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writer_thread = self.writer.submit(threading.get_ident).result()
         self.writing: Future[None] | None = None  # of the newest checkpoint
