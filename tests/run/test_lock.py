@@ -91,7 +91,7 @@ def test_a_second_start_is_refused_with_one_sentence(holder, tmp_path, program):
 
 @pytest.mark.slow
 def test_workers_end_with_their_launcher(tmp_path):
-    """torchrun is killed in the second step. Its workers end at once, so the run can be continued."""
+    """torchrun is killed when step 1 is saved. Its workers end at once, so the run can be continued."""
     command = ["train.py", "grpo", "--steps", "3", "--save_every", "1", "--problems_per_step", "2"]
     command += [
         "--group_size",
@@ -104,7 +104,7 @@ def test_workers_end_with_their_launcher(tmp_path):
         str(tmp_path),
     ]
     command += ["--name", "run", "--resume", "auto"]
-    done = torchrun(2, "tests/killed.py", "thinkrl.run.metrics:Log.step", "2", *command, KILL_WHO="launcher")
+    done = torchrun(2, "tests/killed.py", "thinkrl.resume:point_latest", "1", *command, KILL_WHO="launcher")
     assert done.returncode == -signal.SIGKILL
     again = torchrun(2, *command)
     assert again.returncode == 0, again.stderr[-3000:]
