@@ -60,9 +60,10 @@ CONTROLS = {
     "l2t_to_go_none": "l2t --credit to_go --gain none",  # the same, compression alone
     # local credit by M continuations a cut: local_M; with λ = 0.5 or 0.8: local_M_half, local_M_lambda
     **{f"local_{m}": f"l2t --method vineppo --gain_samples {m}" for m in (1, 2, 4, 9)},
-    **{f"local_{m}_half": f"l2t --method vineppo --gain_samples {m} --credit_lambda 0.5" for m in (1, 4)},
     **{
-        f"local_{m}_lambda": f"l2t --method vineppo --gain_samples {m} --credit_lambda 0.8" for m in (1, 2, 4)
+        f"local_{m}_{name}": f"l2t --method vineppo --gain_samples {m} --credit_lambda {value}"
+        for m in (1, 2, 4, 9)
+        for name, value in (("half", 0.5), ("lambda", 0.8))
     },
 }
 COLOURS = [
