@@ -7,7 +7,7 @@ import pytest
 
 from helpers import python
 from thinkrl.tools import bench_peers
-from thinkrl.tools.bench_peers import Peer, environment, last_line, line, main, parse
+from thinkrl.tools.bench_peers import Line, Peer, environment, last_line, main, parse, row
 
 
 @pytest.fixture
@@ -29,13 +29,12 @@ def folder(tmp_path):
 def test_the_sampler_beside_its_peers(folder, capsys, world):
     pytest.importorskip("transformers")
     main(parse(["--folder", str(folder), "--cases", "1.3M fp32", "--repeat", "1", "--tokens", "4"]))
-    heads, dashes, row = capsys.readouterr().out.splitlines()[1:]
-    what, theirs, vllm, ours = [cell.strip() for cell in row.strip("|").split("|")]
-    assert what == "sampler 1.3M fp32, tokens per second" and heads.count("|") == dashes.count(
-        "|"
-    ) == row.count("|")
+    heads, dashes, measured = capsys.readouterr().out.splitlines()[1:]
+    what, theirs, vllm, ours, products = [cell.strip() for cell in measured.strip("|").split("|")]
+    assert what == "sampler 1.3M fp32, tokens per second" and heads.count("|") == dashes.count("|") == 6
     assert theirs.startswith("transformers 5") and theirs.endswith("(1.00)")
-    assert vllm == "not run: no module named vllm" and float(ours.split()[0].replace(",", "")) > 0
+    assert vllm == "not run: no module named vllm"
+    assert all(float(cell.split()[0].replace(",", "")) > 0 for cell in (ours, products))
 
 
 @pytest.mark.slow
@@ -56,11 +55,12 @@ def test_the_step_without_trl(tmp_path, capsys, world):
             ]
         )
     )
-    row = capsys.readouterr().out.splitlines()[-1]
-    assert row.startswith(
+    measured = capsys.readouterr().out.splitlines()[-1]
+    assert measured.startswith(
         "| GRPO step, embedded model, 128 × 4 tokens, steps per second | not installed: --install false | – |"
     )
-    assert row.endswith("(1.00) |")
+    ours, products = measured.split("|")[-3:-1]
+    assert ours.endswith("(1.00) ") and float(products.split()[0].replace(",", "")) > 0
 
 
 @pytest.mark.slow
@@ -73,11 +73,13 @@ def test_an_environment_that_cannot_be_made(tmp_path, monkeypatch):
 
 def test_ratios_are_to_the_first_that_ran():
     peers = {"transformers": Peer(version="5"), "vllm": Peer(error="not run: x")}
-    assert line("s", peers, {"transformers": 200.0, "thinkrl": 500.0}) == (
-        "| s | transformers 5: 200 (1.00) | not run: x | 500 (2.50) |"
+    assert row(Line("s", peers, {"transformers": 200.0, "thinkrl": 500.0}, 800.0)) == (
+        "| s | transformers 5: 200 (1.00) | not run: x | 500 (2.50) | 800 (4.00) |"
     )
     peers["transformers"].error = "not run: y"
-    assert line("s", peers, {"thinkrl": 500.0}) == "| s | not run: y | not run: x | 500 (1.00) |"
+    assert row(Line("s", peers, {"thinkrl": 500.0}, 800.0)) == (
+        "| s | not run: y | not run: x | 500 (1.00) | 800 (1.60) |"
+    )
     assert last_line("a\n\n b \n\n") == "b" and last_line("") == "it said nothing"
 
 

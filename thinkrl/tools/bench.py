@@ -6,13 +6,13 @@
     python -m thinkrl.tools.bench compile [--repeat N]
 
 sampler: 8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, vocabulary 4096,
-temperature 1, no filters. Two workloads: every completion has 128 tokens; or 64 of the 4096 ids are stop ids,
+temperature 1, no filters. Two workloads: every completion has 128 tokens; or one id in 64 is a stop id,
 so lengths vary from 1 to 128 and a static batch waits for its longest. Only tokens of completions count. The
 two engines take turns, and the best of the repeats is reported, because other processes can only slow a run
 down. transformers always computes in fp32.
 
-"matmuls" is the speed of decoding if a step were only its matrix products on 64 rows, by F.linear; "ours" is
-the same with the sampler's product.
+"matmuls" is the speed of decoding if a step were only its matrix products, by F.linear; "ours" is the same
+with the sampler's product.
 
 cost: how the parts of a step of a small model grow with tokens, group, episodes, width and ranks, varied one
 at a time.
@@ -38,6 +38,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from kernels.logprob import linear_logprob
 from thinkrl import UserError
@@ -58,66 +59,109 @@ from thinkrl.types import Sample, Turn, pack
 from thinkrl.update import update
 
 BENCHES = ("sampler", "l2t", "cost", "compile")
-VOCABULARY, PROMPTS, SAMPLES, TOKENS = 4096, 8, 8, 128
+VOCABULARY, PROMPTS, TOKENS = 4096, 8, 128
 
-CASES = {  # layers, width, heads, kv heads, mlp width, our dtype
-    "1.3M fp32": (4, 128, 4, 2, 384, torch.float32),
-    "56M fp32": (12, 640, 10, 2, 1728, torch.float32),
-    "56M bf16": (12, 640, 10, 2, 1728, torch.bfloat16),
+
+@dataclass(frozen=True)
+class Case:
+    """A model of random weights, and how many completions of each prompt are sampled from it."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    dtype: torch.dtype  # ours, and vLLM's; transformers computes in fp32 in `bench sampler`
+    vocabulary: int = VOCABULARY
+    samples: int = 8
+
+
+CASES = {
+    "1.3M fp32": Case(4, 128, 4, 2, 384, torch.float32),
+    "56M fp32": Case(12, 640, 10, 2, 1728, torch.float32),
+    "56M bf16": Case(12, 640, 10, 2, 1728, torch.bfloat16),
+    # the shape of SmolLM2-135M; 32 completions
+    "135M fp32": Case(30, 576, 9, 3, 1536, torch.float32, 49152, 4),
 }
 
 
-def twins(layers: int, width: int, heads: int, kv_heads: int, mlp_width: int, dtype: torch.dtype):
+def prompts_of(case: Case) -> list[list[int]]:
+    """Prompts of 20 to 60 random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(20, 60, PROMPTS).int().tolist()
+    return [torch.randint(case.vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+def twins(case: Case):
     """Make a transformers model and ours with the same random weights."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, intermediate_size=mlp_width, max_position_embeddings=512,
+        vocab_size=case.vocabulary, hidden_size=case.width, num_hidden_layers=case.layers,
+        num_attention_heads=case.heads, num_key_value_heads=case.kv_heads,
+        intermediate_size=case.mlp_width, max_position_embeddings=512,
         tie_word_embeddings=True, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     theirs = transformers.Qwen2ForCausalLM(config).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        return theirs, load_model(folder, dtype=dtype)
+        return theirs, load_model(folder, dtype=case.dtype)
 
 
-def run_transformers(model, prompts: list[list[int]], stop_ids: list[int]) -> int:
+def run_transformers(model, prompts: list[list[int]], samples: int, stop_ids: list[int]) -> int:
     """Run transformers' generate; returns the number of completion tokens."""
     longest = max(map(len, prompts))
     rows = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.inference_mode():
         out = model.generate(
-            rows, attention_mask=mask, max_new_tokens=TOKENS, num_return_sequences=SAMPLES, do_sample=True,
+            rows, attention_mask=mask, max_new_tokens=TOKENS, num_return_sequences=samples, do_sample=True,
             temperature=1.0, top_k=0, top_p=1.0, eos_token_id=stop_ids or None, pad_token_id=0,
         )  # fmt: skip
     stopped = torch.isin(out[:, longest:], torch.tensor(stop_ids, dtype=out.dtype))
     return int((stopped.cumsum(1) - stopped.long() == 0).sum())
 
 
-def run_ours(sampler: Sampler, prompts: list[list[int]], stop_ids: list[int], seed: int = 0) -> int:
-    groups = sampler.generate(prompts, n=SAMPLES, max_tokens=TOKENS, stop_ids=stop_ids, seed=seed)
+def run_ours(sampler: Sampler, prompts: list[list[int]], samples: int, stop_ids: list[int]) -> int:
+    groups = sampler.generate(prompts, n=samples, max_tokens=TOKENS, stop_ids=stop_ids)
     return sum(len(completion.tokens) for group in groups for completion in group)
 
 
-def matmuls_alone(model: Transformer, product: Callable, prepare: Callable = lambda weight: weight) -> float:
-    """Tokens per second if a decode step were only its matrix products, by prepared weights."""
-    rows = PROMPTS * SAMPLES
-    weights = [
-        linear.weight for block in model.blocks for linear in (block.qkv, block.o, block.gate_up, block.down)
-    ]
-    weights = [prepare(weight) for weight in [*weights, model.head_weight]]
+def factors(model: Transformer) -> list[Tensor]:
+    """Weights of the products of a forward."""
+    blocks = [(block.qkv, block.o, block.gate_up, block.down) for block in model.blocks]
+    return [linear.weight for block in blocks for linear in block] + [model.head_weight]
+
+
+def decode_products(
+    model: Transformer, rows: int, product: Callable, prepare: Callable = lambda weight: weight
+) -> float:
+    """Seconds of the matrix products of a decode step, by prepared weights; the best of 20."""
+    weights = [prepare(weight) for weight in factors(model)]
     inputs = [torch.randn(rows, weight.shape[1]).to(weight.dtype) for weight in weights]
-    best = 0.0
+    best = float("inf")
     with torch.inference_mode():
         for _ in range(20):
             start = time.perf_counter()
             for x, weight in zip(inputs, weights):
                 product(x, weight)
-            best = max(best, rows / (time.perf_counter() - start))
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def update_products(model: Transformer, tokens: int) -> float:
+    """Seconds of the matrix products of a forward and backward of so many tokens; the best of 5."""
+    weights = [weight.detach().requires_grad_() for weight in factors(model)]
+    inputs = [torch.randn(tokens, w.shape[1], dtype=w.dtype, requires_grad=True) for w in weights]
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        for x, weight in zip(inputs, weights):
+            y = F.linear(x, weight)
+            torch.autograd.grad(y, (x, weight), grad_outputs=y)
+        best = min(best, time.perf_counter() - start)
     return best
 
 
@@ -208,10 +252,11 @@ def l2t_shares(best: dict[str, float]) -> tuple[float, float]:
 
 
 def l2t_overhead(repeat: int) -> None:
-    layers, width, heads, kv_heads, mlp_width, _ = CASES["56M fp32"]
+    c = CASES["56M fp32"]
     config = ModelConfig(
-        "Qwen2ForCausalLM", VOCABULARY, width, layers, heads, kv_heads, width // heads, mlp_width, 2048
-    )
+        "Qwen2ForCausalLM", c.vocabulary, c.width, c.layers, c.heads, c.kv_heads, c.width // c.heads,
+        c.mlp_width, 2048,
+    )  # fmt: skip
     best = l2t_parts(Transformer.random(config), Transformer.random(config), 1000, repeat)
     for name, seconds in best.items():
         print(f"{name:30} {seconds:8.2f} s")
@@ -311,7 +356,9 @@ def compiled_updates(repeat: int, shapes: dict[str, tuple[ModelConfig, int]] = C
 @dataclass(frozen=True)
 class Options:
     what: str = ""
-    cases: str = option(",".join(CASES), "models of `bench sampler`, comma-separated")
+    cases: str = option(
+        "1.3M fp32,56M fp32,56M bf16", f"models of `bench sampler`, comma-separated: {', '.join(CASES)}"
+    )
     repeat: int = option(3, "times that everything is measured; the best counts", low=1)
 
 
@@ -341,28 +388,27 @@ def main(options: Options) -> None:
         return cost_curves(options.repeat)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; tokens per second")
     print("case       lengths   transformers   thinkrl   ratio   matmuls   share   ours   share")
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.linspace(20, 60, PROMPTS).int().tolist()
-    prompts = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    for case in options.cases.split(","):
-        theirs, model = twins(*CASES[case])
+    for name in options.cases.split(","):
+        case = CASES[name]
+        prompts, rows = prompts_of(case), PROMPTS * case.samples
+        theirs, model = twins(case)
         sampler = Sampler(model)
-        for workload, stop_ids in (("128", []), ("spread", list(range(1, VOCABULARY, 64)))):
+        for workload, stop_ids in (("128", []), ("spread", list(range(1, case.vocabulary, 64)))):
             engines = {
-                "theirs": lambda: run_transformers(theirs, prompts, stop_ids),  # noqa: B023
-                "ours": lambda: run_ours(sampler, prompts, stop_ids),  # noqa: B023
+                "theirs": lambda: run_transformers(theirs, prompts, case.samples, stop_ids),  # noqa: B023
+                "ours": lambda: run_ours(sampler, prompts, case.samples, stop_ids),  # noqa: B023
             }
             speed = dict.fromkeys(engines, 0.0)
             plain = fast = 0.0
             for _ in range(options.repeat):
-                for name, run in engines.items():
+                for engine, run in engines.items():
                     start = time.perf_counter()
                     tokens = run()
-                    speed[name] = max(speed[name], tokens / (time.perf_counter() - start))
-                plain = max(plain, matmuls_alone(model, F.linear))
-                fast = max(fast, matmuls_alone(model, fast_linear, pack_weight))
+                    speed[engine] = max(speed[engine], tokens / (time.perf_counter() - start))
+                plain = max(plain, rows / decode_products(model, rows, F.linear))
+                fast = max(fast, rows / decode_products(model, rows, fast_linear, pack_weight))
             ours = speed["ours"]
-            print(f"{case:10} {workload:7} {speed['theirs']:14.0f} {ours:9.0f} {ours / speed['theirs']:7.2f} "
+            print(f"{name:10} {workload:7} {speed['theirs']:14.0f} {ours:9.0f} {ours / speed['theirs']:7.2f} "
                   f"{plain:9.0f} {ours / plain:7.0%} {fast:6.0f} {ours / fast:7.0%}", flush=True)  # fmt: skip
 
 

