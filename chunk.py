@@ -194,15 +194,13 @@ def chunk(options: Options, world: World) -> None:
         thoughts.require_pyplot()
     folder, settings = Path(options.out), settings_of(options, prompts)
     hold(folder, world)
-    finished = from_main(
-        together(open_folder, folder, settings, world)
-    )  # rank 0 reads for all ranks, before any of them writes
+    # rank 0 reads for all ranks, before any of them writes
+    finished = from_main(together(open_folder, folder, settings, world))
     waiting = [item for item in items if item.problem.id not in finished]
     tools = together(load_tools, options, prompts, world) if waiting else None
     if world.main:
-        write_json(
-            folder / "config.json", settings
-        )  # not before: a failed start must not fix the folder's settings
+        # not before: a failed start must not fix the folder's settings
+        write_json(folder / "config.json", settings)
 
     at_once = world.size * options.items_per_batch
     stop_request = StopRequest("these items", world.main)
@@ -221,9 +219,8 @@ def chunk(options: Options, world: World) -> None:
         for at in range(0, len(waiting), at_once):
             dealt = waiting[at : at + at_once]
             watch.at("items", at // at_once + 1)
-            together(
-                work, dealt[world.rank :: world.size]
-            )  # interleaved, because adjacent rows of a file are often alike
+            # interleaved, because adjacent rows of a file are often alike
+            together(work, dealt[world.rank :: world.size])
             bar.update(len(dealt))
             if stop_request.agreed():
                 raise Stopped(f"stopped, finished items are saved: the same command continues {folder}")
@@ -241,9 +238,8 @@ def load_items(options: Options) -> list[Item]:
         ]
 
     def item(fields: rows.Fields) -> list[Item]:
-        problem = layouts.problem(
-            fields, options.source, shuffle=False
-        )  # the chain refers to the row's order of options
+        # the chain refers to the row's order of options
+        problem = layouts.problem(fields, options.source, shuffle=False)
         response = fields.text("thought", "response")
         if not response:
             raise fields.error(

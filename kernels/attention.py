@@ -421,10 +421,8 @@ def tiles(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and launch options, from a fixed table so that the order of sums is always the same."""
     block_m, block_n, num_warps, num_stages = TILES[kernel][dtype == torch.float32]
     if INTERPRET:
-        block_m, block_n = (
-            max(16, block_m // 4),
-            max(16, block_n // 4),
-        )  # small tests should have several tiles
+        # small tests should have several tiles
+        block_m, block_n = max(16, block_m // 4), max(16, block_n // 4)
     block_d = max(16, triton.next_power_of_2(width))
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=num_warps, num_stages=num_stages)
 
@@ -484,9 +482,10 @@ def packed_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
     """`packed_attention` by torch's own FlashAttention 2, in 16 bits."""
     v = v.contiguous()  # kept for the backward without the rest of its row
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # newer versions of torch prefer cuDNN's
+        # window right of a query is 0: causal
         o: Any = varlen_attn(
             q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), **GROUPED
-        )  # window right of a query is 0: causal
+        )
     if o.grad_fn is not None and not torch.are_deterministic_algorithms_enabled():
         # its backward uses atomics unless torch's deterministic mode is on
         o.grad_fn.register_prehook(lambda _: torch.use_deterministic_algorithms(True))

@@ -55,9 +55,8 @@ def compare(title: str, flop: float, traffic: float, **candidates: Callable[[], 
         try:
             candidate()
             runnable[name] = candidate
-        except (
-            Exception
-        ) as error:  # no C++ compiler for torch.compile, too little memory for a naive candidate
+        # no C++ compiler for torch.compile, too little memory for a naive candidate
+        except Exception as error:
             print(f"  {name:<24} not run: {type(error).__name__}")
     times = milliseconds(*runnable.values())
     for name, t in zip(runnable, times):

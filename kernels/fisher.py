@@ -157,9 +157,8 @@ def _ghost_kernel(
             g_dots = _dots(g_ptr, t, s, end, D2, BLOCK_T, BLOCK_D, UPCAST)
             x_dots = _dots(x_ptr, t, s, end, D1, BLOCK_T, BLOCK_D, UPCAST)
             pairs = tl.sum(g_dots * x_dots)
-            total += tl.where(
-                column < row, 2.0 * pairs, pairs
-            )  # a tile below the diagonal counts twice, for its mirror
+            # a tile below the diagonal counts twice, for its mirror
+            total += tl.where(column < row, 2.0 * pairs, pairs)
     tl.store(partial_ptr + k * tl.num_programs(1).to(tl.int64) + row, total)
 
 

@@ -21,9 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten
 from triton.runtime.interpreter import GridExecutor
 
-CUDA = torch.device(
-    "meta"
-)  # a build of torch without CUDA has no tensors of that device; these say that they are
+# a build of torch without CUDA has no tensors of that device; these say that they are
+CUDA = torch.device("meta")
 
 
 @contextlib.contextmanager

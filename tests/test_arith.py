@@ -83,9 +83,8 @@ def test_the_teacher_errs_as_often_as_it_is_told_to():
     right = sum(arith.episodes(p, random.Random(i), glance)[1] == p.answer for i, p in enumerate(hard)) / len(
         hard
     )
-    assert (
-        abs(right - 0.55) < 0.05
-    )  # misjudge is 0.45 at three digits; five standard errors of 1800 draws are 0.06
+    # misjudge is 0.45 at three digits; five standard errors of 1800 draws are 0.06
+    assert abs(right - 0.55) < 0.05
 
 
 def test_training_never_meets_a_held_out_product():

@@ -79,9 +79,8 @@ def test_shards_are_read_and_written(tmp_path):
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
     for file in files:
         tensors = load_file(file).values()
-        assert (
-            len(tensors) <= 3 or sum(tensor.nbytes for tensor in tensors) <= 10_000
-        )  # q, k and v stay together
+        # q, k and v stay together
+        assert len(tensors) <= 3 or sum(tensor.nbytes for tensor in tensors) <= 10_000
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in back.state_dict().items())
     assert torch.equal(load_model(tmp_path / "ours").head_weight, model.head_weight)

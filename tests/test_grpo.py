@@ -235,9 +235,8 @@ def test_gdpo_by_hand():
     """
     large, small = torch.tensor([[100.0, 0.0], [100.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     total = gdpo_advantages([large, small], [1.0, 1.0], eps=0.0)
-    scale = math.sqrt(
-        4 / 3
-    )  # the sums are ±sqrt(2) in the first group and 0 in the second: squares 4, over 4 - 1
+    # the sums are ±sqrt(2) in the first group and 0 in the second: squares 4, over 4 - 1
+    scale = math.sqrt(4 / 3)
     close(total, [[math.sqrt(2) / scale, -math.sqrt(2) / scale], [0, 0]])
     close(gdpo_advantages([large, small], [1.0, 0.0], eps=0.0), [[math.sqrt(3) / 2, -math.sqrt(3) / 2]] * 2)
     assert batch_std(total) == pytest.approx(1)

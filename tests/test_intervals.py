@@ -21,9 +21,8 @@ def test_maj_at_k_by_hand():
     assert maj_at_k(["a", "a", "b"], "a", 3) == 1.0
     assert maj_at_k(["a", "a", "b"], "b", 3) == 0.0
     assert maj_at_k(["a", "b"], "a", 2) == 0.5  # a tie
-    assert maj_at_k(["a", "b", "c", "c"], "a", 3) == pytest.approx(
-        2 / 4 / 3
-    )  # {a,b,c} twice, a third of a win each
+    # {a,b,c} twice, a third of a win each
+    assert maj_at_k(["a", "b", "c", "c"], "a", 3) == pytest.approx(2 / 4 / 3)
     assert maj_at_k(["a", None, None], "a", 3) == 1.0  # who says nothing has no vote
     assert maj_at_k([None, None], "a", 2) == 0.0
     assert maj_at_k(["a", "b", "b", "a"], "a", 1) == 0.5
@@ -86,11 +85,8 @@ def wilson(p, n):
     [
         ([1, 1, 0, 1], 3 / 4, 4),  # one sample each: as many as there are problems
         ([[1] * 5, [1] * 5, [0] * 5, [1] * 5], 3 / 4, 4),  # samples all alike count once
-        (
-            [[1, 0], [1, 0], [0, 1], [1, 0]],
-            1 / 2,
-            8,
-        ),  # no problem differs from another: eight independent samples
+        # no problem differs from another: eight independent samples
+        ([[1, 0], [1, 0], [0, 1], [1, 0]], 1 / 2, 8),
         # means 1, 1/2, 1/2, 0; SE² = (1/4 + 1/4) / 16 = 1/32; n = (1/4) / (1/32)
         ([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]], 1 / 2, 8),
         ([[1, 1], [1, 1], [1, 1]], 1, 3),  # nothing shows how alike a problem's samples are

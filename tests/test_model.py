@@ -128,9 +128,8 @@ def test_attention_is_passed_in():
 
     def attend(layer, q, k, v):
         seen.append((layer, q.shape, k.shape, v.shape))
-        return v.repeat_interleave(
-            2, dim=1
-        )  # every token attends to itself: what causal attention does at length 1
+        # every token attends to itself: what causal attention does at length 1
+        return v.repeat_interleave(2, dim=1)
 
     tokens = torch.tensor([3, 1, 4])
     hidden = model(tokens, positions=torch.tensor([0, 0, 0]), attend=attend)
@@ -172,9 +171,8 @@ def test_a_model_from_the_meta_device_lacks_nothing_but_its_parameters():
 
 
 def test_a_model_that_has_sampled_can_still_be_trained():
-    model = Transformer.random(
-        dataclasses.replace(tiny("Qwen2ForCausalLM"), rope=Rope(theta=77.0))
-    )  # no cached frequencies
+    # no cached frequencies
+    model = Transformer.random(dataclasses.replace(tiny("Qwen2ForCausalLM"), rope=Rope(theta=77.0)))
     with torch.inference_mode():
         sampled = model(torch.arange(4), cumulative(4))
     trained = model(torch.arange(4), cumulative(4))

@@ -49,9 +49,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path):
     point_latest(tmp_path, 2)
 
     model, optimizer = learner()
-    train(
-        model, optimizer, range(7, 8)
-    )  # a restore must overwrite everything, not only what is still at its start
+    # a restore must overwrite everything, not only what is still at its start
+    train(model, optimizer, range(7, 8))
     optimizer.param_groups[0]["lr"] = 1.0
     step, restored = load(tmp_path, model, optimizer)
     assert step == 2 and restored["cursor"] == extra["cursor"] and restored["name"] == "l2t"

@@ -276,11 +276,8 @@ def scripted(*words):
 @pytest.mark.parametrize(
     "word, stops, kept",
     [
-        (
-            ["a", "<", "/", "th", "ink", ">\n", "b"],
-            ["</think>"],
-            5,
-        ),  # the newline rides along in the last piece
+        # the newline rides along in the last piece
+        (["a", "<", "/", "th", "ink", ">\n", "b"], ["</think>"], 5),
         (["a", "</think", "x>y", "b"], ["</thinkx>", "zz"], 2),  # ends inside a piece
         (["a", "<", "/", "th", "ink", "b", ">", " "], ["</think>"], 8),  # not the string: runs to the limit
         (["a", "b", "<", "/", "th"], ["/", "ab"], 3),  # several: the first to be completed

@@ -129,9 +129,8 @@ def test_a_rendered_chat_and_its_ids_are_those_of_transformers(template, add_gen
         )
         ids = ours.encode_chat(chat, **options)
         assert ids == theirs.apply_chat_template(chat, tokenize=True, return_dict=False, **options)
-        assert ids.count(0) == (
-            template != CHATML
-        )  # one beginning of sequence where the template writes it, else none
+        # one beginning of sequence where the template writes it, else none
+        assert ids.count(0) == (template != CHATML)
         assert ours.decode(ids) == theirs.decode(ids)
 
 
@@ -191,9 +190,8 @@ def test_a_stop_string_is_seen_where_the_vocabulary_merges_it_away(tmp_path):
     a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
     assert StopStrings(tokenizer, ["ab"]).find([a, b, b]) == 1
     assert StopStrings(tokenizer, ["ab"]).find([a, b, b], start=2) is None  # found once, not again
-    assert (
-        StopStrings(tokenizer, ["5"]).find([tokenizer.vocab_size + 7, tokens[0]]) == 1
-    )  # a padded id is no text
+    # a padded id is no text
+    assert StopStrings(tokenizer, ["5"]).find([tokenizer.vocab_size + 7, tokens[0]]) == 1
 
 
 STOPS = [["</think>"], ["</think>", "the a"], ["。"], ["案。>"], ["é", "n\n"], [" "], ["a"], ["<|end|>"]]
@@ -205,9 +203,8 @@ def test_stop_strings_are_found_where_decoding_everything_finds_them(tokenizer, 
     rng = random.Random(0)
     matcher = StopStrings(tokenizer, stops)
     noise = list(range(tokenizer.vocab_size))
-    if (
-        "sentencepiece" in tokenizer.path.name
-    ):  # its decoder gives up a whole run of bytes for one bad byte, however far back
+    # its decoder gives up a whole run of bytes for one bad byte, however far back
+    if "sentencepiece" in tokenizer.path.name:
         noise = [i for i in noise if "\ufffd" not in tokenizer.pieces[i]]
     hits = 0
     for trial in range(150):
@@ -230,9 +227,8 @@ def test_stop_strings_are_found_where_decoding_everything_finds_them(tokenizer, 
 
 def test_a_token_may_end_one_character_and_hold_the_rest_of_a_stop_string(tmp_path):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    first, second = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("é")[0][
-        0
-    ]  # é is two bytes
+    # é is two bytes
+    first, second = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("é")[0][0]
     ids = {piece: i for i, piece in enumerate([*alphabet, second + ">"])}
     plain = tokenizers.Tokenizer(models.BPE(ids, []))
     plain.decoder = decoders.ByteLevel()

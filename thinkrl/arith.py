@@ -38,10 +38,8 @@ HELD_OUT = 4  # one product in four is never trained on
 class Teacher:
     """Probabilities of the chain writer. Tuples are by level or by parity, as their comments say."""
 
-    decompose: tuple[float, float] = (
-        0.45,
-        0.70,
-    )  # for odd b, for even b: greedy decoding decomposes half of the problems
+    # for odd b, for even b: greedy decoding decomposes half of the problems
+    decompose: tuple[float, float] = (0.45, 0.70)
     misjudge: tuple[float, ...] = (0.0, 0.30, 0.45)  # by level: computing at once goes wrong, even greedily
     slip: float = 0.03  # a step is wrong …
     notice: float = 0.5  # … and corrected at once: "check … no", then the right step
@@ -52,9 +50,8 @@ class Teacher:
     again_glance: float = 0.20  # wait, and then step by step
     again_steps: float = 0.12
     force: float = 0.35  # of the SFT rows: thinking cut after some episode, the answer demanded
-    force_empty: float = (
-        0.12  # of those: before the first episode; few, because they teach answers without steps
-    )
+    # of those: before the first episode; few, because they teach answers without steps
+    force_empty: float = 0.12
 
 
 TEACHER = Teacher()

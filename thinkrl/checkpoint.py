@@ -31,9 +31,8 @@ from thinkrl.model import ModelConfig, Transformer
 from thinkrl.run.files import read_json, write_json
 from thinkrl.run.watch import alive
 
-Layout = dict[
-    str, list[tuple[str, tuple[int, ...]]]
-]  # our parameter -> the Hugging Face tensors that are its rows
+# our parameter -> the Hugging Face tensors that are its rows
+Layout = dict[str, list[tuple[str, tuple[int, ...]]]]
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # in safetensors' spelling; other dtypes are quantised
 
 
@@ -95,9 +94,8 @@ def load_model(
     layout = hf_layout(config)
     wanted = {name for parts in layout.values() for name, _ in parts}
     for name in files.keys() - wanted:
-        if name != "lm_head.weight" and not name.endswith(
-            "rotary_emb.inv_freq"
-        ):  # derived: a tied head, rotary tables
+        # derived: a tied head, rotary tables
+        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
             raise UserError(
                 f"{files[name]}: tensor {name} is unknown to {config.architecture} as config.json describes "
                 "it"

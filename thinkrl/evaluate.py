@@ -40,10 +40,8 @@ def attempt_of(t: Trajectory) -> Attempt:
 
 def recorded_attempt(record: dict) -> Attempt:
     """Make an Attempt from a `held_out_record`."""
-    correct, truncated = (
-        is_correct(record),
-        any(turn["finish_reason"] == "length" for turn in record["turns"]),
-    )
+    correct = is_correct(record)
+    truncated = any(turn["finish_reason"] == "length" for turn in record["turns"])
     vote = _vote(correct, record["answer"], record["source"])
     return Attempt(record["problem"], record["level"], correct, tokens_of(record), truncated, vote)
 

@@ -24,9 +24,8 @@ def finish(run: Run, config: Config) -> list[Path]:
     Without --keep_optimizer, removes the weights and optimizer states for a resume.
     """
     if "after" not in run.summary:  # nothing was evaluated
-        run.update_summary(
-            after={"step": config.steps}
-        )  # from here on the run is finished: it is not resumed
+        # from here on the run is finished: it is not resumed
+        run.update_summary(after={"step": config.steps})
     checkpoints, folders = run.folder / "checkpoints", []
     for saved in sorted(path.parent for path in (checkpoints / f"step_{config.steps}").glob("*/config.json")):
         folder = run.folder / saved.name

@@ -58,9 +58,8 @@ def maj_at_k(answers: Sequence[Hashable | None], gold: Hashable, k: int) -> floa
     right = rivals.pop(gold, 0)
     wins = Fraction(0)
     for lead in range(1, min(right, k) + 1):  # the gold answer has so many votes, and no answer has more
-        subsets = Counter(
-            {(k - lead, 1): math.comb(right, lead)}
-        )  # (members left to draw, leaders) -> how many subsets
+        # (members left to draw, leaders) -> how many subsets
+        subsets = Counter({(k - lead, 1): math.comb(right, lead)})
         for votes in rivals.values():
             extended: Counter[tuple[int, int]] = Counter()
             for (left, leaders), ways in subsets.items():

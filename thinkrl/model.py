@@ -47,10 +47,10 @@ class Rope:
     theta: float = 10000.0
     kind: str = "default"  # default | linear | llama3
     factor: float = 1.0  # divides every frequency (linear) or the low ones (llama3)
-    low_freq_factor: float = 1.0  # llama3: frequencies with wavelengths above original / low are divided ...
-    high_freq_factor: float = (
-        4.0  # ... those below original / high are kept, and in between they are interpolated
-    )
+    # llama3: frequencies with wavelengths above original / low are divided by the factor, those below
+    # original / high are kept, and in between they are interpolated
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
     original_max_positions: int = 8192
 
 
@@ -308,9 +308,8 @@ class Block(nn.Module):
         if self.q_norm is not None:
             q, k = qk.split([self.heads, self.kv_heads], dim=1)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
-        q, k = rotate(qk).split(
-            [self.heads, self.kv_heads], dim=1
-        )  # q and k together: fewer operations per decode step
+        # q and k together: fewer operations per decode step
+        q, k = rotate(qk).split([self.heads, self.kv_heads], dim=1)
         return q, k, v
 
     def finish(self, x: Tensor, o: Tensor) -> Tensor:
@@ -331,9 +330,8 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
         blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.blocks = cast(
-            Sequence[Block], blocks
-        )  # for type checkers, a ModuleList's elements are any Module
+        # for type checkers, a ModuleList's elements are any Module
+        self.blocks = cast(Sequence[Block], blocks)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
 

@@ -213,9 +213,8 @@ class StopStrings:
         rests = tuple(stop[n:] for stop in self.stops for n in range(1, len(stop)))
         wide = not all(stop[-1].isascii() for stop in self.stops)  # the last character may come in parts
         for i, piece in enumerate(pieces):
-            whole = piece.lstrip(
-                UNFINISHED
-            )  # text after the end of a character that began in an earlier token
+            # text after the end of a character that began in an earlier token
+            whole = piece.lstrip(UNFINISHED)
             if (
                 whole.startswith(rests)
                 or any(stop in piece for stop in self.stops)
@@ -235,9 +234,8 @@ class StopStrings:
     def _ends_at(self, tokens: Sequence[int], i: int) -> bool:
         start = max(0, i + 1 - self.window)
         text = self.tokenizer.continuation(tokens[start : i + 1])
-        for _ in range(
-            PARTIAL
-        ):  # back to the start of a character: some decoders replace a whole run of cut bytes
+        # back to the start of a character: some decoders replace a whole run of cut bytes
+        for _ in range(PARTIAL):
             if start and text.startswith(UNFINISHED):
                 start -= 1
                 text = self.tokenizer.continuation(tokens[start : i + 1])
@@ -274,9 +272,8 @@ class IncrementalText:
         open_end = len(text) - certain
         if open_end == 0:
             self._pending = []
-        elif (
-            len(self._pending) > 2 * PARTIAL
-        ):  # bytes that never become a character must not be decoded again and again
+        # bytes that never become a character must not be decoded again and again
+        elif len(self._pending) > 2 * PARTIAL:
             self._pending = self._pending[-PARTIAL:]
             text = self.tokenizer.continuation(self._pending)
         self._given = len(text) - open_end if self._pending else 0

@@ -41,9 +41,8 @@ def test_an_epoch_of_a_list_meets_each_row_once_and_no_step_meets_one_twice():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert all(len(set(stream.take(step, 4))) == 4 for step in range(20))
-    assert {row for step in range(20) for row in stream.take(step, 4)} == set(
-        range(10)
-    )  # nobody is left out for ever
+    # nobody is left out for ever
+    assert {row for step in range(20) for row in stream.take(step, 4)} == set(range(10))
     with pytest.raises(UserError, match="10 rows, fewer than the 11"):
         stream.take(0, 11)
 

@@ -25,13 +25,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKED = [packed_attention_torch, packed_attention_triton]
 PAGED = [paged_attention_torch, paged_attention_triton]
 FP32, BF16 = torch.float32, torch.bfloat16
-CASES = [
-    (FP32, 2, 2),
-    (FP32, 4, 2),
-    (FP32, 6, 1),
-    (FP32, 7, 1),
-    (BF16, 6, 2),
-]  # 1, 2, 6, 7 query heads to a key head
+# 1, 2, 6, 7 query heads to a key head
+CASES = [(FP32, 2, 2), (FP32, 4, 2), (FP32, 6, 1), (FP32, 7, 1), (BF16, 6, 2)]
 
 
 def cumulative(lengths: list[int]) -> torch.Tensor:

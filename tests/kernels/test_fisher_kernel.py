@@ -17,15 +17,8 @@ from kernels.fisher import (
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RAGGED = [
-    2,
-    2,
-    3,
-    20,
-    20,
-    57,
-    60,
-]  # empty first and in the middle, single token, two tokens outside at each end
+# empty first and in the middle, single token, two tokens outside at each end
+RAGGED = [2, 2, 3, 20, 20, 57, 60]
 QUADRATICS = [episode_quadratic_ref, episode_quadratic_torch, episode_quadratic_triton, episode_quadratic]
 GHOSTS = [ghost_norm_ref, ghost_norm_torch, ghost_norm_triton, ghost_norm]
 

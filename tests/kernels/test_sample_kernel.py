@@ -129,11 +129,8 @@ def test_tokens_come_as_often_as_they_should():
     Once as 150 neighbours, once spread over a vocabulary of 600, most of which can never be drawn.
     """
     logits, *_ = random_logits(1, 150)
-    logits, keys, at = (
-        logits.cpu() / 3,
-        hash_key(1, torch.arange(20_000)),
-        torch.zeros(20_000, dtype=torch.int64),
-    )
+    logits = logits.cpu() / 3
+    keys, at = hash_key(1, torch.arange(20_000)), torch.zeros(20_000, dtype=torch.int64)
     expected = 20_000 * logits[0].softmax(0)
     assert expected.min() > 5
     spread = torch.full((1, 600), float("-inf"))

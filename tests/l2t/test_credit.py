@@ -153,9 +153,8 @@ def test_the_group_statistic_does_not_feel_its_epsilon():
 
 
 def test_truncated_mean_drops_whole_values_at_both_ends():
-    values = torch.cat(
-        [torch.tensor([1e6, -1e9]), torch.arange(1.0, 39.0)]
-    )  # 40 values: one goes at each end
+    # 40 values: one goes at each end
+    values = torch.cat([torch.tensor([1e6, -1e9]), torch.arange(1.0, 39.0)])
     assert truncated_mean(values, 0.95) == 19.5
     assert truncated_mean(values[1:], 0.95) == values[1:].mean()  # 39: none
     assert truncated_mean(torch.arange(20.0), 0.9) == 9.5  # 0.05 · 20 is one, whatever its rounding
@@ -179,9 +178,8 @@ def test_guarded_credit_does_not_reward_the_negatively_rewarded():
 def test_guarded_credit_is_bounded():
     tokens = [torch.tensor([5.0, -4.998]), torch.tensor([-0.5, -0.5]), torch.tensor([0.3] * 28 + [-9.0, 0.0])]
     guarded, uniform = token_advantages(tokens, max_ratio=3.0), token_advantages(tokens, mode="uniform")
-    assert uniform[0][0] > 0 and torch.equal(
-        guarded[0], uniform[0]
-    )  # its mean 0.001 is no divisor beside the group's 0.5
+    # its mean 0.001 is no divisor beside the group's 0.5
+    assert uniform[0][0] > 0 and torch.equal(guarded[0], uniform[0])
     assert all((a.abs() <= 3 * u.abs() + 1e-12).all() for a, u in zip(guarded, uniform))
     paper = token_advantages(tokens, mode="paper")
     assert paper[0].abs().max() > 1000 * uniform[0][0]
@@ -710,14 +708,12 @@ def test_the_last_number_is_forced_without_a_marker():
 
 
 def test_the_preset_s_probe_is_the_rule_s_and_ends_the_answer():
-    problem, wanted = (
-        Problem(0, "374*6?", "2244"),
-        {
-            (): ["</think><answer>", "2244</answer>"],
-            ("--probe_prefix", "<answer>"): ["<answer>", "2244</answer>"],
-            ("--probe_suffix", "</answer>\n"): ["</think><answer>", "2244</answer>\n"],
-        },
-    )
+    problem = Problem(0, "374*6?", "2244")
+    wanted = {
+        (): ["</think><answer>", "2244</answer>"],
+        ("--probe_prefix", "<answer>"): ["<answer>", "2244</answer>"],
+        ("--probe_suffix", "</answer>\n"): ["</think><answer>", "2244</answer>\n"],
+    }
     world = distributed.start("cpu")
     try:
         for options, texts in wanted.items():
@@ -824,9 +820,8 @@ def test_sampled_gains_estimate_the_probability_of_being_right(kind):
                 assert len(rights) > 40 or j == pytest.approx(sum(rights) / 40)
     J = torch.cat([J for _, J in results])
     assert 0.2 < J.mean() < 0.8 and J.std() > 0
-    assert all(
-        torch.equal(a, b) for (_, a), (_, b) in zip(results, estimate()[1])
-    )  # the same address, the same draws
+    # the same address, the same draws
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(results, estimate()[1]))
 
 
 @pytest.mark.slow

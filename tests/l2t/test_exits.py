@@ -71,9 +71,8 @@ def test_the_gradient_is_that_of_whole_completions(preset, rolled):
             logprobs = chain.turns[0].logprobs[: t.cut] if t is not chain else []
             whole += (t.reward - mean) * sum(logprobs + t.turns[0].logprobs)
     assert len({t.reward for t in rolled}) > 1 and whole != 0
-    assert shared == pytest.approx(
-        whole, rel=1e-5
-    )  # fp32 advantages and log-probs: 2^-24 each, no cancellation
+    # fp32 advantages and log-probs: 2^-24 each, no cancellation
+    assert shared == pytest.approx(whole, rel=1e-5)
 
 
 def test_options_that_it_does_not_read_are_refused():

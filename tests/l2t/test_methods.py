@@ -153,24 +153,21 @@ def test_local_credit_is_unbiased(lam):
 
     The expectation of sum_k A_k ∂ log π(z_k | s_k) is the gradient of the expected outcome, to rounding.
     """
-    logits = torch.tensor(
-        [0.3, -0.4, 1.1], dtype=torch.float64, requires_grad=True
-    )  # of z1, of z2 after 0, after 1
+    # of z1, of z2 after 0, after 1
+    logits = torch.tensor([0.3, -0.4, 1.1], dtype=torch.float64, requires_grad=True)
     one = torch.sigmoid(logits)  # probability of a 1
     outcome = {(0, 0): 0.0, (0, 1): 1.0, (1, 0): 1.0, (1, 1): 0.0}
 
     def p(index: int, z: int) -> torch.Tensor:
         return one[index] if z else 1 - one[index]
 
-    after = [
-        sum(p(1 + z1, z2) * outcome[z1, z2] for z2 in (0, 1)) for z1 in (0, 1)
-    ]  # value of the state after z1
+    # value of the state after z1
+    after = [sum(p(1 + z1, z2) * outcome[z1, z2] for z2 in (0, 1)) for z1 in (0, 1)]
     value = sum(p(0, z1) * after[z1] for z1 in (0, 1))
     (expected,) = torch.autograd.grad(value, logits, retain_graph=True)
     total = torch.zeros(3, dtype=torch.float64)
-    for z1, z2, J0, J1 in itertools.product(
-        (0, 1), repeat=4
-    ):  # J0 and J1: did their one continuation succeed?
+    # J0 and J1: did their one continuation succeed?
+    for z1, z2, J0, J1 in itertools.product((0, 1), repeat=4):
         chance = p(0, z1) * p(1 + z1, z2)
         chance = chance * (value if J0 else 1 - value) * (after[z1] if J1 else 1 - after[z1])
         r = outcome[z1, z2]

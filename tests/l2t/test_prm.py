@@ -54,9 +54,8 @@ def p_positive(model: StepRewardModel, tokens: list[int]) -> float:
 
 
 def test_loss_by_hand():
-    logits = torch.tensor(
-        [[0.0, 0.0], [0.0, math.log(3)], [0.0, math.log(3)]], dtype=torch.float64
-    )  # P = 1/2, 3/4, 3/4
+    # P = 1/2, 3/4, 3/4
+    logits = torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, math.log(3)]], dtype=torch.float64)
     labels = torch.tensor([1.0, 1.0, 0.25])
     by_hand = [math.log(2), math.log(4 / 3), 0.25 * math.log(4 / 3) + 0.75 * math.log(4)]
     for n in (1, 2, 3):

@@ -174,9 +174,8 @@ def test_a_malformed_answer_is_not_graded(text):
 
 
 def test_no_room_for_another_turn():
-    long = Scripted(
-        ["<think>a</think>"] * 2, ["<think>a</think>"], context=100
-    )  # the second prompt has 40 + 36 characters
+    # the second prompt has 40 + 36 characters
+    long = Scripted(["<think>a</think>"] * 2, ["<think>a</think>"], context=100)
     short = Scripted(["<answer>c</rethink>", "<answer>" + "c" * 40 + "</rethink>"], ["<answer>4</answer>"])
     talks = talk(long, short, problems=2)
     assert [t.ended for t in talks] == ["answered", "context"] and [len(t.turns) for t in talks] == [4, 2]

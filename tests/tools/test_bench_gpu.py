@@ -65,9 +65,8 @@ def test_decoding_beside_transformers_or_without(installed, capsys, monkeypatch,
 def test_products_are_the_model_s_matrices():
     c = tiny_size().decode["tiny"]
     model = Transformer.empty(c, device="meta")
-    assert products(c) == sum(
-        p.numel() for p in model.parameters() if p.ndim == 2
-    )  # tied: the embedding is the head
+    # tied: the embedding is the head
+    assert products(c) == sum(p.numel() for p in model.parameters() if p.ndim == 2)
 
 
 @pytest.mark.slow

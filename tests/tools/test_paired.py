@@ -96,9 +96,8 @@ def test_runs_and_their_evaluations(tmp_path):
     rows = [
         record(i, right, 9, when=when, decoding=decoding) for when, right, decoding in kinds for i in range(2)
     ]
-    write(
-        tmp_path / "run" / "evaluations.jsonl", rows + rows[:1]
-    )  # one was written twice, before and after a kill
+    # one was written twice, before and after a kill
+    write(tmp_path / "run" / "evaluations.jsonl", rows + rows[:1])
     write(tmp_path / "out" / "completions.jsonl", [record(i, i > 0, 9, decoding="sampled") for i in range(2)])
     run, out = str(tmp_path / "run"), str(tmp_path / "out")
     assert len(read(f"{run}:before")["sampled"]) == 2 and set(read(run)) == {"sampled", "greedy"}

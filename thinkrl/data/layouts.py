@@ -119,9 +119,8 @@ def with_context(question: str, fields: Fields) -> str:
     """Question with the row's context, if any, before it."""
     column, value = fields.find("context", "body")
     context = fields.as_text(column, value)
-    between = (
-        " " if column == fields.column("body") else "\n"
-    )  # SVAMP's and ASDiv's body is one text with the question
+    # SVAMP's and ASDiv's body is one text with the question
+    between = " " if column == fields.column("body") else "\n"
     return f"{context}{between}{question}" if context else question
 
 

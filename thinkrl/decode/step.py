@@ -95,9 +95,8 @@ class GraphStep:
 
     def _record(self, paged: PagedModel, rows: int, temperature: float) -> None:
         arguments = paged, self.state.first(rows), self.page_table[:rows], temperature
-        eager_step(
-            *arguments
-        )  # compiles kernels, which a recording may not; the K/V it writes are written again
+        # compiles kernels, which a recording may not; the K/V it writes are written again
+        eager_step(*arguments)
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread (NCCL's watchdog) may ask the device something meanwhile
         with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):

@@ -134,9 +134,8 @@ class _Worker:
                 self._start()
             try:
                 self.process.stdin.write(json.dumps([a, b, seconds]).encode() + b"\n")
-                reply = self._read_line(
-                    20 * TIMEOUT
-                )  # a last resort, should the worker hang without computing
+                # a last resort, should the worker hang without computing
+                reply = self._read_line(20 * TIMEOUT)
             except BrokenPipeError:
                 reply = b""
             if not reply:

@@ -77,9 +77,8 @@ class Row:
         )
 
 
-Factors = list[
-    tuple[Tensor, Tensor]
-]  # per matrix [D2, D1]: x [T, D1], g [T, D2]; an episode's gradient is its sum of g_t x_tᵀ
+# per matrix [D2, D1]: x [T, D1], g [T, D2]; an episode's gradient is its sum of g_t x_tᵀ
+Factors = list[tuple[Tensor, Tensor]]
 
 
 def svd_basis(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -278,11 +277,8 @@ class Proxy:
             p for layer in sorted(drawn) for p in model.blocks[layer].parameters() if p.ndim == 2
         ]
         empty = torch.empty(0)
-        self.V, self.S, self.U = (
-            empty,
-            empty,
-            empty,
-        )  # svd: factors of the LM head; U only where drift needs it
+        # svd: factors of the LM head; U only where drift needs it
+        self.V = self.S = self.U = empty
         self.start = [matrix.clone() for matrix in self._matrices()] if drift else []
         self.fisher: list[Tensor] = []  # per matrix [D2, D1]: N F
         self.count = 0.0  # N

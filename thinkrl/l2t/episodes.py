@@ -62,9 +62,8 @@ class Episodes:
     ids: Tensor  # [T] int64, the episode of each token: 0, …, K-1, never decreasing
     ends: Tensor  # [K] int64, position of each episode's last token; the last one is T-1
     cuts: Tensor  # [K] int64, last token of each probed prefix, at ends or before; -1: the prompt alone
-    start: int = (
-        -1
-    )  # position of the last token of an opening `<think>`, where the first prefix ends; -1: the prompt alone
+    # position of the last token of an opening `<think>`, where the first prefix ends; -1: the prompt alone
+    start: int = -1
     malformed: bool = False  # by tags: not exactly episodes 1, …, K, each closed
 
     def __len__(self) -> int:

@@ -294,18 +294,11 @@ class Gain:
         if scale not in SCALES or scale != "p" and kind != "forced":
             raise ValueError(f"scale must be one of {', '.join(SCALES)}, only p if not forced: {scale!r}")
         self.sampler, self.probes, self.segment, self.kind = sampler, probes, segment, kind
-        self.samples, self.max_tokens, self.grade, self.seed, self.keys = (
-            samples,
-            max_tokens,
-            grade,
-            seed,
-            keys,
-        )
-        self.temperature, self.scale = temperature, scale
+        self.samples, self.max_tokens, self.temperature = samples, max_tokens, temperature
+        self.scale, self.grade, self.seed, self.keys = scale, grade, seed, keys
         self.seconds, self.forwards = 0.0, 0
-        self._seen: dict[
-            tuple[int, int], tuple[Episodes, list]
-        ] = {}  # (prompt, sample) -> episodes, keys of J_0, …, J_K
+        # (prompt, sample) -> episodes, keys of J_0, …, J_K
+        self._seen: dict[tuple[int, int], tuple[Episodes, list]] = {}
         self._J: dict[tuple[int, ...], float] = {}
         self._waiting: dict[tuple[int, ...], _Prefix] = {}
 
@@ -323,10 +316,8 @@ class Gain:
                 self.sampler.idle.add(fork)
                 self._waiting[keys[-1]] = _Prefix(prompt, sample, k, tokens[:n], fork)
         self._seen[prompt, sample] = episodes, keys
-        pool, suffixes = (
-            self.sampler.pool,
-            0,
-        )  # tokens of forced answers; what is to be sampled gains by waiting for more
+        pool = self.sampler.pool
+        suffixes = 0  # tokens of forced answers; what is to be sampled gains by waiting for more
         if self.kind == "forced":
             suffixes = len(self._waiting) * len(self.probes[prompt].suffix)
         if suffixes >= self.sampler.max_tokens_per_forward or 4 * pool.free_pages < pool.num_pages:

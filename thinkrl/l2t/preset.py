@@ -116,10 +116,8 @@ class L2T(OnePolicy[EpisodeTrajectory]):
 
     def _load_prm(self, world: World) -> StepRewardModel:
         path = model_path(self.config.prm, "--prm")
-        prm, self.prm_tokenizer = (
-            load_prm(path, compute_dtype(self.config, world), world.device),
-            Tokenizer(path),
-        )
+        prm = load_prm(path, compute_dtype(self.config, world), world.device)
+        self.prm_tokenizer = Tokenizer(path)
         if prm.separator is None:
             require_same_ids(self.tokenizer, self.prm_tokenizer)
         return prm

@@ -136,9 +136,8 @@ def prefix_labels(
 
     Equal prefixes are continued once: the K+1 of a group's trajectories share their J_0.
     """
-    places: dict[
-        tuple[int, ...], list[tuple[int, int]]
-    ] = {}  # ids up to the prefix's end -> its (trajectory, k)
+    # ids up to the prefix's end -> its (trajectory, k)
+    places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for i, (trajectory, counts) in enumerate(zip(trajectories, prefixes, strict=True)):
         turn = trajectory.turns[0]
         for k, count in enumerate(counts):

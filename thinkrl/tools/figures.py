@@ -185,9 +185,8 @@ def accuracy_against_tokens(paths: Sequence[tuple[str, str, Sequence[tuple[str, 
             title = f"{label}, {name}: {number(a, 'accuracy')} with {number(t, 'tokens')} tokens"
             parts.append(axes.disc(t, a, 3 if end == "between" else 5, f"{end} {kind}", title))
     lowest = 0.0
-    for kind, label, path in sorted(
-        paths, key=lambda each: -each[2][-1][2]
-    ):  # from above, so that labels do not overlap
+    # from above, so that labels do not overlap
+    for kind, label, path in sorted(paths, key=lambda each: -each[2][-1][2]):
         x, y = axes.at(*path[-1][1:])
         lowest = max(y + 4, lowest + 13)
         place = (x - 9, "end") if x > 0.7 * axes.width else (x + 9, "start")

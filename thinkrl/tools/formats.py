@@ -10,15 +10,8 @@ from markupsafe import Markup
 
 from thinkrl.visible import visible as visible
 
-SHARES = {
-    "accuracy",
-    "answered",
-    "truncated",
-    "zero_groups",
-    "clip_fraction",
-    "malformed",
-    "format",
-}  # in per cent
+# in per cent
+SHARES = {"accuracy", "answered", "truncated", "zero_groups", "clip_fraction", "malformed", "format"}
 
 
 def script_json(value) -> Markup:
@@ -45,9 +38,8 @@ def number(value: float | None, key: str = "", sign: bool = False) -> str:
     elif abs(value) >= 999.5:
         text = f"{value:{plus},.0f}"
     else:
-        text = (
-            f"{value:{plus}.{'1f' if key == 'tokens' else '3g'}}"  # so that means of tokens align in a table
-        )
+        # so that means of tokens align in a table
+        text = f"{value:{plus}.{'1f' if key == 'tokens' else '3g'}}"
     return text.replace("-", "−")
 
 

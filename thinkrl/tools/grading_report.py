@@ -36,9 +36,8 @@ from thinkrl.options import asks_for_help, option, parse_as, run_tool
 Grader = Callable[[str, str], bool]  # (completion, gold answer) -> right?
 Case = tuple[str, str, str]  # (gold answer, what was done to it, completion)
 
-WORDS = (
-    r"\\(?:text|mbox)|(?<![\\A-Za-z])[A-Za-z]{4}"  # golds with words, to which rules about signs do not apply
-)
+# golds with words, to which rules about signs do not apply
+WORDS = r"\\(?:text|mbox)|(?<![\\A-Za-z])[A-Za-z]{4}"
 NO_FORMULA = rf"{WORDS}|[<>=]|\\(?:le|ge|in|cup|approx)"
 INTEGERS = r"\A-?\d+(?:\s*,\s*-?\d+)+\Z"
 MIXED_UP = r"\d,\d{3}(?!\d)"  # a comma that may separate thousands
@@ -158,9 +157,8 @@ def boxed(answer: str) -> str:
 
 def rewritten(gold: str, table: list[tuple[str, str, str | Callable, str]]) -> Iterator[Case]:
     """Apply each fitting row of a table to the gold answer; yields different boxed answers."""
-    space = (
-        r"\Z" if table is SPELLINGS else r"(?<!\d)\s+|\s+(?!\d)"
-    )  # a change of spaces alone does not count
+    # a change of spaces alone does not count
+    space = r"\Z" if table is SPELLINGS else r"(?<!\d)\s+|\s+(?!\d)"
     seen = set() if table is SPELLINGS else {re.sub(space, "", gold)}
     for name, pattern, replacement, unless in table:
         if (unless and re.search(unless, gold)) or not re.search(pattern, gold, re.DOTALL):

@@ -152,10 +152,8 @@ def collect(folder: Path, rounds: str) -> dict:
     base = grpo["before"]
 
     def entry(result: dict) -> dict:
-        greedy, kept = (
-            result["greedy"],
-            ("accuracy", "tokens", "long_tokens", "short_tokens", "turns", "ended", "by_level"),
-        )
+        greedy = result["greedy"]
+        kept = ("accuracy", "tokens", "long_tokens", "short_tokens", "turns", "ended", "by_level")
         numbers = {key: result[key] for key in kept if key in result}
         numbers["aes"] = aes(result["accuracy"], result["tokens"], base["accuracy"], base["tokens"])
         numbers["greedy"] = {key: greedy[key] for key in kept if key in greedy}

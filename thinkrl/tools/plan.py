@@ -94,9 +94,8 @@ def seconds(c: ModelConfig, gpus: int, o: Options, kv_gb: float) -> dict[str, fl
     tokens = samples * length(o)
     again = {"none": 0, "selective": gate_up / products, "full": 1}[o.activation_checkpointing]
     passes = 6 + 2 * again + 2 * o.reference
-    attention = (
-        3.5 * 2 * c.layers * c.heads * c.head_dim * length(o)
-    )  # causal: half the square, times 7 products
+    # causal: half the square, times 7 products
+    attention = 3.5 * 2 * c.layers * c.heads * c.head_dim * length(o)
     train = tokens * (passes * products + attention) / (o.tflops * 1e12 * o.training)
     packs = math.ceil(tokens / o.micro_batch_tokens)
     moved = (packs * (2 + 2 + 4) + 2) * P * (gpus - 1) / gpus  # gathers, gradients, weights for the sampler
@@ -154,9 +153,8 @@ def largest_copy(gpus: int, o: Options) -> float:
 def advice(counts: tuple[int, ...], o: Options) -> str:
     """Size from which a whole copy on each GPU leaves no room to sample, and what to do then."""
     limits = ", ".join(f"{largest_copy(gpus, o) / 1e9:.1f} B on {gpus}" for gpus in counts)
-    alone = (
-        o.gpu_memory * (1 - LEAST_KV / KV_SHARE) / (2 * o.policies)
-    )  # billions of parameters at 2 bytes each
+    # billions of parameters at 2 bytes each
+    alone = o.gpu_memory * (1 - LEAST_KV / KV_SHARE) / (2 * o.policies)
     return f"""
 Parameters up to which a whole copy on each GPU of {o.gpu_memory:g} GB leaves room to sample: {limits}.
 Beyond:
