@@ -1,6 +1,5 @@
 """Answer a prompt, chat, measure a policy, or compare two:
 
-
     python sample.py                                                        a chat, on a terminal
     torchrun --nproc_per_node=1 sample.py --prompt "374*6?"
     torchrun --nproc_per_node=2 -- sample.py --data FILE --n 8 --out DIR    "--", or torchrun reads --n itself

@@ -5,7 +5,6 @@ One step of reinforcement learning, whatever the preset, is `train_step`:
     problems -> rollout -> reward -> advantages -> samples -> packs -> loss -> optimizer step -> weights to
     sampler
 
-
 A preset decides how trajectories are generated and rewarded, and how advantages are computed; from the
 samples on, the code is the same for all. (sft and prm have other losses: thinkrl/sft.py,
 thinkrl/l2t/prm_training.py.)

@@ -87,7 +87,6 @@ class Trajectory:
     def record(self, advantage: Tensor) -> dict:
         """Make one line of samples.jsonl, to which the log adds "step"; tensors become lists.
 
-
         problem, sample           the problem's id, the index in its group
         question, gold, level     of the problem
         answer, text              as extracted (null: none found), and the text it was extracted from

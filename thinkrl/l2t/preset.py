@@ -75,7 +75,6 @@ class EpisodeTrajectory(Trajectory):
     def record(self, advantage: Tensor) -> dict:
         """Make one line of samples.jsonl: a trajectory's, and
 
-
         ends                      token count of the completion up to the end of each episode, K numbers
         episode_ids               the episode of each completion token, T numbers
         malformed                 whether the tags are not exactly 1, …, K, each closed

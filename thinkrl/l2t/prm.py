@@ -2,7 +2,6 @@
 
     P(positive)_t = softmax(score(h_t))_1                 h_t: hidden state of the last token of a prefix
 
-
 A prefix is the prompt and the first episodes of a completion, so the K+1 probabilities along a completion can
 serve as J_0, …, J_K of the fitting gain (`--gain prm`). prm_training.py trains such a model.
 

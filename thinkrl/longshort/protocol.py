@@ -64,7 +64,6 @@ class Conversation(Trajectory):
     def record(self, advantage: Tensor) -> dict:
         """Make one line of samples.jsonl: a trajectory's, and
 
-
         texts, ended                             as above
         format_reward, length_reward, trained    FM and LM of LS Eq. 9, and the trained role
         """

@@ -176,7 +176,6 @@ def l2t_parts(
 ) -> dict[str, float]:
     """Seconds of a step's parts on 2 × `group` completions of K episodes: best of interleaved repeats.
 
-
     tokens: of a completion. model samples, policy is trained; wait blocks until the device has finished.
     """
     sampler, vocabulary = Sampler(model), model.config.vocab_size

@@ -158,7 +158,6 @@ def _merge(folder: Path, records: Sequence[dict]) -> None:
 def summary(records: Sequence[dict]) -> dict:
     """Compute `evaluate.summary_of`, and with token budgets also
 
-
     budgets             [tokens, accuracy] of each; budget_intervals their 95 % intervals, clustered by
                         problem
     budget_area         mean accuracy over the budgets
