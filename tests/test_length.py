@@ -148,6 +148,8 @@ def test_overlong_needs_a_cache():
     for cache in (0, 31):
         with pytest.raises(ValueError, match=f"cache={cache}"):
             rewards("overlong", limit=30, cache=cache)
+    # a cache as long as the limit: the penalty grows from the first token on, by 1 / 30 per token
+    close(rewards("overlong", limit=30, cache=30)[3], [1 - 8 / 30] * 4)
 
 
 @pytest.mark.parametrize(
