@@ -140,6 +140,9 @@ def test_laser_d_gives_each_band_its_limit():
     assert limits.tolist() == [[10], [15], [25], [25]]
     assert length.laser_d_limits(correct, tokens, torch.tensor([8, 20])).tolist() == [[20], [20], [30], [30]]
     assert length.laser_d_limits(correct[:1], tokens[:1], torch.tensor([8])).tolist() == [[20]]
+    # half of six are right: m = 6 // 3 = 2, so half of the attempts must be no longer
+    half = torch.tensor([[1, 1, 1, 0, 0, 0]]), torch.tensor([[10, 20, 30, 40, 50, 60]])
+    assert length.laser_d_limits(*half, torch.tensor([10, 20, 30, 40])).tolist() == [[30]]
     bonus = length.laser(correct, tokens, limits)
     close(bonus[:3].sum(1), [4 + 1, 2 + 1, 1 + 0.5])
 
