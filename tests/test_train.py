@@ -181,7 +181,7 @@ COMMON = [
 # preset, its own options, where it is killed, where it ends
 LONG = ["l2t", "--steps", "4"], 2, 4
 # killed inside the round of the short role
-ROUNDS = (["longshort", "--rounds", "LS", "--steps_per_round", "3"], 4, 6)
+ROUNDS = ["longshort", "--rounds", "LS", "--steps_per_round", "3"], 4, 6
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def laser_d_limits(correct: Tensor, tokens: Tensor, candidates: Tensor) -> Tenso
     c, n, G = correct.double(), tokens.double(), correct.shape[1]
     band = (3 * c.sum(1) >= G).long() + (3 * c.sum(1) >= 2 * G).long()
     m = torch.tensor([1.0, G // 3, 2 * G // 3], dtype=torch.float64)[:, None]
-    # [3, L]
+    # q [3, L]: the share of each band's attempts that are within each candidate
     q = torch.stack([(n[..., None] <= candidates)[band == b].double().mean((0, 1)) for b in range(3)])
     found, first = (q * m + 1e-9 >= 1).max(1)  # an empty band's q is NaN; its limit is not used
     return torch.where(found, candidates.double()[first], n.max())[band, None]

@@ -110,7 +110,7 @@ POINTWISE = {
     "rotate": (rotary._rotate_and_store_kernel, ROTATE, dict(NORM=False, **ROTATE_SHAPE)),
     "rotate_and_norm": (rotary._rotate_and_store_kernel, ROTATE, dict(NORM=True, **ROTATE_SHAPE)),
 }
-# as they are launched; others: 8
+# num_warps as each is launched; 8 where none is given
 WARPS = {"combine": 1, "norm": 4, "gate": 4, "rotate": 1, "rotate_and_norm": 1}
 # CUDA's cos and sin reduce a large angle by a product of 7 words, a local array, in some versions of Triton.
 LOCAL = {"rotate": 32, "rotate_and_norm": 32}

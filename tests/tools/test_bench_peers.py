@@ -31,7 +31,8 @@ def test_the_sampler_beside_its_peers(folder, capsys, world):
     main(parse(["--folder", str(folder), "--cases", "1.3M fp32", "--repeat", "1", "--tokens", "4"]))
     heads, dashes, measured = capsys.readouterr().out.splitlines()[1:]
     what, theirs, vllm, ours, products = [cell.strip() for cell in measured.strip("|").split("|")]
-    assert what == "sampler 1.3M fp32, tokens per second" and heads.count("|") == dashes.count("|") == 6
+    assert what == "sampler 1.3M fp32, tokens per second"
+    assert heads.count("|") == dashes.count("|") == measured.count("|")
     assert theirs.startswith("transformers 5") and theirs.endswith("(1.00)")
     assert vllm == "not run: no module named vllm"
     assert all(float(cell.split()[0].replace(",", "")) > 0 for cell in (ours, products))

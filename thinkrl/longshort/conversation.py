@@ -83,7 +83,7 @@ Write these parts, in this order, and no others: {missing}. Each of them is one 
 takes. Answer with this JSON and nothing else:
 {"completed": [{"part": "{first}", "content": "..."}, ...]}"""
 
-# all of them are required
+# what each request must contain
 PLACEHOLDERS = {"chunk": ("{problem}", "{steps}"), "complete": ("{problem}", "{solution}", "{missing}")}
 
 

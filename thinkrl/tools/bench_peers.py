@@ -160,7 +160,7 @@ def take_turns(ours: Callable[[], object], peers: dict[str, Peer], o: Options) -
 
 @dataclass
 class Line:
-    """A line of the table: completions or steps per second by engine, and of the products alone."""
+    """A line of the table: tokens or steps per second, by engine and of thinkrl's products alone."""
 
     what: str
     peers: dict[str, Peer]

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from thinkrl.visible import visible as visible
 
-# in per cent
+# numbers that are shown in per cent
 SHARES = {"accuracy", "answered", "truncated", "zero_groups", "clip_fraction", "malformed", "format"}
 
 
